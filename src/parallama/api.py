@@ -1,0 +1,70 @@
+"""What Python users call first: `load`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import checkpoint
+from .errors import UsageError, lines
+from .llm import LLM, Progress
+from .mesh import DeviceMesh
+from .plan import make_plan, read_overrides
+from .spec import ModelSpec
+from .steps import Steps
+from .topology import MeshShape
+
+
+def load(
+    model: str | Path,
+    *,
+    mesh: str | MeshShape | tuple[int, int] | DeviceMesh = "1x1",
+    backend: str = "cpu",
+    devices: int | None = None,
+    plan: str | Path | Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    progress: Progress | None = None,
+) -> LLM:
+    """Load a model onto a mesh.
+
+    Args:
+        model: folder, `.gguf` file, hub id or shipped name (`smollm2`).
+        mesh: `1x8` (data x model), `data=2,model=4`.
+        backend: `cpu` (virtual devices) or `tpu`.
+        devices: device count, where it should be checked against the mesh.
+        plan: overrides as a mapping from parameter-name pattern to style or axes, or a YAML/JSON file of them.
+        dtype: `auto`, `float32` or `bfloat16`; `auto` is the checkpoint's, but float32 on the CPU backend.
+        max_model_len: most tokens of prompt and answer together; the model's own maximum if None.
+        progress: called while tensors are put on the devices and programs compiled.
+
+    Raises:
+        ParallamaError: with the exit code of its kind; see `errors`.
+    """
+    began = time.perf_counter()
+    overrides = read_overrides(plan) if isinstance(plan, (str, Path)) else plan
+    shape = mesh.shape if isinstance(mesh, DeviceMesh) else MeshShape.parse(mesh)
+    if not isinstance(mesh, DeviceMesh):
+        # First: a mesh that doesn't fit says so before anything is read.
+        mesh = DeviceMesh(shape, backend=backend, devices=devices)
+    checkpoint.resolve_dtype(dtype, None, mesh.backend.name)
+    source = checkpoint.find(str(model))
+    spec = ModelSpec.from_config(source.config)
+    if max_model_len is not None and not 1 <= max_model_len <= spec.max_positions:
+        raise UsageError(lines(f"max_model_len is {max_model_len}", f"expected 1 to {spec.max_positions}, the model's maximum"))
+    made = make_plan(spec, shape, overrides)
+    to = checkpoint.resolve_dtype(dtype, source.config, mesh.backend.name)
+    tokenizer = source.tokenizer()
+    report = (lambda done, total: progress("loading", done, total)) if progress is not None else None
+    loaded = checkpoint.to_devices(source, made, mesh, to, report)
+    return LLM(
+        name=str(model),
+        steps=Steps(loaded.skeleton, loaded.weights, to),
+        tokenizer=tokenizer,
+        generation=source.generation,
+        max_model_len=max_model_len or spec.max_positions,
+        load_s=time.perf_counter() - began,
+        progress=progress,
+    )

@@ -1,0 +1,140 @@
+"""Backends: which devices there are and how to start them. The only module that reads or writes environment variables.
+
+A process has one backend and one device count for its whole life: torch-xla reads both when it is first used and never again.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import resource
+import sys
+from dataclasses import dataclass
+
+from .errors import BackendError, FitError, lines
+
+NAMES = ("cpu", "tpu")
+TORCH_XLA = "2.9"
+MOST_CPU_DEVICES = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """The backend this process runs on.
+
+    Attributes:
+        name: `cpu` or `tpu`.
+        devices: devices of this process.
+        input_major_weights: linear weights are stored `[in, out]`. XLA:CPU multiplies 2 to 16 rows with `[out, in]` weights some thirty times
+            slower (see docs/log.md); elsewhere XLA picks layouts itself.
+    """
+
+    name: str
+    devices: int
+    input_major_weights: bool
+
+
+_started: Backend | None = None
+
+
+def running() -> Backend | None:
+    """The backend that this process has started, if any."""
+    return _started
+
+
+def start(name: str = "cpu", devices: int | None = None) -> Backend:
+    """Start a backend with so many devices, or return the one that runs if it is the same.
+
+    Args:
+        name: a name of `NAMES`.
+        devices: virtual devices to make on `cpu` (1 if None); on others it must be what the machine has.
+
+    Raises:
+        BackendError: unknown, not installed, or of a version that doesn't fit.
+        FitError: this process already runs another backend or device count.
+    """
+    global _started
+    if name not in NAMES:
+        raise BackendError(lines(f"backend {name!r} is unknown", f"expected one of {', '.join(NAMES)}"))
+    if _started is not None:
+        if _started.name != name or devices not in (None, _started.devices):
+            raise FitError(
+                lines(
+                    f"this process already runs {_started.devices} {_started.name} device(s), not {devices or 'any'} {name} device(s)",
+                    "torch-xla fixes the device count once per process",
+                    "use another process, or a mesh of as many devices",
+                )
+            )
+        return _started
+    _check_versions()
+    # XLA warns about every program that GSPMD partitions; errors still show.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    _started = _start_cpu(1 if devices is None else devices) if name == "cpu" else _start_tpu(devices)
+    return _started
+
+
+def _check_versions() -> None:
+    try:
+        version = importlib.metadata.version("torch_xla")
+    except importlib.metadata.PackageNotFoundError:
+        raise BackendError(
+            lines("torch_xla is not installed", f"expected torch_xla {TORCH_XLA}.x", "run: pip install torch_xla==2.9.0")
+        ) from None
+    if not version.startswith(TORCH_XLA + "."):
+        raise BackendError(lines(f"torch_xla {version} is installed", f"expected {TORCH_XLA}.x, the release this package is made for"))
+
+
+def _start_cpu(devices: int) -> Backend:
+    if not 1 <= devices <= MOST_CPU_DEVICES:
+        raise FitError(lines(f"{devices} virtual CPU devices", f"expected 1 to {MOST_CPU_DEVICES}"))
+    if "torch_xla" in sys.modules:
+        wanted = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)}
+        if any(os.environ.get(key) != value for key, value in wanted.items()):
+            raise FitError(
+                lines(
+                    f"torch_xla was imported before parallama could ask for {devices} CPU device(s)",
+                    "import parallama and load the model first, or set PJRT_DEVICE=CPU and CPU_NUM_DEVICES yourself",
+                )
+            )
+    os.environ["PJRT_DEVICE"] = "CPU"
+    os.environ["CPU_NUM_DEVICES"] = str(devices)
+    _use_spmd(devices)
+    return Backend(name="cpu", devices=devices, input_major_weights=True)
+
+
+def _start_tpu(devices: int | None) -> Backend:
+    if importlib.util.find_spec("libtpu") is None:
+        raise BackendError(
+            lines("backend 'tpu' is not available: libtpu is not installed", "on a TPU machine run: pip install 'torch_xla[tpu]==2.9.0'")
+        )
+    os.environ["PJRT_DEVICE"] = "TPU"
+    import torch_xla.runtime as xr
+
+    try:
+        present = xr.global_runtime_device_count()
+    except RuntimeError as error:
+        raise BackendError(lines(f"backend 'tpu' does not start: {str(error).splitlines()[0]}")) from None
+    if devices not in (None, present):
+        raise FitError(lines(f"{devices} devices asked for, this TPU slice has {present}", "expected a mesh that covers all of them"))
+    _use_spmd(present)
+    return Backend(name="tpu", devices=present, input_major_weights=False)
+
+
+def _use_spmd(devices: int) -> None:
+    """Partition programs over several devices; a single one runs better without."""
+    import torch_xla.runtime as xr
+
+    if devices > 1:
+        xr.use_spmd()
+
+
+def keep_post_optimization_hlo() -> None:
+    """Let torch-xla hand out the optimized HLO of a program, for proofs."""
+    os.environ["XLA_DUMP_POST_OPTIMIZATIONS"] = "1"
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

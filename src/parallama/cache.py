@@ -1,0 +1,148 @@
+"""The static KV cache: one buffer of keys and one of values a layer, split over rows and heads, written in place.
+
+Shapes: keys `[B, K, D, T]`, values `[B, K, T, D]`. Both products of a decode step then read them as they lie, without a transposed copy.
+
+A step that both updates a donated buffer and multiplies with it makes XLA copy the buffer, because nothing tells it that the product
+comes first. So attention reads the buffers as they came in, handles the new positions apart, and the write is made to depend on
+attention's result: with that order fixed the update happens in place, for any number of heads and rows a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .mesh import DeviceMesh
+from .topology import DATA, MODEL
+
+AXES = (DATA, MODEL, None, None)
+
+
+def names(layers: int) -> list[str]:
+    """Names of a cache's tensors as program arguments."""
+    return [f"cache.{kind}.{layer}" for layer in range(layers) for kind in ("key", "value")]
+
+
+def shapes(batch: int, slots: int, head_dim: int, length: int) -> dict[str, tuple[int, int, int, int]]:
+    """Shape of a layer's `key` and `value` buffer, over all devices."""
+    return {"key": (batch, slots, head_dim, length), "value": (batch, slots, length, head_dim)}
+
+
+def allocate(
+    mesh: DeviceMesh, layers: int, batch: int, slots: int, head_dim: int, length: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Zeroed buffers on the devices, by name."""
+    by_kind = shapes(batch, slots, head_dim, length)
+
+    def zeros(kind: str) -> torch.Tensor:
+        local = tuple(size // mesh.shape.size(axis) for size, axis in zip(by_kind[kind], AXES, strict=True))
+        return mesh.put_shards(lambda _device: torch.zeros(local, dtype=dtype), AXES)
+
+    return {name: zeros(name.split(".")[1]) for name in names(layers)}
+
+
+def grow(old: Mapping[str, torch.Tensor], mesh: DeviceMesh, length: int) -> dict[str, torch.Tensor]:
+    """A step: the same contents in buffers of `length` positions."""
+    grown = {}
+    for name, tensor in old.items():
+        dim = 3 if name.split(".")[1] == "key" else 2
+        extra = length - tensor.shape[dim]
+        pad = (0, extra) if dim == 3 else (0, 0, 0, extra)
+        grown[name] = mesh.mark(torch.nn.functional.pad(tensor, pad), AXES)
+    return grown
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """What `StepCache.update` hands to attention in place of a tensor.
+
+    Attributes:
+        new: `[B, K, S, D]`, the positions of this step.
+        cached: the layer's buffer as it came in, or None when nothing in it is visible.
+        cache: the step's cache, for the write.
+        layer: layer number.
+    """
+
+    new: torch.Tensor
+    cached: torch.Tensor | None
+    cache: StepCache
+    layer: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.new.dtype
+
+
+class StepCache:
+    """The cache as transformers' models see it within one step. It lives while the step is traced.
+
+    Args:
+        buffers: by the names of `names`; replaced by their updated versions as the layers write.
+        starts: `[B]` int32, where each row's new positions begin.
+        fresh: nothing in the buffers is visible yet.
+    """
+
+    is_compileable = False
+
+    def __init__(self, mesh: DeviceMesh, buffers: dict[str, torch.Tensor], starts: torch.Tensor, *, fresh: bool) -> None:
+        self.buffers = buffers
+        self._mesh = mesh
+        self._starts = starts
+        self._fresh = fresh
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Asked by transformers only where it would count positions itself; the steps here always pass them."""
+        raise AssertionError("positions are passed explicitly")
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[LayerKV, LayerKV]:
+        """Called by a layer with its new keys and values, `[B, K, S, D]` each."""
+
+        def stream(kind: str, new: torch.Tensor) -> LayerKV:
+            cached = None if self._fresh else self.buffers[f"cache.{kind}.{layer_idx}"]
+            return LayerKV(new=new, cached=cached, cache=self, layer=layer_idx)
+
+        return stream("key", key), stream("value", value)
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor, after: torch.Tensor) -> None:
+        """Write new positions, `[B, K, S, D]` each; `after` is a tensor of that shape that must be computed before."""
+        if not self.buffers:  # a step that only wants logits
+            return
+        order = after * 0
+        self._write(f"cache.key.{layer}", (key + order).transpose(2, 3), dim=3)
+        self._write(f"cache.value.{layer}", value + order, dim=2)
+
+    def _write(self, name: str, new: torch.Tensor, dim: int) -> None:
+        mesh, buffer = self._mesh, self.buffers[name]
+        updated = _row_update()(
+            mesh.enter_manual(buffer, AXES), mesh.enter_manual(new, AXES), mesh.enter_manual(self._starts, (DATA,)), dim=dim
+        )
+        self.buffers[name] = mesh.leave_manual(updated, AXES, buffer.shape)
+
+
+def _lower_row_update(buffer: Any, new: Any, starts: Any, *, dim: int) -> Any:
+    """One plain dynamic-update-slice a row: row `r` of `new` goes to `buffer[r]` at `starts[r]` along `dim`."""
+    from torch_xla.core import xla_builder as xb
+
+    builder = buffer.builder()
+    zero = xb.Op.zero(builder, xb.Type.S32)
+    for row in range(buffer.shape().sizes[0]):
+        start = starts.slice_in_dim(row, row + 1, 0).reshape([])
+        index = [xb.Op.scalar(builder, row, xb.Type.S32), zero, zero, zero]
+        index[dim] = start
+        buffer = buffer.dynamic_update_slice(new.slice_in_dim(row, row + 1, 0), index)
+    return buffer
+
+
+_registered: Any = None
+
+
+def _row_update() -> Any:
+    global _registered
+    if _registered is None:
+        from torch_xla.core import xla_op_registry
+
+        _registered = xla_op_registry.register("parallama_row_update", _lower_row_update)
+    return _registered

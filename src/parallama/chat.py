@@ -1,0 +1,74 @@
+"""A conversation whose cache is kept between turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from .errors import UsageError, lines
+from .generate import Session
+from .llm import DEFAULT_NEW_TOKENS, LLM, Chunk, Row
+from .text import TextStream
+
+DEFAULT_CHAT_LENGTH = 2048
+
+
+class Chat:
+    """A conversation with a model. A turn computes only what is new since the last.
+
+    Args:
+        llm: the model; it needs a chat template.
+        system: system message.
+        max_model_len: most tokens of the whole conversation; 2,048, or the model's maximum if that is less, if None.
+        **sampling: see `LLM.sampling_params`.
+
+    Attributes:
+        messages: what was said, as `{"role", "content"}`.
+        stats: sums over all turns; `ttft_s` is of the last.
+    """
+
+    def __init__(self, llm: LLM, *, system: str | None = None, max_model_len: int | None = None, **sampling: Any) -> None:
+        self._llm = llm
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system is not None else []
+        self.max_model_len = min(max_model_len or DEFAULT_CHAT_LENGTH, llm.max_model_len)
+        llm.render_chat([{"role": "user", "content": "?"}])
+        self._session = Session(
+            llm.steps,
+            llm.programs,
+            [llm.sampling_params(**sampling)],
+            capacity=self.max_model_len,
+            eos=llm.eos_ids,
+            continued=True,
+            progress=llm.report("compiling"),
+        )
+        self.stats = self._session.stats
+
+    def send(self, content: str, *, max_new_tokens: int | None = None) -> Iterator[Chunk]:
+        """Say something; yields the answer as it comes and remembers both.
+
+        Raises:
+            UsageError: nothing was said, or the conversation is over its limit; it then stays as it was.
+        """
+        if not content.strip():
+            raise UsageError(lines("the message is empty", "expected some text"))
+        asked = [*self.messages, {"role": "user", "content": content}]
+        ids = self._llm.render_chat(asked)
+        room = self.max_model_len - len(ids)
+        if room < 1 or (max_new_tokens or 0) > room:
+            raise UsageError(
+                lines(
+                    f"the conversation has {len(ids)} tokens, which leaves {max(room, 0)} of {self.max_model_len} for an answer",
+                    "start a new one, or raise --max-model-len",
+                )
+            )
+        row = Row(TextStream(self._llm.tokenizer), max_new_tokens or min(room, DEFAULT_NEW_TOKENS * 2))
+        return self._answer(asked, ids, row)
+
+    def reset(self) -> None:
+        """Start over, with the system message if there is one."""
+        self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
+
+    def _answer(self, asked: list[dict[str, str]], ids: list[int], row: Row) -> Iterator[Chunk]:
+        for _, chunk in self._llm.drive(self._session, [ids], [row], ignore_eos=False):
+            yield chunk
+        self.messages = [*asked, {"role": "assistant", "content": row.text}]

@@ -1,0 +1,30 @@
+"""The command line: one file a command."""
+
+from __future__ import annotations
+
+import typer
+
+from .chat import chat
+from .generate import generate
+from .options import show_version
+
+app = typer.Typer(
+    name="parallama",
+    help="Run Hugging Face Llama models split over XLA devices by tensor parallelism.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Show versions and exit."),
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks (anywhere on the command line)."),
+) -> None:
+    pass
+
+
+app.command()(generate)
+app.command()(chat)

@@ -1,0 +1,61 @@
+"""What can go wrong through the user's doing, each kind with its exit code."""
+
+from __future__ import annotations
+
+
+class ParallamaError(ValueError):
+    """Base of every error that a user can cause.
+
+    The message is for people, in at most three lines: what is wrong with its name and value, what was expected, what to do.
+    """
+
+    exit_code = 1
+
+
+class RunError(ParallamaError):
+    """A check failed or a run broke."""
+
+
+class UsageError(ParallamaError):
+    """A wrong option, prompt or argument."""
+
+    exit_code = 2
+
+
+class CheckpointError(ParallamaError):
+    """A model or checkpoint that cannot be used."""
+
+    exit_code = 3
+
+
+class FitError(ParallamaError):
+    """Devices, mesh or memory do not suffice."""
+
+    exit_code = 4
+
+
+class BackendError(ParallamaError):
+    """The backend is not available."""
+
+    exit_code = 5
+
+
+class PlanError(UsageError):
+    """A sharding plan that does not describe the model."""
+
+
+class ProgramError(RunError):
+    """A step that is not one of the programs known before the run."""
+
+
+def lines(*parts: str) -> str:
+    """Join the (at most three) lines of a message, leaving out empty ones."""
+    kept = [part for part in parts if part]
+    assert len(kept) <= 3, kept
+    return "\n".join(kept)
+
+
+def listed(names: list[str], limit: int = 4) -> str:
+    """`a, b, c and 7 more`: names for an error line that must stay short."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

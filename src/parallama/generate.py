@@ -1,0 +1,330 @@
+"""Prefill and decode for a ragged batch, on programs that are all compiled before the first token.
+
+A `Session` owns the state of one batch on the devices: its KV cache, positions and last tokens. Rows have their own lengths and positions; slot
+and position are the same number, so a row never sees another row or a place that it hasn't written.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import cache
+from .errors import UsageError, lines
+from .program import Program, ProgramSet, compiled_programs
+from .sampling import GREEDY, Mode, SamplingParams, host_params
+from .shard import check_ids
+from .steps import STATE_AXES, StepKey, Steps
+from .topology import DATA
+
+CHUNK = 512
+"""A longer prompt is prefilled in chunks of so many positions: one program for any length."""
+MOST_EOS = 16
+_SMALLEST_CHUNK = 16
+_CONTINUED_CHUNKS = (64, CHUNK)
+_CACHE_STEP = 256
+
+
+def chunk_size(longest: int) -> int:
+    """`S` of the prefill program for rows with up to `longest` new tokens: a power of two, at most `CHUNK`."""
+    return min(CHUNK, max(_SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
+
+
+def cache_buckets(capacity: int, smallest: int = _CACHE_STEP) -> list[int]:
+    """Cache lengths for a run that needs up to `capacity` positions: doubling from `smallest`, and an exact last one (in steps of 256).
+
+    A bucket that the last one is at most double of is left out: growing would cost more than it saves.
+    """
+    last = math.ceil(capacity / _CACHE_STEP) * _CACHE_STEP
+    doubling = []
+    size = smallest
+    while 2 * size < last:
+        doubling.append(size)
+        size *= 2
+    return [*doubling, last]
+
+
+@dataclass(kw_only=True)
+class RunStats:
+    """What a session measured: seconds of wall clock, and counts.
+
+    Attributes:
+        ttft_s: of the last prefill, until its tokens were on the host.
+        decode_host_s: part of `decode_s` outside of the executable and of waiting for its results.
+        programs_compiled: by torch-xla's own count, while the session warmed up.
+        programs_after_warmup: the same, since then.
+    """
+
+    compile_s: float = 0.0
+    ttft_s: float = 0.0
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_steps: int = 0
+    decode_s: float = 0.0
+    decode_host_s: float = 0.0
+    programs_compiled: int = 0
+    programs_after_warmup: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One row's token in one step, with its log-probability under the model's own distribution."""
+
+    row: int
+    token: int
+    logprob: float
+
+
+def make_programs(steps: Steps) -> ProgramSet:
+    """The programs of a model, empty; sessions on the same model share what they compile."""
+
+    def build(key: StepKey) -> Program:
+        buffers = _allocate(steps, key.batch, key.length)
+        if key.kind == "grow":
+            return steps.build(key, buffers)
+        rows = [SamplingParams()] * key.batch
+        arguments = _constants(steps, rows, key.mode, []) | _blank_state(steps, key.batch, key.batch, key.mode) | buffers
+        if key.kind == "prefill":
+            arguments |= _put(steps, _chunk([[0]] * key.batch, [0] * key.batch, key.new, 0))
+        return steps.build(key, arguments)
+
+    return ProgramSet(build, lambda key: key.parts())
+
+
+class Session:
+    """The state of a batch on the devices, and the programs that move it.
+
+    Rows are filled up to a multiple of the "data" axis with idle ones, which are done from the start.
+
+    Args:
+        steps: the model.
+        programs: from `make_programs`; what this session needs is compiled into it here, and nothing later.
+        rows: sampling parameters, one for each row.
+        capacity: most positions that any row will need.
+        longest_prompt: most tokens that any prompt will have (ignored if `continued`).
+        eos: ids that end a row; empty to ignore them.
+        continued: `prefill` may be called again with longer token lists, and computes only what is new.
+        progress: called with programs compiled and their number.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        programs: ProgramSet,
+        rows: Sequence[SamplingParams],
+        *,
+        capacity: int,
+        longest_prompt: int = 1,
+        eos: Sequence[int] = (),
+        continued: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.steps, self.mesh = steps, steps.mesh
+        self.stats = RunStats()
+        self._programs = programs
+        self._count = len(rows)
+        self._batch = math.ceil(len(rows) / self.mesh.shape.data) * self.mesh.shape.data
+        self._mode = GREEDY
+        for row in rows:
+            self._mode = self._mode | row.mode
+        self._continued = continued
+        if continued:
+            self._chunks: tuple[int, ...] = _CONTINUED_CHUNKS
+            self.buckets = cache_buckets(capacity + min(_CONTINUED_CHUNKS), smallest=2048)
+        else:
+            size = chunk_size(longest_prompt)
+            self._chunks = (size,)
+            padded = math.ceil(longest_prompt / size) * size
+            self.buckets = [bucket for bucket in cache_buckets(max(capacity, padded)) if bucket >= padded]
+        self._fresh = not continued and longest_prompt <= CHUNK
+        self._cached: list[list[int]] = [[] for _ in rows]
+        self._length = self.buckets[0]
+        self._constants = _constants(steps, [*rows, *[SamplingParams()] * (self._batch - self._count)], self._mode, eos)
+        self._state: dict[str, torch.Tensor] = {}
+        before, began = compiled_programs(), time.perf_counter()
+        programs.warm_up(self._keys(), progress)
+        self.stats.compile_s = time.perf_counter() - began
+        self._compiled = compiled_programs()
+        self.stats.programs_compiled = self._compiled - before
+
+    def _keys(self) -> list[StepKey]:
+        """Every program this session can ever need."""
+        starts = self.buckets if self._continued else self.buckets[:1]
+        keys = [self._prefill_key(length, size) for length in starts for size in self._chunks]
+        keys += [self._decode_key(length) for length in self.buckets]
+        keys += [self._grow_key(short, long) for short, long in zip(self.buckets, self.buckets[1:], strict=False)]
+        return keys
+
+    def _prefill_key(self, length: int, size: int) -> StepKey:
+        return StepKey(kind="prefill", batch=self._batch, length=length, new=size, fresh=self._fresh, mode=self._mode)
+
+    def _decode_key(self, length: int) -> StepKey:
+        return StepKey(kind="decode", batch=self._batch, length=length, mode=self._mode)
+
+    def _grow_key(self, short: int, long: int) -> StepKey:
+        return StepKey(kind="grow", batch=self._batch, length=short, new=long)
+
+    @property
+    def cached(self) -> list[list[int]]:
+        """For each row the tokens whose keys and values are in the cache."""
+        return [row[:] for row in self._cached]
+
+    def cache_bytes_per_device(self) -> list[int]:
+        """Bytes of KV cache on each device, measured on its shards."""
+        totals = [0] * self.mesh.shape.devices
+        for name, tensor in self._state.items():
+            if name.startswith("cache."):
+                totals = [total + size for total, size in zip(totals, self.mesh.local_bytes(tensor), strict=True)]
+        return totals
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Choice]:
+        """Take in each row's whole token list and choose a first token.
+
+        Raises:
+            UsageError: a token id is not of the vocabulary, a prompt is empty, or one is longer than the session was made for.
+        """
+        began = time.perf_counter()
+        for prompt in prompts:
+            if not prompt:
+                raise UsageError(lines("a prompt has no tokens", "expected at least one"))
+            check_ids(torch.tensor(prompt), self.steps.plan.model.vocab)
+        starts = [0] * self._batch
+        if self._continued:
+            starts[: self._count] = [min(_common_prefix(row, new), len(new) - 1) for row, new in zip(self._cached, prompts, strict=True)]
+        news = [list(prompt[start:]) for prompt, start in zip(prompts, starts, strict=False)]
+        size, chunks = self._chunking(max(starts), max(len(new) for new in news))
+        self._ensure(max(starts) + chunks * size)
+        done = [row >= self._count for row in range(self._batch)]
+        self._state |= _put(self.steps, {"done": torch.tensor(done)})
+        if self._mode.penalty:
+            self._state |= _put(self.steps, {"seen": self._seen(prompts)})
+        for index in range(chunks):
+            idle: list[list[int]] = [[] for _ in range(self._batch - self._count)]
+            self._advance(self._prefill_key(self._length, size), _put(self.steps, _chunk([*news, *idle], starts, size, index)))
+        choices = self._read()
+        self._cached = [list(prompt) for prompt in prompts]
+        self.stats.ttft_s = time.perf_counter() - began
+        self.stats.prefill_tokens += sum(len(new) for new in news)
+        self.stats.prefill_s += self.stats.ttft_s
+        self._count_programs()
+        return choices
+
+    def decode(self, steps: int) -> Iterator[list[Choice]]:
+        """Up to `steps` more tokens a row, one list a step. A row past its end is frozen: it chooses nothing and repeats its last token."""
+        pending = [choice.token for choice in self._read()]
+        longest = max(len(row) for row in self._cached)
+        for step in range(steps):
+            began = time.perf_counter()
+            self._ensure(longest + step + 1)
+            launched, run_s = self._advance(self._decode_key(self._length))
+            choices = self._read()
+            read = time.perf_counter()
+            for row, choice in zip(self._cached, choices, strict=True):
+                row.append(pending[choice.row])
+                pending[choice.row] = choice.token
+            self._count_programs()
+            ended = time.perf_counter()
+            self.stats.decode_steps += 1
+            self.stats.decode_s += ended - began
+            self.stats.decode_host_s += (launched - began) - run_s + (ended - read)
+            yield choices
+
+    def _chunking(self, start: int, longest: int) -> tuple[int, int]:
+        """Size and number of prefill chunks: the smallest size that takes all at once, else the largest that fits the cache."""
+        whole = [size for size in self._chunks if size >= longest and start + size <= self.buckets[-1]]
+        size = whole[0] if whole else max(self._chunks)
+        if start + math.ceil(longest / size) * size > self.buckets[-1]:
+            size = min(self._chunks)
+        return size, math.ceil(longest / size)
+
+    def _ensure(self, length: int) -> None:
+        """Have a cache of at least `length` positions."""
+        if length > self.buckets[-1]:
+            raise UsageError(lines(f"{length} positions are needed", f"this session was made for {self.buckets[-1]}"))
+        if not self._state:
+            self._length = next(bucket for bucket in self.buckets if bucket >= length)
+            self._state = _blank_state(self.steps, self._batch, self._count, self._mode) | _allocate(self.steps, self._batch, self._length)
+        while self._length < length:
+            longer = self.buckets[self.buckets.index(self._length) + 1]
+            buffers = {name: self._state.pop(name) for name in cache.names(self.steps.plan.model.layers)}
+            self._state |= self._programs[self._grow_key(self._length, longer)](buffers)
+            self._length = longer
+
+    def _advance(self, key: StepKey, extra: dict[str, torch.Tensor] | None = None) -> tuple[float, float]:
+        """Hand one step to the devices; returns when that was done, and the seconds spent in the executable's call."""
+        program = self._programs[key]
+        outputs = program(self._constants | self._state | (extra or {}))
+        launched = time.perf_counter()
+        self._state |= outputs
+        return launched, program.last_run_s
+
+    def _read(self) -> list[Choice]:
+        tokens, logprobs = (self.mesh.fetch(self._state[name], (DATA,)).tolist() for name in ("token", "logprob"))
+        return [Choice(row, tokens[row], logprobs[row]) for row in range(self._count)]
+
+    def _seen(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        seen = torch.zeros(self._batch, self.steps.plan.vocab, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            seen[row, list(prompt)] = True
+        return seen
+
+    def _count_programs(self) -> None:
+        self.stats.programs_after_warmup = compiled_programs() - self._compiled
+
+
+def _put(steps: Steps, host: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: steps.mesh.put(tensor, STATE_AXES[name]) for name, tensor in host.items()}
+
+
+def _allocate(steps: Steps, batch: int, length: int) -> dict[str, torch.Tensor]:
+    plan = steps.plan
+    return cache.allocate(steps.mesh, plan.model.layers, batch, plan.head_layout.slots, plan.model.head_dim, length, steps.dtype)
+
+
+def _constants(steps: Steps, rows: list[SamplingParams], mode: Mode, eos: Sequence[int]) -> dict[str, torch.Tensor]:
+    """What stays the same for a whole run: the rows' sampling parameters and the ids that end a row."""
+    if len(eos) > MOST_EOS:
+        raise UsageError(lines(f"{len(eos)} end-of-text ids", f"expected at most {MOST_EOS}"))
+    host = host_params(rows)
+    if not mode.sample:
+        host = {name: value for name, value in host.items() if name == "penalty"}
+    if not mode.penalty:
+        del host["penalty"]
+    return _put(steps, host | {"eos": torch.tensor([*eos, *[-1] * (MOST_EOS - len(eos))], dtype=torch.long)})
+
+
+def _blank_state(steps: Steps, batch: int, live: int, mode: Mode) -> dict[str, torch.Tensor]:
+    host = {
+        "token": torch.zeros(batch, dtype=torch.long),
+        "logprob": torch.zeros(batch),
+        "position": torch.zeros(batch, dtype=torch.int32),
+        "done": torch.tensor([row >= live for row in range(batch)]),
+    }
+    if mode.penalty:
+        host["seen"] = torch.zeros(batch, steps.plan.vocab, dtype=torch.bool)
+    return _put(steps, host)
+
+
+def _chunk(news: Sequence[Sequence[int]], starts: Sequence[int], size: int, index: int) -> dict[str, torch.Tensor]:
+    """Host arguments of chunk `index` of a prefill. Rows are filled up with id 0 at places that are written again before anything sees them."""
+    ids = torch.zeros(len(news), size, dtype=torch.long)
+    parts = [new[index * size : (index + 1) * size] for new in news]
+    for row, part in enumerate(parts):
+        ids[row, : len(part)] = torch.tensor(part, dtype=torch.long)
+    return {
+        "ids": ids,
+        "start": torch.tensor([start + index * size for start in starts], dtype=torch.int32),
+        "count": torch.tensor([len(part) for part in parts], dtype=torch.int32),
+        "final": torch.tensor([bool(part) and len(new) <= (index + 1) * size for part, new in zip(parts, news, strict=True)]),
+    }
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return min(len(a), len(b))

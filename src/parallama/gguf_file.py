@@ -1,0 +1,126 @@
+"""A model in one GGUF file: transformers' own GGUF reader parses it, tensors are dequantized one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import config_from_dict
+from .errors import CheckpointError, lines, listed
+from .spec import ModelSpec
+
+# Architectures whose converter interleaves the two halves of each query and key head.
+_INTERLEAVED = ("llama", "mistral")
+
+
+class GgufFile:
+    """A `.gguf` checkpoint.
+
+    Raises:
+        CheckpointError: the file is not a GGUF of a supported model.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+        from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
+
+        self.location = path
+        try:
+            metadata, _ = read_gguf_metadata(str(path))
+            header = GgufHeader.from_file(str(path))
+            end = header.data_start + max((info.offset + info.nbytes for info in header.tensors), default=0)
+            self._tensors: dict[str, Any] = load_gguf_state_dict(header)
+        except Exception as error:  # a damaged header leads the reader anywhere
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            raise CheckpointError(
+                lines(f"{path.name} is not a GGUF file that can be read: {reason}", "expected GGUF version 2 or 3")
+            ) from None
+        if end > path.stat().st_size:
+            raise CheckpointError(lines(f"{path.name} is cut short: {path.stat().st_size} bytes", f"expected {end}; download it again"))
+        architecture = header.architecture
+        names = GGUF_CONFIG_MAPPING.get(architecture, {})
+        prefix = f"{architecture}."
+        document = {
+            names[key.removeprefix(prefix)]: value
+            for key, value in metadata.items()
+            if key.startswith(prefix) and names.get(key.removeprefix(prefix))
+        }
+        scaling = metadata.get(f"{prefix}rope.scaling.type", "none")
+        if scaling != "none" or "rope_freqs.weight" in self._tensors:
+            raise CheckpointError(
+                lines(
+                    f"{path.name} scales its rotary frequencies",
+                    "expected plain ones: GGUF does not say enough to rebuild them",
+                    "use the safetensors checkpoint",
+                )
+            )
+        document |= {"model_type": architecture, "tie_word_embeddings": "output.weight" not in self._tensors}
+        document.setdefault("vocab_size", metadata.get("tokenizer.ggml.tokens"))
+        self.generation: dict[str, Any] = {
+            theirs: metadata[f"tokenizer.ggml.{ours}"]
+            for theirs, ours in (("eos_token_id", "eos_token_id"), ("bos_token_id", "bos_token_id"))
+            if f"tokenizer.ggml.{ours}" in metadata
+        }
+        self.config = config_from_dict(document | self.generation, path.name)
+
+    def tensors(self, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter of `spec.parameters()`, fp32 where it was quantized; see `Checkpoint.tensors`."""
+        import gguf
+
+        architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == spec.model_type)
+        name_map = gguf.get_tensor_name_map(architecture, spec.layers)
+        unread = set(self._tensors)
+        for name, shape in spec.parameters():
+            theirs = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
+            if theirs not in self._tensors:
+                raise CheckpointError(
+                    lines(f"{self.location.name}: missing tensor {theirs} ({name})", "expected every parameter of the model")
+                )
+            unread.discard(theirs)
+            tensor = self._read(theirs, shape)
+            if spec.model_type in _INTERLEAVED and ("q_proj" in name or "k_proj" in name):
+                tensor = _split_halves(tensor, spec.query_heads if "q_proj" in name else spec.kv_heads)
+            yield name, tensor
+        if unread:
+            raise CheckpointError(
+                lines(
+                    f"{self.location.name}: unexpected tensors {listed(sorted(unread))}",
+                    f"expected only those of a {spec.model_type} model",
+                )
+            )
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
+
+        stored = self._tensors[name]
+        values = stored[...]
+        if stored.ggml_type in GGML_BLOCK:
+            values = dequantize(values, stored.ggml_type)
+        if values.numel() != torch.Size(shape).numel() or (stored.ggml_type not in GGML_BLOCK and tuple(values.shape) != shape):
+            raise CheckpointError(
+                lines(
+                    f"{self.location.name}: tensor {name} has {values.numel()} elements", f"expected shape {list(shape)}, from the config"
+                )
+            )
+        return values.reshape(shape)
+
+    def tokenizer(self) -> Any | None:
+        """The tokenizer that the file describes."""
+        from transformers import PreTrainedTokenizerFast
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
+
+        try:
+            architecture, described, config = get_gguf_tokenizer(str(self.location))
+            backend, more = convert_gguf_tokenizer(architecture, described)
+            return PreTrainedTokenizerFast(tokenizer_object=backend, **config, **more)
+        except Exception as error:  # the converter raises whatever a damaged vocabulary leads it to
+            raise CheckpointError(lines(f"the tokenizer in {self.location.name} cannot be read: {type(error).__name__}")) from None
+
+
+def _split_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undo llama.cpp's interleaving: rotary pairs `(2i, 2i + 1)` become `(i, i + D / 2)` of each head."""
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, half, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape).contiguous()

@@ -1,0 +1,155 @@
+"""A named mesh over the devices of this process: put tensors on it, mark them, bring them back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import backends
+from .errors import FitError, lines
+from .topology import AXES, MeshShape
+
+if TYPE_CHECKING:
+    import torch
+
+Axes = Sequence[str | None]
+
+
+class DeviceMesh:
+    """All devices of the process as a `data` x `model` grid.
+
+    Args:
+        shape: `1x8`, `data=2,model=4`, or a `MeshShape`.
+        backend: see `backends.start`.
+        devices: device count of the process; follows from the shape if None.
+
+    Raises:
+        FitError: the mesh does not cover the devices exactly.
+        BackendError: the backend is not available.
+
+    Example:
+        >>> mesh = DeviceMesh("1x8")
+        >>> mesh.shape.model
+        8
+    """
+
+    def __init__(self, shape: MeshShape | str | tuple[int, int], *, backend: str = "cpu", devices: int | None = None) -> None:
+        self.shape = MeshShape.parse(shape)
+        if devices is not None and devices != self.shape.devices:
+            raise FitError(
+                lines(
+                    f"mesh {self.shape} has {self.shape.devices} devices, but --devices is {devices}",
+                    "a mesh covers all devices of the process",
+                    f"use a mesh such as 1x{devices}",
+                )
+            )
+        self.backend = backends.start(backend, self.shape.devices)
+        import torch_xla
+
+        self._xla: Any = torch_xla
+        self.device: torch.device = torch_xla.device()
+        self.spmd = self.shape.devices > 1
+        if self.spmd:
+            import numpy as np
+            from torch_xla.distributed import spmd
+
+            self._spmd: Any = spmd
+            self._mesh = spmd.Mesh(np.arange(self.shape.devices), (self.shape.data, self.shape.model), AXES)
+
+    def __repr__(self) -> str:
+        return f"DeviceMesh({self.shape}, backend={self.backend.name!r})"
+
+    def put(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
+        """Move a whole host tensor to the devices, split over `axes` (one per dim); every dim divides by its axis."""
+        return self.put_shards(lambda device: tensor[self.local_slices(tensor.shape, axes, device)].contiguous(), axes)
+
+    def put_shards(self, shard: Callable[[int], torch.Tensor], axes: Axes) -> torch.Tensor:
+        """Make a tensor from each device's own part, without ever holding the whole.
+
+        Args:
+            shard: device number to its part on the host, contiguous. Called once for every distinct part.
+            axes: mesh axis of every dim.
+        """
+        if not self.spmd:
+            # A CPU device may take the host buffer as its own: hand it one that nobody writes to again.
+            return shard(0).to(self.device)
+        used = [axis for axis in AXES if axis in axes]
+        parts: dict[tuple[int, ...], torch.Tensor] = {}
+        shards = []
+        for device in range(self.shape.devices):
+            coordinates = self.shape.coordinates(device)
+            key = tuple(coordinates[axis] for axis in used)
+            if key not in parts:
+                parts[key] = shard(device)
+            shards.append(parts[key])
+        return self._xla._XLAC._global_tensor_from_cpu_shards(shards, self._mesh.get_op_sharding(tuple(axes)))
+
+    def mark(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
+        """Say how a device tensor lies; inside a traced step this pins an intermediate."""
+        if self.spmd:
+            self._spmd.mark_sharding(tensor, self._mesh, tuple(axes))
+        return tensor
+
+    def enter_manual(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
+        """Within a step: from here on `tensor` is each device's own part, and what is computed from it stays there."""
+        if not self.spmd:
+            return tensor
+        return self._spmd.enable_manual_sharding(tensor, tuple(axes), mesh=self._mesh).global_tensor
+
+    def leave_manual(self, tensor: torch.Tensor, axes: Axes, shape: Sequence[int]) -> torch.Tensor:
+        """Within a step: each device's own part becomes a part of a tensor of `shape` again."""
+        if not self.spmd:
+            return tensor
+        import torch
+
+        return self._spmd.disable_manual_sharding(tensor, tuple(axes), torch.Size(shape), mesh=self._mesh).global_tensor
+
+    def local_shards(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Each device's part, on the host, in device order; compiles nothing."""
+        if not self.spmd:
+            return [tensor.cpu()]
+        self.wait()  # a result of a program still in flight has no shards yet
+        return [shard for shard, _ in self._xla._XLAC._get_local_shards([tensor])[0]]
+
+    def local_bytes(self, tensor: torch.Tensor) -> list[int]:
+        """Bytes that each device holds of a tensor, measured on its shards."""
+        return [shard.numel() * shard.element_size() for shard in self.local_shards(tensor)]
+
+    def fetch(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
+        """Bring a device tensor that lies as `axes` say back to the host; compiles nothing."""
+        import torch
+
+        if not self.spmd:
+            return tensor.cpu()
+        shards = self.local_shards(tensor)
+        if all(axis is None for axis in axes):
+            return shards[0]
+        whole = torch.empty(tensor.shape, dtype=shards[0].dtype)
+        for device, part in enumerate(shards):
+            whole[self.local_slices(tensor.shape, axes, device)] = part
+        return whole
+
+    def fetch_many(self, tensors: Sequence[torch.Tensor], axes: Axes) -> list[torch.Tensor]:
+        """`fetch` for several tensors of equal axes."""
+        return [self.fetch(tensor, axes) for tensor in tensors]
+
+    def local_slices(self, shape: Sequence[int], axes: Axes, device: int) -> tuple[slice, ...]:
+        """Which part of a tensor of `shape` lies on a device."""
+        coordinates = self.shape.coordinates(device)
+        slices = []
+        for size, axis in zip(shape, axes, strict=True):
+            if axis is None:
+                slices.append(slice(None))
+                continue
+            parts = self.shape.size(axis)
+            if size % parts:
+                raise FitError(lines(f"a dim of size {size} does not divide over axis {axis!r} ({parts} devices)"))
+            step = size // parts
+            slices.append(slice(coordinates[axis] * step, (coordinates[axis] + 1) * step))
+        return tuple(slices)
+
+    def wait(self) -> None:
+        """Return when every device has finished what it was given."""
+        import torch_xla.core.xla_model as xm
+
+        xm.wait_device_ops()

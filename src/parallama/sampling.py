@@ -1,0 +1,255 @@
+"""Logits to token, on the devices.
+
+Logits stay split over the vocabulary. Each device reduces its own part, and only that crosses: one candidate with its normaliser a device
+for the pick, a few partial sums for each round of a threshold search. There is no sort and no cap on `top_k`.
+
+Top-k and top-p are threshold searches over the bits of the score (a 16-way radix select, 8 rounds): the largest threshold that enough
+tokens, or enough mass, reach. Sampling is Gumbel-max (Gumbel 1954): the noise of a token is a hash of (seed, position, token id), so the same
+seed gives the same text on every mesh and in every batch.
+
+Shapes: `B` rows, `V` padded vocabulary, `N` devices along "model"; split logits are `[B, N, V / N]`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .errors import UsageError, lines
+from .mesh import DeviceMesh
+from .topology import DATA, MODEL
+
+_HIDDEN = -1e30
+_SEED_LIMIT = 1 << 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How a row's tokens are chosen; the names and meanings are transformers' and vLLM's.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: keep the so many best; 0 keeps all.
+        top_p: keep the smallest set of best tokens with at least this probability.
+        min_p: keep tokens with at least this share of the best one's probability.
+        repetition_penalty: above 1 makes tokens of the prompt and the text so far less likely.
+        seed: same seed, same text.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def check(name: str, good: bool, expected: str) -> None:
+            if not good:
+                raise UsageError(lines(f"{name} is {getattr(self, name)!r}", f"expected {expected}"))
+
+        def number(value: object) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+        check("temperature", number(self.temperature) and 0 <= self.temperature <= 100, "a number from 0 (greedy) to 100")
+        check(
+            "top_k",
+            isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and self.top_k >= 0,
+            "a whole number of at least 0 (0: all)",
+        )
+        check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1")
+        check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
+        check("repetition_penalty", number(self.repetition_penalty) and self.repetition_penalty > 0, "a number above 0")
+        check(
+            "seed",
+            isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < _SEED_LIMIT,
+            "a whole number from 0 to 2^64 - 1",
+        )
+
+    @property
+    def mode(self) -> Mode:
+        sample = self.temperature > 0
+        return Mode(
+            sample=sample,
+            top_k=sample and self.top_k > 0,
+            top_p=sample and self.top_p < 1,
+            penalty=self.repetition_penalty != 1,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """Which parts of the sampler a program contains; rows that need less run through it unchanged."""
+
+    sample: bool = False
+    top_k: bool = False
+    top_p: bool = False
+    penalty: bool = False
+
+    def __or__(self, other: Mode) -> Mode:
+        return Mode(
+            sample=self.sample or other.sample,
+            top_k=self.top_k or other.top_k,
+            top_p=self.top_p or other.top_p,
+            penalty=self.penalty or other.penalty,
+        )
+
+
+GREEDY = Mode()
+
+
+def host_params(rows: list[SamplingParams]) -> dict[str, torch.Tensor]:
+    """The rows' parameters as `[B]` host tensors, by program-argument name."""
+
+    def floats(name: str) -> torch.Tensor:
+        return torch.tensor([float(getattr(row, name)) for row in rows], dtype=torch.float32)
+
+    seeds = [_signed(_mix_host(row.seed & 0xFFFFFFFF) ^ _mix_host((row.seed >> 32) + 0x5BD1E995)) for row in rows]
+    return {
+        "temperature": floats("temperature"),
+        "top_k": torch.tensor([min(row.top_k, 2**31 - 1) for row in rows], dtype=torch.int32),
+        "top_p": floats("top_p"),
+        "min_p": floats("min_p"),
+        "penalty": floats("repetition_penalty"),
+        "seed": torch.tensor(seeds, dtype=torch.int32),
+    }
+
+
+def choose(
+    logits: torch.Tensor,
+    mesh: DeviceMesh,
+    vocab: int,
+    mode: Mode,
+    params: dict[str, torch.Tensor],
+    positions: torch.Tensor,
+    seen: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose one token a row.
+
+    Args:
+        logits: `[B, V]`, split over "model"; ids from `vocab` on are padding and never chosen.
+        params: from `host_params`, on the devices.
+        positions: `[B]` int32, the position that the chosen token will have.
+        seen: `[B, V]` bool, tokens of the prompt and the text so far; only with `mode.penalty`.
+
+    Returns:
+        Token ids `[B]` int64 and their log-probabilities `[B]` fp32 under the model's own distribution (before temperature, penalty and truncation).
+    """
+    parts = mesh.shape.model
+    split_axes = (DATA, MODEL, None)
+    batch, width = logits.shape
+    raw = mesh.mark(logits.float().reshape(batch, parts, width // parts), split_axes)
+    ids = torch.arange(width, device=logits.device, dtype=torch.int32).reshape(1, parts, width // parts)
+    if width != vocab:
+        raw = torch.where(ids < vocab, raw, torch.full((), _HIDDEN, device=logits.device))
+    local_top = raw.amax(-1)
+    local_sum = torch.exp(raw - local_top[..., None]).sum(-1)
+    scores = raw
+    if mode.penalty:
+        assert seen is not None
+        factor = params["penalty"][:, None, None]
+        marked = mesh.mark(seen.reshape(batch, parts, width // parts), split_axes)
+        scores = torch.where(marked, torch.where(scores < 0, scores * factor, scores / factor), scores)
+    if mode.sample:
+        scores = _perturb(scores, ids, mode, params, positions)
+    best = scores.argmax(-1)
+    best_score = scores.amax(-1)
+    one_hot = torch.arange(width // parts, device=logits.device)[None, None, :] == best[..., None]
+    best_raw = torch.where(one_hot, raw, torch.zeros((), device=logits.device)).sum(-1)
+    offset = torch.arange(parts, device=logits.device)[None, :] * (width // parts)
+    # One small tensor crosses: per device its candidate, the candidate's score and logit, and its part of the normaliser. Ids are exact in
+    # fp32 below 2^24.
+    candidates = torch.stack([(best + offset).float(), best_score, best_raw, local_top, local_sum], dim=-1)
+    candidates = mesh.mark(mesh.mark(candidates, split_axes).clone(), (DATA, None, None))
+    token, score, raw_score, top, total = candidates.unbind(-1)
+    winner = torch.arange(parts, device=logits.device)[None, :] == score.argmax(-1, keepdim=True)
+    zero = torch.zeros((), device=logits.device)
+    chosen = torch.where(winner, token, zero).sum(-1).long()
+    chosen_raw = torch.where(winner, raw_score, zero).sum(-1)
+    peak = top.amax(-1)
+    log_total = torch.log((total * torch.exp(top - peak[:, None])).sum(-1))
+    return chosen, chosen_raw - peak - log_total
+
+
+def _perturb(scores: torch.Tensor, ids: torch.Tensor, mode: Mode, params: dict[str, torch.Tensor], positions: torch.Tensor) -> torch.Tensor:
+    """Temperature, truncation and Gumbel noise; rows with temperature 0 keep their scores."""
+
+    def per_row(name: str) -> torch.Tensor:
+        return params[name][:, None, None]
+
+    hidden = torch.full((), _HIDDEN, device=scores.device)
+    temperature = per_row("temperature")
+    warm = temperature > 0
+    scores = scores / torch.where(warm, temperature, torch.ones_like(temperature))
+    if mode.top_k:
+        wanted = torch.where(per_row("top_k") > 0, per_row("top_k"), torch.full_like(per_row("top_k"), 2**31 - 1))
+        ones = torch.ones((), device=scores.device)
+        # With all kept (0) no threshold is reached by enough tokens, and the search ends below every score.
+        keep = _reaching(scores, ones.expand(scores.shape), wanted.float())
+        scores = torch.where(keep | ~warm, scores, hidden)
+    peak = scores.amax((1, 2), keepdim=True)
+    if mode.top_p:
+        mass = torch.exp(scores - peak)
+        top_p = per_row("top_p")
+        goal = torch.where(top_p < 1, top_p * mass.sum((1, 2), keepdim=True), torch.full_like(top_p, torch.inf))
+        keep = _reaching(scores, mass, goal)
+        scores = torch.where(keep | ~warm, scores, hidden)
+    floor = torch.log(torch.clamp(per_row("min_p"), min=1e-30)) + peak
+    scores = torch.where((scores >= floor) | (per_row("min_p") == 0) | ~warm, scores, hidden)
+    noise = _gumbel(params["seed"], positions, ids)
+    return scores + torch.where(warm & (scores > _HIDDEN / 2), noise, torch.zeros((), device=scores.device))
+
+
+def _reaching(scores: torch.Tensor, weight: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+    """Tokens at or above the largest threshold whose total weight (of all scores reaching it) is at least `goal`; all if none is.
+
+    Args:
+        scores, weight: `[B, N, V / N]`.
+        goal: `[B, 1, 1]`.
+    """
+    bits = scores.view(torch.int32)
+    # Order-preserving: negative floats have their magnitude bits flipped.
+    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    lowest = -(1 << 31)
+    threshold = torch.full_like(goal, lowest, dtype=torch.int32)
+    digits = torch.arange(1, 16, device=scores.device, dtype=torch.int32)
+    for shift in range(28, -1, -4):
+        step = digits << shift
+        tries = threshold + step
+        reached = torch.stack(
+            [torch.where(keys >= tries[..., i, None], weight, torch.zeros((), device=scores.device)).sum(-1) for i in range(15)], -1
+        )
+        enough = (reached.sum(1, keepdim=True) >= goal).to(torch.int32).sum(-1, keepdim=True)
+        threshold = threshold + (enough << shift)
+    return keys >= threshold
+
+
+def _gumbel(seed: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise from a hash of row seed `[B]`, position `[B]` and token id `[1, N, V / N]`."""
+    row = _mix(seed ^ _mix(positions.to(torch.int32) + 0x3C6EF372))
+    bits = _mix(_mix(ids + 0x1B873593) ^ row[:, None, None])
+    uniform = ((bits & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    return -torch.log(-torch.log(uniform))
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """A 32-bit integer hash (C. Wellons' `triple32`); int32 arithmetic wraps."""
+    x = x ^ ((x >> 17) & 0x7FFF)
+    x = x * _signed(0xED5AD4BB)
+    x = x ^ ((x >> 11) & 0x1FFFFF)
+    x = x * _signed(0xAC4C1B51)
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * _signed(0x31848BAB)
+    return x ^ ((x >> 14) & 0x3FFFF)
+
+
+def _mix_host(x: int) -> int:
+    """`_mix` on a Python integer, unsigned."""
+    return int(_mix(torch.tensor(_signed(x & 0xFFFFFFFF), dtype=torch.int32))) & 0xFFFFFFFF
+
+
+def _signed(x: int) -> int:
+    x &= 0xFFFFFFFF
+    return x - (1 << 32) if x >= 1 << 31 else x

@@ -1,0 +1,151 @@
+"""What of a model's config matters for splitting it: sizes, biases, ties. Pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import CheckpointError, lines
+
+# transformers' `base_model_tp_plan` of the families we know, for callers that have a config.json and no transformers at hand;
+# a test holds each against the installed transformers.
+_ATTENTION_AND_MLP = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+_HEAD_NORMS = {"layers.*.self_attn.q_norm": "replicate", "layers.*.self_attn.k_norm": "replicate"}
+TP_PLANS: dict[str, dict[str, str]] = {
+    "llama": _ATTENTION_AND_MLP,
+    "mistral": _ATTENTION_AND_MLP,
+    "qwen2": _ATTENTION_AND_MLP,
+    "qwen3": _ATTENTION_AND_MLP | _HEAD_NORMS,
+}
+_LIMITS = {
+    "hidden_size": 1 << 20,
+    "num_hidden_layers": 4096,
+    "num_attention_heads": 65536,
+    "num_key_value_heads": 65536,
+    "head_dim": 65536,
+    "intermediate_size": 1 << 24,
+    "vocab_size": 1 << 26,
+    "max_position_embeddings": 1 << 31,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Sizes of a Llama-family model, by the letters of docs/design.md.
+
+    Attributes:
+        hidden: `E`.
+        layers: number of decoder layers.
+        query_heads: `H`.
+        kv_heads: `K`.
+        head_dim: `D`.
+        intermediate: `F`.
+        vocab: `V`.
+        max_positions: the longest sequence the model was made for, in tokens.
+        tied: the head shares the embedding's weight.
+        qkv_bias, output_bias, mlp_bias: which projections have biases.
+        head_norms: queries and keys are normalised per head (Qwen3).
+        tp_plan: transformers' `base_model_tp_plan`: module pattern to style.
+    """
+
+    model_type: str
+    hidden: int
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    max_positions: int
+    tied: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    head_norms: bool = False
+    tp_plan: Mapping[str, str]
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelSpec:
+        """Read a transformers config object or the dict of a config.json.
+
+        Raises:
+            CheckpointError: the model type is not supported, or a size is missing or absurd.
+        """
+        values = dict(config) if isinstance(config, Mapping) else config.to_dict()
+        model_type = values.get("model_type")
+        if not isinstance(model_type, str) or model_type not in TP_PLANS:
+            raise CheckpointError(lines(f"model_type {model_type!r} is not supported", f"expected one of {', '.join(sorted(TP_PLANS))}"))
+        own_plan = None if isinstance(config, Mapping) else getattr(config, "base_model_tp_plan", None)
+
+        def size(name: str, default: int | None = None) -> int:
+            value = values.get(name)
+            value = default if value is None else value
+            if type(value) is not int or not 1 <= value <= _LIMITS[name]:
+                raise CheckpointError(lines(f"config: {name} is {value!r}", f"expected a whole number from 1 to {_LIMITS[name]}"))
+            return value
+
+        heads = size("num_attention_heads")
+        kv_heads = size("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise CheckpointError(
+                lines(
+                    f"config: num_attention_heads {heads} does not divide by num_key_value_heads {kv_heads}",
+                    "expected a multiple: every KV head serves as many query heads",
+                )
+            )
+        hidden = size("hidden_size")
+        qwen2 = model_type == "qwen2"
+        attention_bias = bool(values.get("attention_bias", False))
+        return cls(
+            model_type=model_type,
+            hidden=hidden,
+            layers=size("num_hidden_layers"),
+            query_heads=heads,
+            kv_heads=kv_heads,
+            head_dim=size("head_dim", max(1, hidden // heads)),
+            intermediate=size("intermediate_size"),
+            vocab=size("vocab_size"),
+            max_positions=size("max_position_embeddings", 2048),
+            tied=bool(values.get("tie_word_embeddings", False)),
+            qkv_bias=attention_bias or qwen2,
+            output_bias=attention_bias and not qwen2,
+            mlp_bias=bool(values.get("mlp_bias", False)),
+            head_norms=model_type == "qwen3",
+            tp_plan=dict(own_plan if own_plan is not None else TP_PLANS[model_type]),
+        )
+
+    def parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every parameter of the causal LM with its checkpoint shape; a tied head is not one."""
+        query, kv = self.query_heads * self.head_dim, self.kv_heads * self.head_dim
+        yield "model.embed_tokens.weight", (self.vocab, self.hidden)
+        for index in range(self.layers):
+            layer = f"model.layers.{index}"
+            for name, out, inner, bias in (
+                ("self_attn.q_proj", query, self.hidden, self.qkv_bias),
+                ("self_attn.k_proj", kv, self.hidden, self.qkv_bias),
+                ("self_attn.v_proj", kv, self.hidden, self.qkv_bias),
+                ("self_attn.o_proj", self.hidden, query, self.output_bias),
+                ("mlp.gate_proj", self.intermediate, self.hidden, self.mlp_bias),
+                ("mlp.up_proj", self.intermediate, self.hidden, self.mlp_bias),
+                ("mlp.down_proj", self.hidden, self.intermediate, self.mlp_bias),
+            ):
+                yield f"{layer}.{name}.weight", (out, inner)
+                if bias:
+                    yield f"{layer}.{name}.bias", (out,)
+            if self.head_norms:
+                yield f"{layer}.self_attn.q_norm.weight", (self.head_dim,)
+                yield f"{layer}.self_attn.k_norm.weight", (self.head_dim,)
+            yield f"{layer}.input_layernorm.weight", (self.hidden,)
+            yield f"{layer}.post_attention_layernorm.weight", (self.hidden,)
+        yield "model.norm.weight", (self.hidden,)
+        if not self.tied:
+            yield "lm_head.weight", (self.vocab, self.hidden)

@@ -1,0 +1,180 @@
+"""The functional steps of inference: prefill, decode, and growing the cache. Each becomes one program a shape.
+
+A step maps named device tensors to named device tensors. The state of a batch goes in and comes out under the same names:
+
+- `token` `[B]` int64, the last chosen token; `logprob` `[B]` fp32;
+- `position` `[B]` int32, where the next token will be written; `done` `[B]` bool;
+- `cache.key.L`, `cache.value.L`, see `cache`;
+- `seen` `[B, V]` bool, only where a repetition penalty is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from . import attention, cache, sampling
+from .mesh import DeviceMesh
+from .program import Program
+from .sampling import GREEDY, Mode
+from .shard import DeviceWeights
+from .topology import DATA, MODEL
+
+STATE_AXES: dict[str, tuple[str | None, ...]] = {
+    "token": (DATA,),
+    "logprob": (DATA,),
+    "position": (DATA,),
+    "done": (DATA,),
+    "seen": (DATA, MODEL),
+    "ids": (DATA, None),
+    "start": (DATA,),
+    "count": (DATA,),
+    "final": (DATA,),
+    "eos": (None,),
+    "temperature": (DATA,),
+    "top_k": (DATA,),
+    "top_p": (DATA,),
+    "min_p": (DATA,),
+    "penalty": (DATA,),
+    "seed": (DATA,),
+}
+PARAMS = ("temperature", "top_k", "top_p", "min_p", "penalty", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepKey:
+    """What makes a program of its own.
+
+    Attributes:
+        kind: the step.
+        batch: `B`, rows over all devices.
+        length: `T`, positions of the cache.
+        new: `S`, positions of a prefill; 1 for decode; for grow the cache length it ends with.
+        fresh: a prefill into an empty cache.
+        mode: parts of the sampler.
+    """
+
+    kind: Literal["prefill", "decode", "grow", "logits"]
+    batch: int
+    length: int
+    new: int = 1
+    fresh: bool = False
+    mode: Mode = GREEDY
+
+    def parts(self) -> Mapping[str, object]:
+        return {name: getattr(self, name) for name in ("kind", "batch", "length", "new", "fresh", "mode")}
+
+
+class Steps:
+    """The steps of one model on one mesh.
+
+    Args:
+        skeleton: the transformers causal LM, without weights (on the meta device, but with a real rotary table).
+        weights: its parameters on the devices.
+        dtype: of the cache and the activations.
+    """
+
+    def __init__(self, skeleton: Any, weights: DeviceWeights, dtype: torch.dtype) -> None:
+        attention.register()
+        self.weights = weights
+        self.plan = weights.plan
+        self.mesh: DeviceMesh = weights.mesh
+        self.dtype = dtype
+        self._base = skeleton.model
+        self._base.config._attn_implementation = attention.CACHED
+        inv_freq = self._base.rotary_emb.inv_freq
+        self._buffers = {"rotary_emb.inv_freq": self.mesh.put(inv_freq, (None,) * inv_freq.dim())}
+
+    def build(self, key: StepKey, arguments: Mapping[str, torch.Tensor]) -> Program:
+        """Trace and compile the program of a key with arguments of its shapes."""
+        name = f"{key.kind}(batch={key.batch}, new={key.new}, length={key.length})"
+        buffers = [argument for argument in arguments if argument.startswith("cache.")]
+        if key.kind == "grow":
+            return Program(name, self.mesh, lambda given: cache.grow(given, self.mesh, key.new), arguments)
+        if key.kind == "logits":
+            return Program(name, self.mesh, self._logits_step, arguments)
+        donated = [*buffers, *(["seen"] if key.mode.penalty else [])]
+        step = self._prefill if key.kind == "prefill" else self._decode
+        return Program(name, self.mesh, lambda given: step(given, key), arguments, donated)
+
+    def _hidden(
+        self, ids: torch.Tensor, start: torch.Tensor, buffers: dict[str, torch.Tensor], *, fresh: bool
+    ) -> tuple[torch.Tensor, cache.StepCache]:
+        """`[B, S]` ids at positions from `start` `[B]` -> final hidden states `[B, S, E]` and the written cache."""
+        weights = self.weights.logical()
+        step_cache = cache.StepCache(self.mesh, buffers, start, fresh=fresh)
+        positions = start[:, None].long() + torch.arange(ids.shape[1], device=ids.device)[None, :]
+        embedded = torch.nn.functional.embedding(ids, weights["model.embed_tokens.weight"])
+        inner = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
+        output = torch.func.functional_call(
+            self._base,
+            inner | self._buffers,
+            kwargs={"inputs_embeds": embedded, "position_ids": positions, "past_key_values": step_cache, "use_cache": True},
+        )
+        return output.last_hidden_state, step_cache
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., E]` -> logits `[..., V]`, split over the vocabulary."""
+        weights = self.weights.logical()
+        head = weights["model.embed_tokens.weight"] if self.plan.model.tied else weights["lm_head.weight"]
+        return torch.nn.functional.linear(hidden, head)
+
+    def _choose(
+        self, last: torch.Tensor, given: Mapping[str, torch.Tensor], positions: torch.Tensor, mode: Mode
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.mesh.mark(self._head(last), (DATA, MODEL))
+        params = {name: given[name] for name in PARAMS if name in given}
+        return sampling.choose(logits, self.mesh, self.plan.model.vocab, mode, params, positions, given.get("seen"))
+
+    def _prefill(self, given: Mapping[str, torch.Tensor], key: StepKey) -> dict[str, torch.Tensor]:
+        """Run a chunk of every row's prompt; rows whose prompt ends in it (`final`) choose their first token."""
+        ids, start, count, final = given["ids"], given["start"], given["count"], given["final"]
+        buffers = {name: tensor for name, tensor in given.items() if name.startswith("cache.")}
+        hidden, step_cache = self._hidden(ids, start, buffers, fresh=key.fresh)
+        ends = torch.arange(ids.shape[1], device=ids.device)[None, :] == (count[:, None].long() - 1)
+        last = torch.where(ends[..., None], hidden, torch.zeros((), dtype=hidden.dtype, device=ids.device)).sum(1)
+        position = start + count
+        token, logprob = self._choose(last, given, position, key.mode)
+        out = {
+            "token": torch.where(final, token, given["token"]),
+            "logprob": torch.where(final, logprob, given["logprob"]),
+            "position": torch.where(final, position, given["position"]),
+        }
+        out["done"] = torch.where(final, self._is_end(out["token"], given["eos"]), given["done"])
+        return self._with_state(out, given, step_cache, final, key)
+
+    def _decode(self, given: Mapping[str, torch.Tensor], key: StepKey) -> dict[str, torch.Tensor]:
+        """One more token for every row that isn't done; done rows keep their state."""
+        buffers = {name: tensor for name, tensor in given.items() if name.startswith("cache.")}
+        position, done = given["position"], given["done"]
+        hidden, step_cache = self._hidden(given["token"][:, None], position, buffers, fresh=False)
+        following = position + 1
+        token, logprob = self._choose(hidden[:, 0], given, following, key.mode)
+        out = {
+            "token": torch.where(done, given["token"], token),
+            "logprob": torch.where(done, given["logprob"], logprob),
+            "position": torch.where(done, position, following),
+        }
+        out["done"] = done | self._is_end(out["token"], given["eos"])
+        return self._with_state(out, given, step_cache, ~done, key)
+
+    def _with_state(
+        self, out: dict[str, torch.Tensor], given: Mapping[str, torch.Tensor], step_cache: cache.StepCache, live: torch.Tensor, key: StepKey
+    ) -> dict[str, torch.Tensor]:
+        if key.mode.penalty:
+            ids = torch.arange(given["seen"].shape[1], device=live.device)
+            out["seen"] = given["seen"] | ((ids[None, :] == out["token"][:, None]) & live[:, None])
+        return {name: self.mesh.mark(tensor, STATE_AXES[name]) for name, tensor in out.items()} | step_cache.buffers
+
+    @staticmethod
+    def _is_end(token: torch.Tensor, eos: torch.Tensor) -> torch.Tensor:
+        return (token[:, None] == eos[None, :]).any(-1)
+
+    def _logits_step(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Logits of every position of a sequence that is run at once, `[B, S, V]` fp32."""
+        buffers = {name: tensor for name, tensor in given.items() if name.startswith("cache.")}
+        hidden, _ = self._hidden(given["ids"], given["start"], buffers, fresh=True)
+        return {"logits": self.mesh.mark(self._head(hidden).float(), (DATA, None, MODEL))}
