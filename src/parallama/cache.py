@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .mesh import DeviceMesh
+from .ops import row_update
 from .topology import DATA, MODEL
 
 AXES = (DATA, MODEL, None, None)
@@ -116,33 +117,7 @@ class StepCache:
 
     def _write(self, name: str, new: torch.Tensor, dim: int) -> None:
         mesh, buffer = self._mesh, self.buffers[name]
-        updated = _row_update()(
+        updated = row_update(
             mesh.enter_manual(buffer, AXES), mesh.enter_manual(new, AXES), mesh.enter_manual(self._starts, (DATA,)), dim=dim
         )
         self.buffers[name] = mesh.leave_manual(updated, AXES, buffer.shape)
-
-
-def _lower_row_update(buffer: Any, new: Any, starts: Any, *, dim: int) -> Any:
-    """One plain dynamic-update-slice a row: row `r` of `new` goes to `buffer[r]` at `starts[r]` along `dim`."""
-    from torch_xla.core import xla_builder as xb
-
-    builder = buffer.builder()
-    zero = xb.Op.zero(builder, xb.Type.S32)
-    for row in range(buffer.shape().sizes[0]):
-        start = starts.slice_in_dim(row, row + 1, 0).reshape([])
-        index = [xb.Op.scalar(builder, row, xb.Type.S32), zero, zero, zero]
-        index[dim] = start
-        buffer = buffer.dynamic_update_slice(new.slice_in_dim(row, row + 1, 0), index)
-    return buffer
-
-
-_registered: Any = None
-
-
-def _row_update() -> Any:
-    global _registered
-    if _registered is None:
-        from torch_xla.core import xla_op_registry
-
-        _registered = xla_op_registry.register("parallama_row_update", _lower_row_update)
-    return _registered

@@ -83,6 +83,9 @@ def make_programs(steps: Steps) -> ProgramSet:
     """The programs of a model, empty; sessions on the same model share what they compile."""
 
     def build(key: StepKey) -> Program:
+        if key.kind == "logits":
+            chunk = _chunk([[0]] * key.batch, [0] * key.batch, key.new, 0)
+            return steps.build(key, _put(steps, {name: chunk[name] for name in ("ids", "start")}))
         buffers = _allocate(steps, key.batch, key.length)
         if key.kind == "grow":
             return steps.build(key, buffers)

@@ -61,8 +61,13 @@ class Program:
         for key in donated:
             xlac._set_buffer_donation(arguments[key], True)
         by_id = {xlac._xla_get_tensor_id(tensor): key for key, tensor in arguments.items()}
+        fallbacks = set(xlac._get_executed_fallback_ops())
         with torch.no_grad():
             outputs = step(arguments)
+        fallen = set(xlac._get_executed_fallback_ops()) - fallbacks
+        if fallen:
+            # What went through the host while tracing would be a constant of the executable.
+            raise ProgramError(lines(f"program {name}: torch-xla cannot trace {', '.join(sorted(fallen))}", "expected operations that stay on the device"))
         mesh.wait()
         order_ids, values = xlac._get_tensors_xla_device_data_node(list(outputs.values()))
         # XLA pairs donated buffers with outputs of the same shape in the order of the graph's parameters; any other order would cross the

@@ -19,6 +19,7 @@ import torch
 
 from .errors import UsageError, lines
 from .mesh import DeviceMesh
+from .ops import float_bits
 from .topology import DATA, MODEL
 
 _HIDDEN = -1e30
@@ -209,7 +210,7 @@ def _reaching(scores: torch.Tensor, weight: torch.Tensor, goal: torch.Tensor) ->
         scores, weight: `[B, N, V / N]`.
         goal: `[B, 1, 1]`.
     """
-    bits = scores.view(torch.int32)
+    bits = float_bits(scores)
     # Order-preserving: negative floats have their magnitude bits flipped.
     keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     lowest = -(1 << 31)
@@ -217,10 +218,8 @@ def _reaching(scores: torch.Tensor, weight: torch.Tensor, goal: torch.Tensor) ->
     digits = torch.arange(1, 16, device=scores.device, dtype=torch.int32)
     for shift in range(28, -1, -4):
         step = digits << shift
-        tries = threshold + step
-        reached = torch.stack(
-            [torch.where(keys >= tries[..., i, None], weight, torch.zeros((), device=scores.device)).sum(-1) for i in range(15)], -1
-        )
+        tries = (threshold + step)[:, :, None, :]
+        reached = torch.where(keys[..., None] >= tries, weight[..., None], torch.zeros((), device=scores.device)).sum(2)
         enough = (reached.sum(1, keepdim=True) >= goal).to(torch.int32).sum(-1, keepdim=True)
         threshold = threshold + (enough << shift)
     return keys >= threshold
@@ -236,13 +235,18 @@ def _gumbel(seed: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor) -> t
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """A 32-bit integer hash (C. Wellons' `triple32`); int32 arithmetic wraps."""
-    x = x ^ ((x >> 17) & 0x7FFF)
+    x = x ^ _shifted(x, 17)
     x = x * _signed(0xED5AD4BB)
-    x = x ^ ((x >> 11) & 0x1FFFFF)
+    x = x ^ _shifted(x, 11)
     x = x * _signed(0xAC4C1B51)
-    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x ^ _shifted(x, 15)
     x = x * _signed(0x31848BAB)
-    return x ^ ((x >> 14) & 0x3FFFF)
+    return x ^ _shifted(x, 14)
+
+
+def _shifted(x: torch.Tensor, by: int) -> torch.Tensor:
+    """Logical shift to the right. torch-xla divides for `>>`, which rounds negative numbers up: clear what would be rounded first."""
+    return ((x & -(1 << by)) >> by) & ((1 << (32 - by)) - 1)
 
 
 def _mix_host(x: int) -> int:

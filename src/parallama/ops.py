@@ -1,0 +1,51 @@
+"""Operations that torch-xla has no good lowering for, written on XLA's own builder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+
+def row_update(buffer: torch.Tensor, new: torch.Tensor, starts: torch.Tensor, *, dim: int) -> torch.Tensor:
+    """Row `r` of `new` goes to `buffer[r]` at `starts[r]` along `dim`: one plain dynamic-update-slice a row.
+
+    Args:
+        buffer: rank 4, rows first.
+        new: like `buffer`, shorter along `dim`.
+        starts: `[B]` int32.
+        dim: 2 or 3.
+    """
+    return _registered("parallama_row_update", _lower_row_update)(buffer, new, starts, dim=dim)
+
+
+def float_bits(x: torch.Tensor) -> torch.Tensor:
+    """The bits of fp32 numbers as int32 (`x.view(torch.int32)`, for which torch-xla would go through the host)."""
+    return _registered("parallama_float_bits", _lower_float_bits)(x)
+
+
+def _lower_row_update(buffer: Any, new: Any, starts: Any, *, dim: int) -> Any:
+    from torch_xla.core import xla_builder as xb
+
+    builder = buffer.builder()
+    zero = xb.Op.zero(builder, xb.Type.S32)
+    for row in range(buffer.shape().sizes[0]):
+        index = [xb.Op.scalar(builder, row, xb.Type.S32), zero, zero, zero]
+        index[dim] = starts.slice_in_dim(row, row + 1, 0).reshape([])
+        buffer = buffer.dynamic_update_slice(new.slice_in_dim(row, row + 1, 0), index)
+    return buffer
+
+
+def _lower_float_bits(x: Any) -> Any:
+    from torch_xla.core import xla_builder as xb
+
+    return x.bitcast(xb.Type.S32)
+
+
+@cache
+def _registered(name: str, lower: Callable[..., Any]) -> Any:
+    from torch_xla.core import xla_op_registry
+
+    return xla_op_registry.register(name, lower)
