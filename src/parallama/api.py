@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint
+from . import loading
 from .errors import UsageError, lines
 from .llm import LLM, Progress
 from .mesh import DeviceMesh
@@ -49,16 +49,16 @@ def load(
     if not isinstance(mesh, DeviceMesh):
         # First: a mesh that doesn't fit says so before anything is read.
         mesh = DeviceMesh(shape, backend=backend, devices=devices)
-    checkpoint.resolve_dtype(dtype, None, mesh.backend.name)
-    source = checkpoint.find(str(model))
+    loading.resolve_dtype(dtype, None, mesh.backend.name)
+    source = loading.find(str(model))
     spec = ModelSpec.from_config(source.config)
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_positions:
         raise UsageError(lines(f"max_model_len is {max_model_len}", f"expected 1 to {spec.max_positions}, the model's maximum"))
     made = make_plan(spec, shape, overrides)
-    to = checkpoint.resolve_dtype(dtype, source.config, mesh.backend.name)
+    to = loading.resolve_dtype(dtype, source.config, mesh.backend.name)
     tokenizer = source.tokenizer()
     report = (lambda done, total: progress("loading", done, total)) if progress is not None else None
-    loaded = checkpoint.to_devices(source, made, mesh, to, report)
+    loaded = loading.to_devices(source, made, mesh, to, report)
     return LLM(
         name=str(model),
         steps=Steps(loaded.skeleton, loaded.weights, to),

@@ -59,3 +59,15 @@ def listed(names: list[str], limit: int = 4) -> str:
     """`a, b, c and 7 more`: names for an error line that must stay short."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """`repr` for an error line: cut where it would flood the message."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def cause(error: BaseException, limit: int = 200) -> str:
+    """What another library's exception says, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .checkpoint import config_from_dict
-from .errors import CheckpointError, lines, listed
+from .errors import CheckpointError, cause, lines, listed
 from .spec import ModelSpec
 
 # Architectures whose converter interleaves the two halves of each query and key head.
@@ -33,10 +33,10 @@ class GgufFile:
             header = GgufHeader.from_file(str(path))
             end = header.data_start + max((info.offset + info.nbytes for info in header.tensors), default=0)
             self._tensors: dict[str, Any] = load_gguf_state_dict(header)
+            self._shapes = {info.name: info.shape for info in header.tensors}
         except Exception as error:  # a damaged header leads the reader anywhere
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             raise CheckpointError(
-                lines(f"{path.name} is not a GGUF file that can be read: {reason}", "expected GGUF version 2 or 3")
+                lines(f"{path.name} is not a GGUF file that can be read: {cause(error)}", "expected GGUF version 2 or 3")
             ) from None
         if end > path.stat().st_size:
             raise CheckpointError(lines(f"{path.name} is cut short: {path.stat().st_size} bytes", f"expected {end}; download it again"))
@@ -96,15 +96,14 @@ class GgufFile:
         from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 
         stored = self._tensors[name]
+        found = tuple(self._shapes[name])
+        if found != shape:
+            raise CheckpointError(
+                lines(f"{self.location.name}: tensor {name} has shape {list(found)}", f"expected {list(shape)}, from the config")
+            )
         values = stored[...]
         if stored.ggml_type in GGML_BLOCK:
             values = dequantize(values, stored.ggml_type)
-        if values.numel() != torch.Size(shape).numel() or (stored.ggml_type not in GGML_BLOCK and tuple(values.shape) != shape):
-            raise CheckpointError(
-                lines(
-                    f"{self.location.name}: tensor {name} has {values.numel()} elements", f"expected shape {list(shape)}, from the config"
-                )
-            )
         return values.reshape(shape)
 
     def tokenizer(self) -> Any | None:
@@ -117,7 +116,7 @@ class GgufFile:
             backend, more = convert_gguf_tokenizer(architecture, described)
             return PreTrainedTokenizerFast(tokenizer_object=backend, **config, **more)
         except Exception as error:  # the converter raises whatever a damaged vocabulary leads it to
-            raise CheckpointError(lines(f"the tokenizer in {self.location.name} cannot be read: {type(error).__name__}")) from None
+            raise CheckpointError(lines(f"the tokenizer in {self.location.name} cannot be read: {cause(error)}")) from None
 
 
 def _split_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import heads
-from .errors import PlanError, lines, listed
+from .errors import PlanError, UsageError, cause, lines, listed, shown
 from .heads import HeadLayout
 from .spec import ModelSpec
 from .topology import DATA, MODEL, MeshShape, axis_name
@@ -151,7 +151,7 @@ class Plan:
 
     def cache_bytes(self, batch: int, length: int, itemsize: int) -> list[int]:
         """Bytes of KV cache on each device for `batch` rows (over all devices) of `length` positions."""
-        rows, slots = batch // self.mesh.data, self.head_layout.slots // self.mesh.model
+        rows, slots = math.ceil(batch / self.mesh.data), self.head_layout.slots // self.mesh.model
         each = 2 * self.model.layers * rows * slots * length * self.model.head_dim * itemsize
         return [each] * self.mesh.devices
 
@@ -239,18 +239,23 @@ def read_overrides(path: str | Path) -> dict[str, str | list[str | None]]:
     import yaml
 
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PlanError(lines(f"plan file {str(path)!r} cannot be read: {reason}", "expected YAML or JSON")) from None
+        text = Path(path).read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
+        nodes = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise PlanError(lines(f"plan file {str(path)!r} cannot be read: {cause(error, 120)}", "expected YAML or JSON")) from None
     if not isinstance(document, dict) or not document:
         raise PlanError(lines(f"plan file {str(path)!r} holds no mapping", "expected 'pattern: style' or 'pattern: [axis, ...]' lines"))
+    keys = [key.value for key, _ in nodes.value] if isinstance(nodes, yaml.MappingNode) else []
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise PlanError(lines(f"plan file {str(path)!r} has the pattern {twice[0]!r} twice", "expected each once"))
     for pattern, style in document.items():
         is_axes = isinstance(style, list) and all(axis is None or isinstance(axis, str) for axis in style)
         if not isinstance(pattern, str) or not (isinstance(style, str) or is_axes):
             raise PlanError(
                 lines(
-                    f"plan file {str(path)!r}: {pattern!r} maps to {style!r}",
+                    f"plan file {str(path)!r}: {shown(pattern)} maps to {shown(style)}",
                     f"expected one of {', '.join(STYLES)}, or a list of axis names and nulls, one per dim",
                 )
             )
@@ -296,6 +301,8 @@ def _place(draft: Plan, name: str, source: tuple[int, ...], style: str | Sequenc
             what = draft.head_layout.reason if blocks.block > 1 else f"padded from {source[blocks.dim]} to {shape[blocks.dim]}"
             reason = f"{reason}; {what}"
     axes = _axes(name, len(source), style)
+    if style == "rowwise" and len(source) == 1:
+        reason = "added once, after the all-reduce: every device holds it"
     for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
         if size % draft.mesh.size(axis):
             raise PlanError(
@@ -317,7 +324,12 @@ def _axes(name: str, rank: int, style: str | Sequence[str | None]) -> Axes:
         if style == "rowwise":
             return (*(None,) * (rank - 1), MODEL)
         return (MODEL, *(None,) * (rank - 1))
-    axes = tuple(None if axis is None else axis_name(axis) for axis in style)
+    if not isinstance(style, Sequence) or not all(axis is None or isinstance(axis, str) for axis in style):
+        raise PlanError(lines(f"{name} is given {shown(style)}", f"expected one of {', '.join(STYLES)}, or a list of axis names and nulls"))
+    try:
+        axes = tuple(None if axis is None else axis_name(axis) for axis in style)
+    except UsageError as error:
+        raise PlanError(str(error)) from None
     if len(axes) != rank:
         raise PlanError(
             lines(f"{name} has {rank} dims, the plan gives {len(axes)} axes: {list(axes)}", "expected one axis (or null) per dim")

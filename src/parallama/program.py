@@ -67,7 +67,9 @@ class Program:
         fallen = set(xlac._get_executed_fallback_ops()) - fallbacks
         if fallen:
             # What went through the host while tracing would be a constant of the executable.
-            raise ProgramError(lines(f"program {name}: torch-xla cannot trace {', '.join(sorted(fallen))}", "expected operations that stay on the device"))
+            raise ProgramError(
+                lines(f"program {name}: torch-xla cannot trace {', '.join(sorted(fallen))}", "expected operations that stay on the device")
+            )
         mesh.wait()
         order_ids, values = xlac._get_tensors_xla_device_data_node(list(outputs.values()))
         # XLA pairs donated buffers with outputs of the same shape in the order of the graph's parameters; any other order would cross the

