@@ -5,11 +5,14 @@ A process has one backend and one device count for its whole life: torch-xla rea
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .errors import BackendError, FitError, lines
@@ -17,6 +20,7 @@ from .errors import BackendError, FitError, lines
 NAMES = ("cpu", "tpu")
 TORCH_XLA = "2.9"
 MOST_CPU_DEVICES = 256
+_M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,25 @@ def _use_spmd(devices: int) -> None:
 def keep_post_optimization_hlo() -> None:
     """Let torch-xla hand out the optimized HLO of a program, for proofs."""
     os.environ["XLA_DUMP_POST_OPTIMIZATIONS"] = "1"
+
+
+@contextmanager
+def lean_host_memory() -> Iterator[None]:
+    """While loading: give every freed tensor's memory back to the system at once.
+
+    glibc learns from freed blocks to keep ever larger ones (up to 32 MB) for itself, and a loader that frees a tensor for each that it makes then peaks at almost
+    twice the model. Afterwards the threshold stays at that maximum, which is where running programs' buffers belong.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
 
 
 def peak_rss_bytes() -> int:

@@ -30,7 +30,9 @@ class Chat:
     def __init__(self, llm: LLM, *, system: str | None = None, max_model_len: int | None = None, **sampling: Any) -> None:
         self._llm = llm
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system is not None else []
-        self.max_model_len = min(max_model_len or DEFAULT_CHAT_LENGTH, llm.max_model_len)
+        if max_model_len is not None and not 1 <= max_model_len <= llm.max_model_len:
+            raise UsageError(lines(f"max_model_len is {max_model_len}", f"expected 1 to {llm.max_model_len}, the model's limit"))
+        self.max_model_len = max_model_len or min(DEFAULT_CHAT_LENGTH, llm.max_model_len)
         llm.render_chat([{"role": "user", "content": "?"}])
         self._session = Session(
             llm.steps,

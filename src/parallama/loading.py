@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .backends import lean_host_memory
 from .checkpoint import Checkpoint, SafetensorsFolder
 from .errors import CheckpointError, UsageError, cause, lines, shown
 from .gguf_file import GgufFile
@@ -131,5 +132,6 @@ def to_devices(
     checkpoint: Checkpoint, plan: Plan, mesh: DeviceMesh, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None
 ) -> Loaded:
     """Read a checkpoint's tensors and put each on the devices as the plan says."""
-    weights = put_parameters(checkpoint.tensors(plan.model), plan, mesh, dtype, progress)
+    with lean_host_memory():
+        weights = put_parameters(checkpoint.tensors(plan.model), plan, mesh, dtype, progress)
     return Loaded(skeleton=make_skeleton(checkpoint.config), weights=weights, dtype=dtype)

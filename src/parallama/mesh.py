@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -112,8 +113,14 @@ class DeviceMesh:
         return [shard for shard, _ in self._xla._XLAC._get_local_shards([tensor])[0]]
 
     def local_bytes(self, tensor: torch.Tensor) -> list[int]:
-        """Bytes that each device holds of a tensor, measured on its shards."""
-        return [shard.numel() * shard.element_size() for shard in self.local_shards(tensor)]
+        """Bytes that each device holds of a tensor, from the slices that the runtime says lie there; nothing is copied."""
+        if not self.spmd:
+            return [tensor.numel() * tensor.element_size()]
+        sizes = []
+        for _, slices in self._xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]:
+            shape = tensor.shape if slices is Ellipsis else [part.stop - part.start for part in slices]
+            sizes.append(math.prod(shape) * tensor.element_size())
+        return sizes
 
     def fetch(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
         """Bring a device tensor that lies as `axes` say back to the host; compiles nothing."""
@@ -128,10 +135,6 @@ class DeviceMesh:
         for device, part in enumerate(shards):
             whole[self.local_slices(tensor.shape, axes, device)] = part
         return whole
-
-    def fetch_many(self, tensors: Sequence[torch.Tensor], axes: Axes) -> list[torch.Tensor]:
-        """`fetch` for several tensors of equal axes."""
-        return [self.fetch(tensor, axes) for tensor in tensors]
 
     def local_slices(self, shape: Sequence[int], axes: Axes, device: int) -> tuple[slice, ...]:
         """Which part of a tensor of `shape` lies on a device."""
