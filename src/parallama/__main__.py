@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import sys
+from itertools import pairwise
 from types import FrameType
 from typing import Any
 
-import click
+import typer
 
 from .errors import ParallamaError
 
@@ -32,13 +33,16 @@ def run(arguments: list[str]) -> int:
             raise
         _complain(str(error))
         return error.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         return 130
-    except click.ClickException as error:
+    except typer.TyperException as error:  # a wrong option or argument
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "parallama"
-        _complain(f"{error.format_message()}\nsee: {command} --help")
-        return error.exit_code
+        message: str = getattr(error, "format_message", error.__str__)()
+        options = getattr(getattr(error, "param", None), "opts", [])
+        given = [f" (got {value!r})" for option, value in pairwise(arguments) if option in options]
+        _complain(f"{' '.join(message.split())}{''.join(given[:1])}\nsee: {command} --help")
+        return 2
     except BrokenPipeError:
         # The reader has gone; there is nobody to write to, and Python would try once more at exit.
         sys.stdout = None

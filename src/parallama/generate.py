@@ -144,6 +144,8 @@ class Session:
             padded = math.ceil(longest_prompt / size) * size
             self.buckets = [bucket for bucket in cache_buckets(max(capacity, padded)) if bucket >= padded]
         self._fresh = not continued and longest_prompt <= CHUNK
+        self._eos = frozenset(eos)
+        self._frozen: set[int] = set()
         self._cached: list[list[int]] = [[] for _ in rows]
         self._length = self.buckets[0]
         self._constants = _constants(steps, [*rows, *[SamplingParams()] * (self._batch - self._count)], self._mode, eos)
@@ -195,21 +197,23 @@ class Session:
             if not prompt:
                 raise UsageError(lines("a prompt has no tokens", "expected at least one"))
             check_ids(torch.tensor(prompt), self.steps.plan.model.vocab)
-        starts = [0] * self._batch
+        starts = [0] * self._count
         if self._continued:
-            starts[: self._count] = [min(_common_prefix(row, new), len(new) - 1) for row, new in zip(self._cached, prompts, strict=True)]
-        news = [list(prompt[start:]) for prompt, start in zip(prompts, starts, strict=False)]
-        size, chunks = self._chunking(max(starts), max(len(new) for new in news))
-        self._ensure(max(starts) + chunks * size)
+            starts = [min(_common_prefix(row, new), len(new) - 1) for row, new in zip(self._cached, prompts, strict=True)]
+        size, chunks, needed = self._chunking(starts, [len(prompt) for prompt in prompts])
+        self._ensure(needed)
+        news = [list(prompt[start:]) for prompt, start in zip(prompts, starts, strict=True)]
+        idle = self._batch - self._count
         done = [row >= self._count for row in range(self._batch)]
         self._state |= _put(self.steps, {"done": torch.tensor(done)})
         if self._mode.penalty:
             self._state |= _put(self.steps, {"seen": self._seen(prompts)})
         for index in range(chunks):
-            idle: list[list[int]] = [[] for _ in range(self._batch - self._count)]
-            self._advance(self._prefill_key(self._length, size), _put(self.steps, _chunk([*news, *idle], starts, size, index)))
+            chunk = _chunk([*news, *[[] for _ in range(idle)]], [*starts, *[0] * idle], size, index)
+            self._advance(self._prefill_key(self._length, size), _put(self.steps, chunk))
         choices = self._read()
         self._cached = [list(prompt) for prompt in prompts]
+        self._frozen.clear()
         self.stats.ttft_s = time.perf_counter() - began
         self.stats.prefill_tokens += sum(len(new) for new in news)
         self.stats.prefill_s += self.stats.ttft_s
@@ -227,8 +231,11 @@ class Session:
             choices = self._read()
             read = time.perf_counter()
             for row, choice in zip(self._cached, choices, strict=True):
-                row.append(pending[choice.row])
-                pending[choice.row] = choice.token
+                if choice.row not in self._frozen:
+                    row.append(pending[choice.row])
+                    if pending[choice.row] in self._eos:  # from here on the device writes this token again and again, to one place
+                        self._frozen.add(choice.row)
+                    pending[choice.row] = choice.token
             self._count_programs()
             ended = time.perf_counter()
             self.stats.decode_steps += 1
@@ -236,13 +243,24 @@ class Session:
             self.stats.decode_host_s += (launched - began) - run_s + (ended - read)
             yield choices
 
-    def _chunking(self, start: int, longest: int) -> tuple[int, int]:
-        """Size and number of prefill chunks: the smallest size that takes all at once, else the largest that fits the cache."""
-        whole = [size for size in self._chunks if size >= longest and start + size <= self.buckets[-1]]
-        size = whole[0] if whole else max(self._chunks)
-        if start + math.ceil(longest / size) * size > self.buckets[-1]:
-            size = min(self._chunks)
-        return size, math.ceil(longest / size)
+    def _chunking(self, starts: Sequence[int], ends: Sequence[int]) -> tuple[int, int, int]:
+        """How to prefill rows from `starts` to `ends`: chunk size, number of chunks, and places that the cache must have.
+
+        The smallest size that takes every row at once, else the largest that fits.
+        """
+
+        def plan(size: int) -> tuple[int, int, int]:
+            counts = [math.ceil((end - start) / size) for start, end in zip(starts, ends, strict=True)]
+            chunks = max(counts)
+            # A row that is through earlier than others has further chunks written behind its end.
+            reach = [
+                start + count * size if count == chunks else end + size for start, count, end in zip(starts, counts, ends, strict=True)
+            ]
+            return size, chunks, max(reach)
+
+        plans = [plan(size) for size in self._chunks]
+        fitting = [made for made in plans if made[2] <= self.buckets[-1]] or plans[:1]
+        return min(fitting, key=lambda made: (made[1], made[0]))
 
     def _ensure(self, length: int) -> None:
         """Have a cache of at least `length` positions."""
@@ -316,11 +334,12 @@ def _chunk(news: Sequence[Sequence[int]], starts: Sequence[int], size: int, inde
     """Host arguments of chunk `index` of a prefill. Rows are filled up with id 0 at places that are written again before anything sees them."""
     ids = torch.zeros(len(news), size, dtype=torch.long)
     parts = [new[index * size : (index + 1) * size] for new in news]
+    begins = [start + (index * size if part else len(new)) for new, start, part in zip(news, starts, parts, strict=True)]
     for row, part in enumerate(parts):
         ids[row, : len(part)] = torch.tensor(part, dtype=torch.long)
     return {
         "ids": ids,
-        "start": torch.tensor([start + index * size for start in starts], dtype=torch.int32),
+        "start": torch.tensor(begins, dtype=torch.int32),
         "count": torch.tensor([len(part) for part in parts], dtype=torch.int32),
         "final": torch.tensor([bool(part) and len(new) <= (index + 1) * size for part, new in zip(parts, news, strict=True)]),
     }

@@ -61,10 +61,10 @@ class Program:
         for key in donated:
             xlac._set_buffer_donation(arguments[key], True)
         by_id = {xlac._xla_get_tensor_id(tensor): key for key, tensor in arguments.items()}
-        fallbacks = set(xlac._get_executed_fallback_ops())
+        before = _fallbacks()
         with torch.no_grad():
             outputs = step(arguments)
-        fallen = set(xlac._get_executed_fallback_ops()) - fallbacks
+        fallen = [key for key, count in _fallbacks().items() if count > before.get(key, 0)]
         if fallen:
             # What went through the host while tracing would be a constant of the executable.
             raise ProgramError(
@@ -85,7 +85,7 @@ class Program:
         xlac._clear_pending_irs(str(mesh.device))
         self._template: list[Any] = [None if i in by_id else value for i, value in zip(order_ids, values, strict=True)]
         self._slots = [(slot, by_id[i]) for slot, i in enumerate(order_ids) if i in by_id]
-        self._checked = {key: _Signature.of(arguments[key]) for key in arguments if key not in donated}
+        self._checked = {key: _Signature.of(argument) for key, argument in arguments.items()}
         self.compile_s = time.perf_counter() - began
         self.last_run_s = 0.0
 
@@ -165,6 +165,13 @@ class ProgramSet:
             if asked.get(part) != nearest.get(part)
         ]
         return lines(f"this step is none of the {len(known)} programs known before the run", "; ".join(parts), "declare it in warm_up")
+
+
+def _fallbacks() -> dict[str, int]:
+    """Operations that torch-xla has run on the host, by how often."""
+    from torch_xla.debug import metrics
+
+    return {name: metrics.counter_value(name) for name in metrics.counter_names() if name.startswith("aten::")}
 
 
 def compiled_programs() -> int:

@@ -229,7 +229,8 @@ def _gumbel(seed: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor) -> t
     """Standard Gumbel noise from a hash of row seed `[B]`, position `[B]` and token id `[1, N, V / N]`."""
     row = _mix(seed ^ _mix(positions.to(torch.int32) + 0x3C6EF372))
     bits = _mix(_mix(ids + 0x1B873593) ^ row[:, None, None])
-    uniform = ((bits & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    # 23 bits: with one more the largest would round to 1, whose noise is infinite.
+    uniform = ((bits & 0x7FFFFF).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
 
 

@@ -1,0 +1,247 @@
+"""What the tests run in a worker: plain Python and host tensors in, the same out."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from parallama import sampling
+from parallama.checkpoint import SafetensorsFolder
+from parallama.errors import ProgramError
+from parallama.generate import Session, make_programs
+from parallama.loading import to_devices
+from parallama.mesh import DeviceMesh
+from parallama.plan import make_plan
+from parallama.program import Program, ProgramSet, compiled_programs
+from parallama.sampling import SamplingParams
+from parallama.shard import shard_model
+from parallama.spec import ModelSpec
+from parallama.steps import StepKey, Steps
+
+_loaded: dict[tuple[str, str], tuple[Steps, ProgramSet]] = {}
+
+
+def from_folder(folder: str, dtype: str = "float32") -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def forward(folder: str, mesh: str, inputs: list[dict[str, torch.Tensor]], dtype: str = "float32") -> dict[str, Any]:
+    """Logits of a sharded transformers model for each of `inputs`, and what its plan says against what the devices hold."""
+    model = shard_model(from_folder(folder, dtype), mesh)
+    with torch.no_grad():
+        outputs = [model(**kwargs, use_cache=False).logits.float().cpu() for kwargs in inputs]
+    measured = [0] * model.parallama_mesh.shape.devices
+    for parameter in model.parameters():
+        for device, size in enumerate(model.parallama_mesh.local_bytes(parameter.data)):
+            measured[device] += size
+    plan = model.parallama_plan
+    return {"logits": outputs, "measured": measured, "planned": plan.parameter_bytes(4 if dtype == "float32" else 2)}
+
+
+def loaded(folder: str, mesh: str) -> tuple[Steps, ProgramSet]:
+    """A model on the devices with its programs, kept for the next case."""
+    if (folder, mesh) not in _loaded:
+        checkpoint = SafetensorsFolder(Path(folder))
+        device_mesh = DeviceMesh(mesh)
+        plan = make_plan(ModelSpec.from_config(checkpoint.config), device_mesh.shape)
+        model = to_devices(checkpoint, plan, device_mesh, torch.float32)
+        steps = Steps(model.skeleton, model.weights, model.dtype)
+        _loaded[folder, mesh] = steps, make_programs(steps)
+    return _loaded[folder, mesh]
+
+
+def generate(
+    folder: str,
+    mesh: str,
+    prompts: list[list[int]],
+    steps: int,
+    capacity: int = 256,
+    eos: tuple[int, ...] = (),
+    params: list[dict[str, Any]] | None = None,
+    longest_prompt: int | None = None,
+) -> dict[str, Any]:
+    """Tokens and log-probabilities of every row, and the session's figures."""
+    model, programs = loaded(folder, mesh)
+    rows = [SamplingParams(**row) for row in params] if params else [SamplingParams()] * len(prompts)
+    longest = longest_prompt or max(len(prompt) for prompt in prompts)
+    session = Session(model, programs, rows, capacity=capacity, longest_prompt=longest, eos=eos)
+    taken = [session.prefill(prompts), *session.decode(steps - 1)]
+    return {
+        "tokens": [[choices[row].token for choices in taken] for row in range(len(prompts))],
+        "logprobs": [[choices[row].logprob for choices in taken] for row in range(len(prompts))],
+        "after_warmup": session.stats.programs_after_warmup,
+        "compiled": session.stats.programs_compiled,
+        "buckets": session.buckets,
+        "cached": session.cached,
+        "measured": model.weights.bytes_per_device(),
+        "planned": model.plan.parameter_bytes(4),
+        "cache_measured": session.cache_bytes_per_device(),
+    }
+
+
+def conversation(folder: str, mesh: str, turns: list[list[list[int]]], steps: int, capacity: int) -> dict[str, Any]:
+    """Every turn's tokens on one continued session. A turn is, for each row, what is added to the text so far; an int first in the row, if
+    negative, cuts so many tokens off before."""
+    model, programs = loaded(folder, mesh)
+    rows = len(turns[0])
+    session = Session(model, programs, [SamplingParams()] * rows, capacity=capacity, continued=True)
+    texts: list[list[int]] = [[] for _ in range(rows)]
+    answers, computed = [], []
+    for turn in turns:
+        for text, added in zip(texts, turn, strict=True):
+            if added and added[0] < 0:
+                del text[added[0] :]
+                added = added[1:]
+            text += added
+        before = session.stats.prefill_tokens
+        taken = [session.prefill(texts), *session.decode(steps - 1)]
+        computed.append(session.stats.prefill_tokens - before)
+        answers.append(([text[:] for text in texts], [[choices[row].token for choices in taken] for row in range(rows)]))
+        for text, row in zip(texts, answers[-1][1], strict=True):
+            text += row
+    return {"answers": answers, "computed": computed, "after_warmup": session.stats.programs_after_warmup}
+
+
+def frozen_rows(folder: str, mesh: str, prompts: list[list[int]], eos: int, steps: int, repeats: int, added: list[int]) -> dict[str, Any]:
+    """A continued session whose rows meet `eos`, decode past it, and go on with the same text, `eos` standing `repeats` times in it."""
+    model, programs = loaded(folder, mesh)
+    session = Session(model, programs, [SamplingParams()] * len(prompts), capacity=256, eos=[eos], continued=True)
+    taken = [session.prefill(prompts), *session.decode(steps - 1)]
+    first = [[choices[row].token for choices in taken] for row in range(len(prompts))]
+    ends = [tokens.index(eos) + repeats if eos in tokens else len(tokens) for tokens in first]
+    texts = [prompt + tokens[:end] + added for prompt, tokens, end in zip(prompts, first, ends, strict=True)]
+    return {"first": first, "texts": texts, "next": [choice.token for choice in session.prefill(texts)]}
+
+
+def gradients(folder: str, mesh: str, ids: torch.Tensor) -> dict[str, Any]:
+    """Loss and gradients of the language-model loss, by parameter name."""
+    import torch_xla
+
+    model = shard_model(from_folder(folder), mesh)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    torch_xla.sync()  # one program for all gradients, not one for each that is fetched
+    return {"loss": float(loss.cpu()), "gradients": {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}}
+
+
+def compile_decode(folder: str, mesh: str, batch: int, length: int) -> None:
+    """Compile one decode step, for its dump."""
+    _, programs = loaded(folder, mesh)
+    programs.warm_up([StepKey(kind="decode", batch=batch, length=length)])
+
+
+def wrong_shape(name: str, dtype: str, shape: list[int], donated: bool) -> None:
+    """Call a program made for `x` float32[4, 8] (read) and `state` float32[4, 8] (donated) with another tensor."""
+    mesh = DeviceMesh("1x1")
+
+    def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"state": given["state"] + given["x"]}
+
+    def tensor(shape: list[int], dtype: str = "float32") -> torch.Tensor:
+        return mesh.put(torch.ones(shape, dtype=getattr(torch, dtype)), (None,) * len(shape))
+
+    program = Program("add", mesh, step, {"x": tensor([4, 8]), "state": tensor([4, 8])}, ["state"] if donated else [])
+    arguments = {"x": tensor([4, 8]), "state": tensor([4, 8])} | {name: tensor(shape, dtype)}
+    mesh.fetch(program(arguments)["state"], (None, None))
+
+
+def replay(mesh: str, times: int) -> list[float]:
+    """Sum of a split, donated counter after each of some calls of one program; `x` is another tensor at each."""
+    device_mesh = DeviceMesh(mesh)
+    axes = ("data", "model")
+
+    def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"state": device_mesh.mark(given["state"] + given["x"], axes), "sum": given["x"].sum()}
+
+    def tensor(value: float) -> torch.Tensor:
+        return device_mesh.put(torch.full((8, 8), value), axes)
+
+    program = Program("count", device_mesh, step, {"x": tensor(0), "state": tensor(0)}, ["state"])
+    compiled = compiled_programs()
+    state, sums = tensor(0), []
+    for index in range(times):
+        state = program({"x": tensor(index), "state": state})["state"]
+        sums.append(float(device_mesh.fetch(state, axes).sum()))
+    assert compiled_programs() == compiled
+    return sums
+
+
+def undeclared(folder: str, batch: int, length: int, declare: bool) -> None:
+    """Ask for a decode step that was not declared."""
+    steps, _ = loaded(folder, "1x1")
+    programs = make_programs(steps)
+    if declare:
+        programs.warm_up([StepKey(kind="decode", batch=1, length=256), StepKey(kind="grow", batch=1, length=256, new=512)])
+        assert len(programs) == 2
+    programs[StepKey(kind="decode", batch=batch, length=length)]
+
+
+_samplers: dict[Any, Program] = {}
+
+
+def choose(
+    mesh: str,
+    logits: torch.Tensor,
+    rows: list[dict[str, Any]],
+    positions: torch.Tensor,
+    seen: torch.Tensor | None = None,
+    vocab: int | None = None,
+    kept: bool = False,
+) -> Any:
+    """Tokens and log-probabilities that the sampler picks from `[B, V]` logits, or with `kept` what it picks from, `[B, V]` bool. Logits beyond `vocab` are padding; the rest up to a multiple of the "model" axis is filled up with zeros."""
+    device_mesh = DeviceMesh(mesh)
+    vocab = logits.shape[1] if vocab is None else vocab
+    extra = -logits.shape[1] % device_mesh.shape.model
+    logits = torch.nn.functional.pad(logits, (0, extra))
+    params = [SamplingParams(**row) for row in rows]
+    mode = functools.reduce(operator.or_, (row.mode for row in params))
+    host = sampling.host_params(params) | {"logits": logits, "positions": positions.to(torch.int32)}
+    if mode.penalty:
+        assert seen is not None
+        host["seen"] = torch.nn.functional.pad(seen, (0, extra))
+    axes = {"logits": ("data", "model"), "seen": ("data", "model")}
+    arguments = {name: device_mesh.put(value, axes.get(name, ("data",))) for name, value in host.items()}
+
+    def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        args = (given["logits"], device_mesh, vocab, mode, dict(given), given["positions"], given.get("seen"))
+        tokens, logprobs = sampling.choose(*args)
+        return {"tokens": device_mesh.mark(tokens, ("data",)), "logprobs": device_mesh.mark(logprobs, ("data",))}
+
+    def kept_step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        batch, width = given["logits"].shape
+        parts = device_mesh.shape.model
+        scores = device_mesh.mark(given["logits"].reshape(batch, parts, width // parts), ("data", "model", None))
+        ids = torch.arange(width, device=scores.device, dtype=torch.int32).reshape(1, parts, width // parts)
+        scores = torch.where(ids < vocab, scores, torch.full((), -1e30, device=scores.device))
+        scores = sampling._perturb(scores, ids, mode, dict(given), given["positions"])
+        return {"kept": device_mesh.mark((scores > -1e20).reshape(batch, width), ("data", "model"))}
+
+    key = (mesh, tuple(logits.shape), vocab, mode, kept)
+    if key not in _samplers:
+        _samplers[key] = Program("choose", device_mesh, kept_step if kept else step, arguments)
+    out = _samplers[key](arguments)
+    if kept:
+        return device_mesh.fetch(out["kept"], ("data", "model"))[:, :vocab]
+    return device_mesh.fetch(out["tokens"], ("data",)), device_mesh.fetch(out["logprobs"], ("data",))
+
+
+def untraceable(times: int) -> list[str]:
+    """What `Program` says, each time, of a step with an operation that torch-xla can only run on the host."""
+    mesh = DeviceMesh("1x1")
+    said = []
+    for _ in range(times):
+        x = mesh.put(torch.ones(4), (None,))
+        try:
+            program = Program("bits", mesh, lambda given: {"bits": (given["x"] * 2).view(torch.int32)}, {"x": x})
+        except ProgramError as error:
+            said.append(str(error))
+        else:
+            said.append(f"answers {program({'x': mesh.put(torch.zeros(4), (None,))})['bits'].cpu().tolist()} for the bits of 0.0")
+    return said

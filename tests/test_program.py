@@ -1,0 +1,129 @@
+"""Programs on real devices: what the optimized HLO of a decode step does, and what a program refuses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CaseError, Worker
+
+LAYERS, HEAD_DIM, LENGTH = 2, 8, 384
+SMOL = {"heads": 9, "kv_heads": 3, "tied": True}
+DIVIDES = {"heads": 16, "kv_heads": 8, "tied": True, "intermediate": 48, "vocab": 96}
+
+
+class Dumps:
+    """Optimized HLO of decode steps. XLA reads its dump flag once, so each device count has a process of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._workers: dict[int, Worker] = {}
+
+    def decode(self, folder: str, devices: int, batch: int) -> str:
+        dump = self._root / str(devices)
+        if devices not in self._workers:
+            flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
+            self._workers[devices] = Worker(devices, self._root / f"{devices}.log", XLA_FLAGS=flags)
+        before = set(dump.glob("*after_optimizations.txt"))
+        self._workers[devices].call("device_cases:compile_decode", folder=folder, mesh=f"1x{devices}", batch=batch, length=LENGTH)
+        new = set(dump.glob("*after_optimizations.txt")) - before
+        assert len(new) == 1, new
+        return new.pop().read_text()
+
+    def stop(self) -> None:
+        for worker in self._workers.values():
+            worker.stop()
+
+
+@pytest.fixture(scope="module")
+def dumps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dumps]:
+    made = Dumps(tmp_path_factory.mktemp("dumps"))
+    yield made
+    made.stop()
+
+
+def count(hlo: str, operation: str) -> int:
+    """How many instructions of this kind there are (an asynchronous one counts once)."""
+    return len(re.findall(rf" {operation}(?:-start)?\(", hlo))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_a_decode_step_updates_the_cache_in_place(dumps: Dumps, models: Any, devices: int, batch: int) -> None:
+    tiny = models(**DIVIDES)
+    hlo = dumps.decode(tiny.folder, devices, batch)
+    heads = 8 // devices  # one a device on 1x8
+    shapes = [f"f32[{batch},{heads},{HEAD_DIM},{LENGTH}]", f"f32[{batch},{heads},{LENGTH},{HEAD_DIM}]"]
+    header, body = hlo.split("\n", 1)
+    aliases = re.search(r"input_output_alias={(.*?)}, entry", header)
+    assert aliases is not None and aliases[1].count("alias)") == 2 * LAYERS
+    assert count(body, "dynamic-update-slice") == batch * 2 * LAYERS
+    for shape in shapes:
+        assert len(re.findall(rf"= {re.escape(shape)}\S* dynamic-update-slice\(", body)) == batch * LAYERS
+        assert not re.findall(rf"= {re.escape(shape)}\S* copy(?:-start)?\(", body)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("sizes", [SMOL, DIVIDES], ids=["9/3", "16/8"])
+def test_a_greedy_decode_step_has_the_fewest_collectives(dumps: Dumps, models: Any, sizes: dict[str, Any], devices: int) -> None:
+    hlo = dumps.decode(models(**sizes).folder, devices, 2)
+    kinds = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+    # Two a layer and one for the embedding; the candidates of the pick are gathered once.
+    assert [count(hlo, kind) for kind in kinds] == [2 * LAYERS + 1, 1, 0, 0, 0]
+
+
+def test_a_single_device_has_no_collectives(dumps: Dumps, models: Any) -> None:
+    hlo = dumps.decode(models(**SMOL).folder, 1, 2)
+    assert not re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute)", hlo)
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x8", "2x4"])
+def test_a_program_replays_with_new_arguments_and_no_new_compile(workers: Any, mesh: str) -> None:
+    rows, columns = mesh.split("x")
+    sums = workers[int(rows) * int(columns)].call("device_cases:replay", mesh=mesh, times=5)
+    assert sums == [64 * total for total in (0, 1, 3, 6, 10)]
+
+
+@pytest.mark.parametrize(("name", "donated"), [("x", True), ("state", False), ("state", True)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "said"), [([4, 9], "float32", "float32[4, 9]"), ([4, 8], "int32", "int32[4, 8]"), ([32], "float32", "float32[32]")]
+)
+def test_a_program_refuses_an_argument_of_another_shape_or_dtype(
+    workers: Any, name: str, donated: bool, shape: list[int], dtype: str, said: str
+) -> None:
+    with pytest.raises(CaseError) as caught:
+        workers[1].call("device_cases:wrong_shape", name=name, dtype=dtype, shape=shape, donated=donated)
+    assert caught.value.kind == "ProgramError"
+    assert caught.value.message.splitlines() == [
+        f"program add: argument {name!r} is {said}",
+        "expected float32[4, 8]",
+        "it would need another program",
+    ]
+
+
+def test_asking_for_an_undeclared_program_names_what_differs_from_the_nearest(workers: Any, models: Any) -> None:
+    with pytest.raises(CaseError) as caught:
+        workers[1].call("device_cases:undeclared", folder=models(**SMOL).folder, batch=1, length=512, declare=True)
+    assert caught.value.kind == "ProgramError"
+    assert caught.value.message.splitlines() == [
+        "this step is none of the 2 programs known before the run",
+        "length is 512, known: 256",
+        "declare it in warm_up",
+    ]
+
+
+def test_asking_before_any_warm_up_says_so(workers: Any, models: Any) -> None:
+    with pytest.raises(CaseError) as caught:
+        workers[1].call("device_cases:undeclared", folder=models(**SMOL).folder, batch=1, length=512, declare=False)
+    assert caught.value.kind == "ProgramError"
+    assert "no program was compiled before the run" in caught.value.message
+    assert "call warm_up first" in caught.value.message
+
+
+def test_a_step_that_would_go_through_the_host_is_refused_every_time(workers: Any) -> None:
+    """Its result would be a constant of the executable. (torch-xla keeps the names of such operations for the life of the process.)"""
+    for said in workers[1].call("device_cases:untraceable", times=2):
+        assert said.startswith("program bits: torch-xla cannot trace"), said
