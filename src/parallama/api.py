@@ -63,7 +63,7 @@ def load(
         name=str(model),
         steps=Steps(loaded.skeleton, loaded.weights, to),
         tokenizer=tokenizer,
-        generation=source.generation,
+        generation={"eos_token_id": getattr(source.config, "eos_token_id", None)} | source.generation,
         max_model_len=max_model_len or spec.max_positions,
         load_s=time.perf_counter() - began,
         progress=progress,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from .errors import UsageError, lines
+from .errors import CheckpointError, UsageError, lines, shown
 from .generate import CHUNK, RunStats, Session, chunk_size, make_programs
 from .mesh import DeviceMesh
 from .plan import Plan
@@ -87,6 +87,7 @@ class LLM:
         mesh: the devices.
         tokenizer: of transformers, or None.
         max_model_len: most tokens of prompt and answer together.
+        eos_ids: ids that end a text.
         stats: of the last run.
     """
 
@@ -110,6 +111,7 @@ class LLM:
         self.load_s = load_s
         self.stats = RunStats()
         self.kv_bytes_per_device: list[int] = [0] * self.mesh.shape.devices
+        self.eos_ids = _eos_ids(generation.get("eos_token_id"), tokenizer, steps.plan.model.vocab)
         self._generation = generation
         self._progress = progress
         self.programs = make_programs(steps)
@@ -154,15 +156,6 @@ class LLM:
             repetition_penalty=pick("repetition_penalty", repetition_penalty),
             seed=secrets.randbits(64) if seed is None else seed,
         )
-
-    @property
-    def eos_ids(self) -> list[int]:
-        """Ids that end a text, from the generation config, the config and the tokenizer (the first that names any)."""
-        for source in (self._generation.get("eos_token_id"), getattr(self.tokenizer, "eos_token_id", None)):
-            if source is not None:
-                ids = [source] if isinstance(source, int) else list(source)
-                return [token for token in ids if 0 <= token < self.plan.model.vocab]
-        return []
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt; ids are checked and passed through.
@@ -299,7 +292,6 @@ class LLM:
         eos = set() if ignore_eos else set(self.eos_ids)
         decode_s, decode_steps = session.stats.decode_s, session.stats.decode_steps
         first = session.prefill(encoded)
-        self.kv_bytes_per_device = session.cache_bytes_per_device()
         for choices in chain([first], session.decode(max(row.limit for row in rows) - 1)):
             seconds = session.stats.decode_s - decode_s
             speed = (session.stats.decode_steps - decode_steps) / seconds if seconds else 0.0
@@ -323,9 +315,9 @@ class LLM:
                     choice.row,
                     Chunk(text=text, token=choice.token, logprob=choice.logprob, finish_reason=row.finish_reason, tokens_per_s=speed),
                 )
-            self.kv_bytes_per_device = session.cache_bytes_per_device()
             if all(row.finish_reason is not None for row in rows):
-                return
+                break
+        self.kv_bytes_per_device = session.cache_bytes_per_device()
 
     def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | torch.Tensor) -> torch.Tensor:
         """Logits of every position of one sequence (or several of one length), computed at once.
@@ -375,3 +367,16 @@ class LLM:
     def param_bytes_per_device(self) -> list[int]:
         """Bytes of parameters on each device, measured on their shards."""
         return self.steps.weights.bytes_per_device()
+
+
+def _eos_ids(named: Any, tokenizer: Any | None, vocab: int) -> list[int]:
+    """Ids that end a text: those of the generation config or the config, else the tokenizer's.
+
+    Raises:
+        CheckpointError: they are no ids of the vocabulary.
+    """
+    named = getattr(tokenizer, "eos_token_id", None) if named is None else named
+    ids = [] if named is None else list(named) if isinstance(named, (list, tuple)) else [named]
+    if not all(type(token) is int and 0 <= token < vocab for token in ids):
+        raise CheckpointError(lines(f"eos_token_id is {shown(named)}", f"expected ids from 0 to {vocab - 1}, the model's vocabulary"))
+    return ids

@@ -1,0 +1,33 @@
+"""Loading holds the model once on the host, not twice."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+# On the CPU backend the devices' memory is the host's too: one copy is the model on its devices.
+LOAD = """
+import json, sys
+from parallama.mesh import DeviceMesh
+mesh = DeviceMesh(sys.argv[1])
+import torch, transformers.models.llama.modeling_llama
+from transformers import AutoModelForCausalLM
+from transformers.integrations.gguf import reader
+mesh.put(torch.zeros(8, 8), (None, None))
+from parallama.backends import peak_rss_bytes
+before = peak_rss_bytes()
+import parallama
+llm = parallama.load("smollm2", mesh=mesh)
+print(json.dumps({"growth": peak_rss_bytes() - before, "devices": llm.param_bytes_per_device(), "plan": llm.plan.parameter_bytes(4)}))
+"""
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x8"])
+def test_loading_never_holds_a_second_full_copy(mesh):
+    done = subprocess.run([sys.executable, "-c", LOAD, mesh], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["devices"] == found["plan"]
+    # The model on its devices, the largest tensor (a fifth of this model) as it is read and turned, and what else is imported.
+    assert found["growth"] < 1.6 * sum(found["devices"])
