@@ -136,8 +136,8 @@ class Session:
             self._mode = self._mode | row.mode
         self._continued = continued
         if continued:
-            self._chunks: tuple[int, ...] = _CONTINUED_CHUNKS
             self.buckets = cache_buckets(capacity + min(_CONTINUED_CHUNKS), smallest=2048)
+            self._chunks: tuple[int, ...] = tuple(size for size in _CONTINUED_CHUNKS if size <= self.buckets[-1])
         else:
             size = chunk_size(longest_prompt)
             self._chunks = (size,)
@@ -159,7 +159,7 @@ class Session:
     def _keys(self) -> list[StepKey]:
         """Every program this session can ever need."""
         starts = self.buckets if self._continued else self.buckets[:1]
-        keys = [self._prefill_key(length, size) for length in starts for size in self._chunks]
+        keys = [self._prefill_key(length, size) for length in starts for size in self._chunks if size <= length]
         keys += [self._decode_key(length) for length in self.buckets]
         keys += [self._grow_key(short, long) for short, long in zip(self.buckets, self.buckets[1:], strict=False)]
         return keys
@@ -196,7 +196,7 @@ class Session:
         for prompt in prompts:
             if not prompt:
                 raise UsageError(lines("a prompt has no tokens", "expected at least one"))
-            check_ids(torch.tensor(prompt), self.steps.plan.model.vocab)
+            check_ids(prompt, self.steps.plan.model.vocab)
         starts = [0] * self._count
         if self._continued:
             starts = [min(_common_prefix(row, new), len(new) - 1) for row, new in zip(self._cached, prompts, strict=True)]

@@ -170,14 +170,12 @@ class LLM:
                 raise UsageError(lines(f"model {self.name!r} has no tokenizer", "give the prompt as token ids"))
             ids = list(self.tokenizer(prompt)["input_ids"])
         else:
-            ids = list(prompt)
-            if not all(type(token) is int for token in ids):
-                raise UsageError(
-                    lines("the prompt is neither text nor a list of token ids", f"got {type(prompt).__name__} of {type(ids[0]).__name__}")
-                )
+            ids = list(prompt) if isinstance(prompt, Sequence) else [prompt]
+            if not isinstance(prompt, Sequence) or not all(type(token) is int for token in ids):
+                raise UsageError(lines(f"the prompt {shown(prompt)} is neither text nor a list of token ids"))
         if not ids:
             raise UsageError(lines("the prompt has no tokens", "expected at least one"))
-        check_ids(torch.tensor(ids), self.plan.model.vocab)
+        check_ids(ids, self.plan.model.vocab)
         return ids
 
     def _limit(self, longest: int, max_new_tokens: int | None) -> int:
@@ -228,6 +226,8 @@ class LLM:
         Raises:
             UsageError: a prompt is empty or too long, an id out of range, an option out of its range.
         """
+        if not isinstance(prompts, Sequence):
+            raise UsageError(lines(f"prompts is {shown(prompts)}", "expected a text, a list of token ids, or a list of either"))
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         batch: list[Any] = [prompts] if one else list(prompts)
         if not batch:

@@ -6,7 +6,7 @@ cut straight from the checkpoint's tensor: the laid-out whole never exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,7 +251,7 @@ class _InputMover:
     def __call__(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ids = args[0] if args else kwargs.get("input_ids")
         if isinstance(ids, torch.Tensor) and ids.device.type == "cpu":
-            check_ids(ids, self.vocab)
+            check_ids(ids.flatten().tolist(), self.vocab)
         return tuple(self._move(value) for value in args), {key: self._move(value) for key, value in kwargs.items()}
 
     def _move(self, value: Any) -> Any:
@@ -265,8 +265,8 @@ class _InputMover:
         return self.mesh.put(value, (DATA, *(None,) * (value.dim() - 1)))
 
 
-def check_ids(ids: torch.Tensor, vocab: int) -> None:
+def check_ids(ids: Iterable[int], vocab: int) -> None:
     """Raise `UsageError` unless every token id is one of the model's: XLA clamps others silently or reads garbage."""
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab):
-        bad = int(ids.max()) if int(ids.max()) >= vocab else int(ids.min())
-        raise UsageError(lines(f"token id {bad} is out of range", f"expected 0 to {vocab - 1}, the model's vocabulary"))
+    for token in ids:
+        if not 0 <= token < vocab:
+            raise UsageError(lines(f"token id {token} is out of range", f"expected 0 to {vocab - 1}, the model's vocabulary"))

@@ -1,0 +1,83 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+COMMAND = str(Path(sys.executable).with_name("parallama"))
+TEXT = README.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+PYTHON = [body for language, body in BLOCKS if language == "python"]
+
+
+def shown_commands() -> list[tuple[str, str]]:
+    """Command lines, and the output that is shown below each."""
+    commands: list[tuple[str, str]] = []
+    for language, body in BLOCKS:
+        if language not in ("console", "sh", "bash", "shell"):
+            continue
+        joined = body.replace("\\\n", " ")
+        for line in joined.splitlines():
+            start = line.removeprefix("$ ")
+            if line.startswith("$ ") or (language != "console" and start.startswith("parallama ")):
+                commands.append((start, ""))
+            elif commands and language == "console":
+                commands[-1] = (commands[-1][0], commands[-1][1] + line + "\n")
+    return commands
+
+
+GENERATE = [(command, shown) for command, shown in shown_commands() if command.startswith("parallama generate")]
+
+
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))}
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, cwd=folder, env=kept, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_the_readme_shows_a_command_and_some_python() -> None:
+    assert GENERATE and PYTHON
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=[f"block {index}" for index in range(1, len(PYTHON) + 1)])
+def test_python_of_the_readme_runs(code: str, tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(code, encoding="utf-8")
+    done = run([sys.executable, "example.py"], tmp_path)
+    if "largest planet" in code:
+        assert "Jupiter" in done.stdout
+
+
+@pytest.mark.parametrize(("command", "shown"), GENERATE, ids=[f"command {index}" for index in range(1, len(GENERATE) + 1)])
+def test_a_command_of_the_readme_prints_what_is_shown(command: str, shown: str, tmp_path: Path) -> None:
+    words = shlex.split(command.split(" #")[0])
+    done = run([COMMAND, *words[1:]], tmp_path)
+    if "Jupiter" in shown:
+        assert "Jupiter" in done.stdout
+    if shown and "..." not in shown:
+        assert shown.strip() in done.stdout
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", TEXT))) or ["README.md"])
+def test_files_that_the_readme_links_to_are_there(link: str) -> None:
+    assert (README.parent / link).exists()
+
+
+def test_options_that_the_readme_names_are_those_of_the_command() -> None:
+    kept = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "TERM")} | {"COLUMNS": "200"}
+    shown = ""
+    for command in ("generate", "chat"):
+        shown += subprocess.run([COMMAND, command, "--help"], capture_output=True, text=True, timeout=60, env=kept, check=True).stdout
+    known = set(re.findall(r"--[a-z][a-z-]+", shown))
+    lines = [line for line in TEXT.splitlines() if line.startswith("| `--") or "parallama generate" in line]
+    named = {option for line in lines for option in re.findall(r"--[a-z][a-z-]+", line)}
+    assert named and named <= known
