@@ -380,8 +380,6 @@ def test_a_file_of_another_kind_is_an_error_that_names_it(folder, name):
     )
 
 
-
-
 @pytest.mark.parametrize(
     "name",
     [

@@ -440,8 +440,6 @@ def test_a_plan_file_that_is_not_there_is_an_error_that_names_it(tmp_path):
     assert refused_file(tmp_path).startswith(f"plan file {str(tmp_path)!r} cannot be read: [Errno 21] Is a directory")
 
 
-
-
 @pytest.mark.parametrize(
     "content",
     [
