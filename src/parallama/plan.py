@@ -110,6 +110,9 @@ class Plan:
     def __getitem__(self, name: str) -> Placement:
         return self._by_name[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
     @property
     def parameters(self) -> tuple[Placement, ...]:
         return tuple(placement for placement in self.placements if placement.kind == "parameter")
