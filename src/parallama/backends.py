@@ -30,8 +30,8 @@ class Backend:
     Attributes:
         name: `cpu` or `tpu`.
         devices: devices of this process.
-        input_major_weights: linear weights are stored `[in, out]`. XLA:CPU multiplies 2 to 16 rows with `[out, in]` weights some thirty times
-            slower (see docs/log.md); elsewhere XLA picks layouts itself.
+        input_major_weights: linear weights are stored `[in, out]`, the order in which XLA:CPU multiplies a few rows well; elsewhere XLA picks
+            layouts itself.
     """
 
     name: str
