@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .cache import LayerKV
+from .products import mixture, scores
 
 PLAIN = "parallama"
 CACHED = "parallama_cached"
@@ -57,18 +58,19 @@ def cached_attention(
         weights = torch.softmax(scores_new, dim=-1).to(query.dtype)
         out = torch.einsum("bkms,bksd->bkmd", weights, value.new)
     else:
-        places = torch.arange(key.cached.shape[3], device=query.device)
+        mesh = key.cache.mesh
+        places = torch.arange(key.cached.shape[2], device=query.device)
         start = position_ids[:, :1, None]
         visible = places[None, None, :] < start
         if sliding_window is not None:
             visible = visible & (places[None, None, :] > position_ids[:, :, None] - sliding_window)
         else:
             visible = visible.expand(batch, new, places.shape[0])
-        scores_old = _masked(torch.einsum("bkmd,bkdt->bkmt", rows, key.cached), visible, group)
+        scores_old = _masked(scores(mesh, rows, key.cached), visible, group)
         top = torch.maximum(scores_old.amax(-1, keepdim=True), scores_new.amax(-1, keepdim=True))
         old, fresh = torch.exp(scores_old - top), torch.exp(scores_new - top)
         total = old.sum(-1, keepdim=True) + fresh.sum(-1, keepdim=True)
-        out = torch.einsum("bkmt,bktd->bkmd", old.to(query.dtype), value.cached)
+        out = mixture(mesh, old.to(query.dtype), value.cached)
         out = out + torch.einsum("bkms,bksd->bkmd", fresh.to(query.dtype), value.new)
         out = (out / total).to(query.dtype)
     by_head = out.reshape(batch, kv_heads, group, new, dim)
@@ -104,21 +106,21 @@ def plain_attention(
         seen = (places[None, :] <= places[length - new :, None]).expand(batch, new, length)
     else:
         seen = attention_mask[:, 0].expand(batch, new, length)
-    scores = _masked(torch.einsum("bkmd,bktd->bkmt", rows, key), seen, group)
-    weights = torch.softmax(scores, dim=-1).to(query.dtype)
+    raw = torch.einsum("bkmd,bktd->bkmt", rows, key)
+    weights = torch.softmax(_masked(raw, seen, group), dim=-1).to(query.dtype)
     weights = torch.nn.functional.dropout(weights, p=dropout, training=dropout > 0)
     out = torch.einsum("bkmt,bktd->bkmd", weights, value)
     return out.reshape(batch, heads, new, dim).transpose(1, 2), None
 
 
-def _masked(scores: torch.Tensor, visible: torch.Tensor, group: int) -> torch.Tensor:
+def _masked(raw: torch.Tensor, visible: torch.Tensor, group: int) -> torch.Tensor:
     """Hide what must not be seen: scores `[B, K, G*S, T]`, visible `[B, S, T]`; the result is fp32."""
     batch, new, length = visible.shape
     if new == 1:
         mask = visible[:, None]
     else:
         mask = visible[:, None, None].expand(batch, 1, group, new, length).reshape(batch, 1, group * new, length)
-    return torch.where(mask, scores.float(), torch.full((), _HIDDEN, device=scores.device))
+    return torch.where(mask, raw.float(), torch.full((), _HIDDEN, device=raw.device))
 
 
 def register() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from . import flags
 from .errors import BackendError, FitError, lines
 
 NAMES = ("cpu", "tpu")
@@ -30,13 +31,12 @@ class Backend:
     Attributes:
         name: `cpu` or `tpu`.
         devices: devices of this process.
-        input_major_weights: linear weights are stored `[in, out]`, the order in which XLA:CPU multiplies a few rows well; elsewhere XLA picks
-            layouts itself.
+        weights_first: products with weights are best written `(W @ x.T).T` (see `products`); elsewhere XLA picks layouts itself.
     """
 
     name: str
     devices: int
-    input_major_weights: bool
+    weights_first: bool
 
 
 _started: Backend | None = None
@@ -69,6 +69,8 @@ def start(name: str = "cpu", devices: int | None = None) -> Backend:
     _check_versions()
     # XLA warns about every program that GSPMD partitions; errors still show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    variable = flags.VARIABLES[name]
+    os.environ[variable] = flags.with_defaults(name, os.environ.get(variable, ""))
     _started = _start_cpu(1 if devices is None else devices) if name == "cpu" else _start_tpu(devices)
     return _started
 
@@ -87,19 +89,28 @@ def _check_versions() -> None:
 def _start_cpu(devices: int) -> Backend:
     if not 1 <= devices <= MOST_CPU_DEVICES:
         raise FitError(lines(f"{devices} virtual CPU devices", f"expected 1 to {MOST_CPU_DEVICES}"))
-    if "torch_xla" in sys.modules:
+    if _runtime_runs():
         wanted = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)}
         if any(os.environ.get(key) != value for key, value in wanted.items()):
             raise FitError(
                 lines(
-                    f"torch_xla was imported before parallama could ask for {devices} CPU device(s)",
+                    f"torch_xla's runtime was started before parallama could ask for {devices} CPU device(s)",
                     "import parallama and load the model first, or set PJRT_DEVICE=CPU and CPU_NUM_DEVICES yourself",
                 )
             )
     os.environ["PJRT_DEVICE"] = "CPU"
     os.environ["CPU_NUM_DEVICES"] = str(devices)
     _use_spmd(devices)
-    return Backend(name="cpu", devices=devices, input_major_weights=True)
+    return Backend(name="cpu", devices=devices, weights_first=True)
+
+
+def _runtime_runs() -> bool:
+    """Whether torch-xla has made its client, which reads the environment. Importing it alone doesn't (and accelerate imports it)."""
+    if "torch_xla" not in sys.modules:
+        return False
+    import torch_xla
+
+    return bool(torch_xla._XLAC._xla_runtime_is_initialized())
 
 
 def _start_tpu(devices: int | None) -> Backend:
@@ -117,7 +128,7 @@ def _start_tpu(devices: int | None) -> Backend:
     if devices not in (None, present):
         raise FitError(lines(f"{devices} devices asked for, this TPU slice has {present}", "expected a mesh that covers all of them"))
     _use_spmd(present)
-    return Backend(name="tpu", devices=present, input_major_weights=False)
+    return Backend(name="tpu", devices=present, weights_first=False)
 
 
 def _use_spmd(devices: int) -> None:
@@ -145,6 +156,11 @@ def lean_host_memory() -> Iterator[None]:
         yield
     finally:
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_rss_bytes() -> int:

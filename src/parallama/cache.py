@@ -1,6 +1,6 @@
 """The static KV cache: one buffer of keys and one of values a layer, split over rows and heads, written in place.
 
-Shapes: keys `[B, K, D, T]`, values `[B, K, T, D]`. Both products of a decode step then read them as they lie, without a transposed copy.
+Shapes: keys and values are `[B, K, T, D]`: a position is one stretch of `D` numbers a head, so writing it touches few pages (see also `products`).
 
 A step that both updates a donated buffer and multiplies with it makes XLA copy the buffer, because nothing tells it that the product
 comes first. So attention reads the buffers as they came in, handles the new positions apart, and the write is made to depend on
@@ -27,32 +27,19 @@ def names(layers: int) -> list[str]:
     return [f"cache.{kind}.{layer}" for layer in range(layers) for kind in ("key", "value")]
 
 
-def shapes(batch: int, slots: int, head_dim: int, length: int) -> dict[str, tuple[int, int, int, int]]:
-    """Shape of a layer's `key` and `value` buffer, over all devices."""
-    return {"key": (batch, slots, head_dim, length), "value": (batch, slots, length, head_dim)}
-
-
 def allocate(
     mesh: DeviceMesh, layers: int, batch: int, slots: int, head_dim: int, length: int, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Zeroed buffers on the devices, by name."""
-    by_kind = shapes(batch, slots, head_dim, length)
-
-    def zeros(kind: str) -> torch.Tensor:
-        local = tuple(size // mesh.shape.size(axis) for size, axis in zip(by_kind[kind], AXES, strict=True))
-        return mesh.put_shards(lambda _device: torch.zeros(local, dtype=dtype), AXES)
-
-    return {name: zeros(name.split(".")[1]) for name in names(layers)}
+    local = (batch // mesh.shape.data, slots // mesh.shape.model, length, head_dim)
+    return {name: mesh.put_shards(lambda _device: torch.zeros(local, dtype=dtype), AXES) for name in names(layers)}
 
 
 def grow(old: Mapping[str, torch.Tensor], mesh: DeviceMesh, length: int) -> dict[str, torch.Tensor]:
     """A step: the same contents in buffers of `length` positions."""
     grown = {}
     for name, tensor in old.items():
-        dim = 3 if name.split(".")[1] == "key" else 2
-        extra = length - tensor.shape[dim]
-        pad = (0, extra) if dim == 3 else (0, 0, 0, extra)
-        grown[name] = mesh.mark(torch.nn.functional.pad(tensor, pad), AXES)
+        grown[name] = mesh.mark(torch.nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[2])), AXES)
     return grown
 
 
@@ -90,7 +77,7 @@ class StepCache:
 
     def __init__(self, mesh: DeviceMesh, buffers: dict[str, torch.Tensor], starts: torch.Tensor, *, fresh: bool) -> None:
         self.buffers = buffers
-        self._mesh = mesh
+        self.mesh = mesh
         self._starts = starts
         self._fresh = fresh
 
@@ -112,12 +99,10 @@ class StepCache:
         if not self.buffers:  # a step that only wants logits
             return
         order = after * 0
-        self._write(f"cache.key.{layer}", (key + order).transpose(2, 3), dim=3)
-        self._write(f"cache.value.{layer}", value + order, dim=2)
+        self._write(f"cache.key.{layer}", key + order)
+        self._write(f"cache.value.{layer}", value + order)
 
-    def _write(self, name: str, new: torch.Tensor, dim: int) -> None:
-        mesh, buffer = self._mesh, self.buffers[name]
-        updated = row_update(
-            mesh.enter_manual(buffer, AXES), mesh.enter_manual(new, AXES), mesh.enter_manual(self._starts, (DATA,)), dim=dim
-        )
+    def _write(self, name: str, new: torch.Tensor) -> None:
+        mesh, buffer = self.mesh, self.buffers[name]
+        updated = row_update(mesh.enter_manual(buffer, AXES), mesh.enter_manual(new, AXES), mesh.enter_manual(self._starts, (DATA,)))
         self.buffers[name] = mesh.leave_manual(updated, AXES, buffer.shape)

@@ -53,6 +53,8 @@ class RunStats:
     """What a session measured: seconds of wall clock, and counts.
 
     Attributes:
+        compile_s: of making programs, tracing included.
+        trace_s: the tracing.
         ttft_s: of the last prefill, until its tokens were on the host.
         decode_host_s: part of `decode_s` outside of the executable and of waiting for its results.
         programs_compiled: by torch-xla's own count, while the session warmed up.
@@ -60,6 +62,7 @@ class RunStats:
     """
 
     compile_s: float = 0.0
+    trace_s: float = 0.0
     ttft_s: float = 0.0
     prefill_tokens: int = 0
     prefill_s: float = 0.0
@@ -150,8 +153,9 @@ class Session:
         self._length = self.buckets[0]
         self._constants = _constants(steps, [*rows, *[SamplingParams()] * (self._batch - self._count)], self._mode, eos)
         self._state: dict[str, torch.Tensor] = {}
-        before, began = compiled_programs(), time.perf_counter()
+        before, traced, began = compiled_programs(), programs.trace_s, time.perf_counter()
         programs.warm_up(self._keys(), progress)
+        self.stats.trace_s = programs.trace_s - traced
         self.stats.compile_s = time.perf_counter() - began
         self._compiled = compiled_programs()
         self.stats.programs_compiled = self._compiled - before

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 
 
-def row_update(buffer: torch.Tensor, new: torch.Tensor, starts: torch.Tensor, *, dim: int) -> torch.Tensor:
-    """Row `r` of `new` goes to `buffer[r]` at `starts[r]` along `dim`: one plain dynamic-update-slice a row.
+def row_update(buffer: torch.Tensor, new: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Row `r` of `new` goes to `buffer[r]` at `starts[r]` along dim 2: one plain dynamic-update-slice a row.
 
     Args:
-        buffer: rank 4, rows first.
-        new: like `buffer`, shorter along `dim`.
+        buffer: `[B, K, T, D]`.
+        new: `[B, K, S, D]`.
         starts: `[B]` int32.
-        dim: 2 or 3.
     """
-    return _registered("parallama_row_update", _lower_row_update)(buffer, new, starts, dim=dim)
+    return _registered("parallama_row_update", _lower_row_update)(buffer, new, starts)
 
 
 def float_bits(x: torch.Tensor) -> torch.Tensor:
@@ -26,14 +25,21 @@ def float_bits(x: torch.Tensor) -> torch.Tensor:
     return _registered("parallama_float_bits", _lower_float_bits)(x)
 
 
-def _lower_row_update(buffer: Any, new: Any, starts: Any, *, dim: int) -> Any:
+def optimization_barrier(x: torch.Tensor) -> torch.Tensor:
+    """`x` itself, which XLA's simplifier doesn't look through."""
+    import torch_xla
+
+    torch_xla._XLAC._xla_optimization_barrier_([x])
+    return x
+
+
+def _lower_row_update(buffer: Any, new: Any, starts: Any) -> Any:
     from torch_xla.core import xla_builder as xb
 
     builder = buffer.builder()
     zero = xb.Op.zero(builder, xb.Type.S32)
     for row in range(buffer.shape().sizes[0]):
-        index = [xb.Op.scalar(builder, row, xb.Type.S32), zero, zero, zero]
-        index[dim] = starts.slice_in_dim(row, row + 1, 0).reshape([])
+        index = [xb.Op.scalar(builder, row, xb.Type.S32), zero, starts.slice_in_dim(row, row + 1, 0).reshape([]), zero]
         buffer = buffer.dynamic_update_slice(new.slice_in_dim(row, row + 1, 0), index)
     return buffer
 

@@ -142,7 +142,8 @@ class Plan:
         if what == _KV:
             return Blocks(dim=dim, block=self.model.head_dim, sources=self.head_layout.kv_sources)
         size, full = (self.model.intermediate, self.intermediate) if what == _INTERMEDIATE else (self.model.vocab, self.vocab)
-        return Blocks(dim=dim, block=1, sources=tuple(range(size)) + (heads.EMPTY,) * (full - size))
+        block = math.gcd(size, full)
+        return Blocks(dim=dim, block=block, sources=tuple(range(size // block)) + (heads.EMPTY,) * ((full - size) // block))
 
     def parameter_bytes(self, itemsize: int) -> list[int]:
         """Bytes of parameters on each device (every device holds as many)."""
@@ -298,7 +299,8 @@ def _place(draft: Plan, name: str, source: tuple[int, ...], style: str | Sequenc
             )
         shape[blocks.dim] = blocks.block * len(blocks.sources)
         if shape[blocks.dim] != source[blocks.dim]:
-            what = draft.head_layout.reason if blocks.block > 1 else f"padded from {source[blocks.dim]} to {shape[blocks.dim]}"
+            of_heads = _LAID_OUT[_module_key(name)][1] in (_QUERY, _KV)
+            what = draft.head_layout.reason if of_heads else f"padded from {source[blocks.dim]} to {shape[blocks.dim]}"
             reason = f"{reason}; {what}"
     axes = _axes(name, len(source), style)
     if style == "rowwise" and len(source) == 1:

@@ -94,26 +94,15 @@ class DeviceWeights:
 
     Attributes:
         tensors: by parameter name.
-        input_major: names of linear weights that are stored `[in, out]`.
     """
 
     plan: Plan
     mesh: DeviceMesh
     tensors: dict[str, torch.Tensor]
-    input_major: frozenset[str]
-
-    def logical(self) -> dict[str, torch.Tensor]:
-        """Parameters as a model's forward expects them, `[out, in]`; within a step."""
-        return {name: tensor.t() if name in self.input_major else tensor for name, tensor in self.tensors.items()}
 
     def fetch(self, name: str) -> torch.Tensor:
         """A parameter on the host, as in the checkpoint."""
-        axes = self.plan[name].axes
-        if name in self.input_major:
-            whole = self.mesh.fetch(self.tensors[name], axes[::-1]).t()
-        else:
-            whole = self.mesh.fetch(self.tensors[name], axes)
-        return take_off(whole, self.plan, name).contiguous()
+        return take_off(self.mesh.fetch(self.tensors[name], self.plan[name].axes), self.plan, name).contiguous()
 
     def bytes_per_device(self) -> list[int]:
         """Measured from the shards that lie on the devices, not from the plan."""
@@ -124,7 +113,7 @@ class DeviceWeights:
         return totals
 
 
-def put_parameter(source: torch.Tensor, plan: Plan, mesh: DeviceMesh, name: str, dtype: torch.dtype, *, input_major: bool) -> torch.Tensor:
+def put_parameter(source: torch.Tensor, plan: Plan, mesh: DeviceMesh, name: str, dtype: torch.dtype) -> torch.Tensor:
     """Move one parameter to the devices, laid out, cast and split.
 
     Raises:
@@ -138,16 +127,10 @@ def put_parameter(source: torch.Tensor, plan: Plan, mesh: DeviceMesh, name: str,
 
     def part(device: int) -> torch.Tensor:
         local = device_part(source, plan, placement, device)
-        local = local.t() if input_major else local
         local = local.to(dtype).contiguous()
         return local.clone() if local.data_ptr() == source.data_ptr() else local
 
-    return mesh.put_shards(part, placement.axes[::-1] if input_major else placement.axes)
-
-
-def is_linear(name: str, placement: Placement) -> bool:
-    """Whether a parameter is the weight of a product (an untied or tied embedding also serves as one)."""
-    return len(placement.source_shape) == 2 and name.endswith(".weight")
+    return mesh.put_shards(part, placement.axes)
 
 
 def put_parameters(
@@ -166,19 +149,14 @@ def put_parameters(
     pairs = ((name, read()) for name, read in sources.items()) if isinstance(sources, Mapping) else sources
     wanted = [placement.name for placement in plan.parameters]
     tensors: dict[str, torch.Tensor] = {}
-    input_major = set()
     for name, source in pairs:
-        placement = plan[name]
-        flipped = mesh.backend.input_major_weights and is_linear(name, placement)
-        tensors[name] = put_parameter(source, plan, mesh, name, dtype, input_major=flipped)
-        if flipped:
-            input_major.add(name)
+        tensors[name] = put_parameter(source, plan, mesh, name, dtype)
         if progress is not None:
             progress(len(tensors), len(wanted))
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise CheckpointError(lines(f"missing tensors: {listed(missing)}", "expected every parameter of the model"))
-    return DeviceWeights(plan=plan, mesh=mesh, tensors=tensors, input_major=frozenset(input_major))
+    return DeviceWeights(plan=plan, mesh=mesh, tensors=tensors)
 
 
 def shard_model(model: Any, mesh: DeviceMesh | MeshShape | str, plan: Plan | Mapping[str, Any] | None = None) -> Any:
@@ -218,9 +196,7 @@ def shard_model(model: Any, mesh: DeviceMesh | MeshShape | str, plan: Plan | Map
     model.config._attn_implementation = attention.PLAIN
     tied = {id(parameter): name for name, parameter in parameters.items()}
     moved = {
-        name: torch.nn.Parameter(
-            put_parameter(parameter.data, plan, mesh, name, parameter.dtype, input_major=False), requires_grad=parameter.requires_grad
-        )
+        name: torch.nn.Parameter(put_parameter(parameter.data, plan, mesh, name, parameter.dtype), requires_grad=parameter.requires_grad)
         for name, parameter in parameters.items()
     }
     for module_name, module in model.named_modules():

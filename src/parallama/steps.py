@@ -18,6 +18,7 @@ import torch
 
 from . import attention, cache, sampling
 from .mesh import DeviceMesh
+from .products import LinearForm, linear
 from .program import Program
 from .sampling import GREEDY, Mode
 from .shard import DeviceWeights
@@ -104,23 +105,25 @@ class Steps:
         self, ids: torch.Tensor, start: torch.Tensor, buffers: dict[str, torch.Tensor], *, fresh: bool
     ) -> tuple[torch.Tensor, cache.StepCache]:
         """`[B, S]` ids at positions from `start` `[B]` -> final hidden states `[B, S, E]` and the written cache."""
-        weights = self.weights.logical()
+        weights = self.weights.tensors
         step_cache = cache.StepCache(self.mesh, buffers, start, fresh=fresh)
         positions = start[:, None].long() + torch.arange(ids.shape[1], device=ids.device)[None, :]
         embedded = torch.nn.functional.embedding(ids, weights["model.embed_tokens.weight"])
         inner = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
-        output = torch.func.functional_call(
-            self._base,
-            inner | self._buffers,
-            kwargs={"inputs_embeds": embedded, "position_ids": positions, "past_key_values": step_cache, "use_cache": True},
-        )
+        partial = [tensor for name, tensor in weights.items() if tensor.dim() == 2 and self.plan[name].axes[1] is not None]
+        with LinearForm(self.mesh, partial):
+            output = torch.func.functional_call(
+                self._base,
+                inner | self._buffers,
+                kwargs={"inputs_embeds": embedded, "position_ids": positions, "past_key_values": step_cache, "use_cache": True},
+            )
         return output.last_hidden_state, step_cache
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., E]` -> logits `[..., V]`, split over the vocabulary."""
-        weights = self.weights.logical()
+        weights = self.weights.tensors
         head = weights["model.embed_tokens.weight"] if self.plan.model.tied else weights["lm_head.weight"]
-        return torch.nn.functional.linear(hidden, head)
+        return linear(self.mesh, hidden, head)
 
     def _choose(
         self, last: torch.Tensor, given: Mapping[str, torch.Tensor], positions: torch.Tensor, mode: Mode

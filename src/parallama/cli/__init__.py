@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .bench import bench
 from .chat import chat
 from .generate import generate
 from .options import show_version
@@ -28,3 +29,4 @@ def _root(
 
 app.command()(generate)
 app.command()(chat)
+app.command()(bench)

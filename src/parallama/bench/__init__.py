@@ -1,0 +1,1 @@
+"""Measuring: speed beside the peers and beside the machine's limits."""

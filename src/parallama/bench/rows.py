@@ -1,0 +1,138 @@
+"""What a benchmark measured, as plain data: pure, and the JSON of `parallama bench --json`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+What = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Tokens a second of all rows of a batch together, over some repetitions.
+
+    Attributes:
+        samples: how many repetitions (prefill) or steps (decode).
+    """
+
+    median: float
+    min: float
+    max: float
+    samples: int
+
+    @classmethod
+    def of(cls, tokens: int, seconds: Sequence[float]) -> Speed:
+        """From the seconds that each repetition took for so many tokens."""
+        return cls(median=tokens / statistics.median(seconds), min=tokens / max(seconds), max=tokens / min(seconds), samples=len(seconds))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerResult:
+    """What a peer did with the same weights, tokens, dtype and cores; interleaved with ours in the same run.
+
+    Attributes:
+        error: why it could not run the case, or None.
+        ratio: our median over the peer's.
+        same_tokens: whether it chose the same greedy tokens.
+    """
+
+    peer: str
+    processes: int
+    tokens_per_s: Speed | None = None
+    ratio: float | None = None
+    same_tokens: bool | None = None
+    peak_rss_bytes: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One thing measured.
+
+    Attributes:
+        what: `prefill` (until the first token is on the host) or `decode` (one step after another, each token on the host).
+        mesh: data x model.
+        batch: rows.
+        prompt: tokens of each row's prompt; decode starts behind it.
+        mbu: model bandwidth utilisation of decode: bytes of weights and cache that a step must read, over what the machine reads in that time.
+        mfu: model FLOPs utilisation of prefill: FLOPs of its products, over what the machine's matrix product does in that time.
+        host_ms_per_step: of a decode step outside of the executable and of waiting for it.
+        skipped: why the case was not run, or None.
+    """
+
+    what: What
+    mesh: str
+    batch: int
+    prompt: int
+    tokens_per_s: Speed | None = None
+    mbu: float | None = None
+    mfu: float | None = None
+    host_ms_per_step: float | None = None
+    peak_rss_bytes: int | None = None
+    peers: tuple[PeerResult, ...] = ()
+    skipped: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """From nothing to a first token on one mesh, seconds of wall clock in a new process; its parts in the order in which they begin.
+
+    Attributes:
+        import_s: Python's imports and starting the devices.
+        load_s: reading the checkpoint onto the devices.
+        trace_s: tracing the programs.
+        compile_s: XLA compiling them, where nothing else was going on.
+        first_token_s: the prefill itself, the first time.
+        cold_ttft_s: from the process's start to the first token.
+        warm_ttft_s: the same prefill again.
+    """
+
+    mesh: str
+    import_s: float
+    load_s: float
+    trace_s: float
+    compile_s: float
+    first_token_s: float
+    cold_ttft_s: float
+    warm_ttft_s: float
+    programs: int
+    param_bytes_per_device: tuple[int, ...]
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The machine's limits, measured in the same run.
+
+    Attributes:
+        bandwidth_bytes_per_s: reading memory, all threads.
+        gemm_flops_per_s: a large fp32 matrix product, all threads.
+    """
+
+    cpu: str
+    threads: int
+    bandwidth_bytes_per_s: float
+    gemm_flops_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything one run of `parallama bench` measured."""
+
+    command: str
+    date: str
+    model: str
+    dtype: str
+    backend: str
+    threads: int
+    machine: Machine
+    versions: dict[str, str]
+    starts: tuple[Start, ...]
+    rows: tuple[Row, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `--json`."""
+        return asdict(self)

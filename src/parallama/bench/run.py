@@ -1,0 +1,313 @@
+"""A run of the benchmark: engines take turns on the same cases, each in its own process, and the machine's limits are measured in between."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import platform
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..backends import usable_cores
+from ..errors import RunError, UsageError, lines
+from ..loading import DTYPES, find
+from ..spec import ModelSpec
+from ..topology import MeshShape
+from .limits import decode_bytes, prefill_flops
+from .processes import EngineProcess
+from .rows import Machine, PeerResult, Report, Row, Speed, Start, What
+
+PEERS = ("hf", "hf-compile", "hf-tp", "recipe", "recipe-openxla")
+"""Peers by name; see the README for what each is."""
+_ONE_PROCESS = ("hf", "hf-compile")
+MOST_TOKENS = 16384
+"""Cases with more tokens in their prompts together are skipped, and reported so."""
+WHATS: tuple[What, ...] = ("prefill", "decode")
+_TURN = 8
+_REPEATED_TOKENS = 4096
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        meshes: the first one also stands as a peer beside the others.
+        batches, prompts: every pair is a case.
+        steps: decode steps measured in each case.
+        repeats: prefills measured in each case (one only, where its prompts have more than 4,096 tokens together).
+        threads: cores that every engine may use; all if None.
+    """
+
+    model: str
+    meshes: tuple[MeshShape, ...]
+    peers: tuple[str, ...] = ()
+    batches: tuple[int, ...] = (1, 4, 16, 32)
+    prompts: tuple[int, ...] = (512, 4096)
+    steps: int = 24
+    repeats: int = 3
+    threads: int | None = None
+    dtype: str = "float32"
+    backend: str = "cpu"
+
+    def __post_init__(self) -> None:
+        unknown = [peer for peer in self.peers if peer not in PEERS]
+        if unknown:
+            raise UsageError(lines(f"peer {unknown[0]!r} is unknown", f"expected one of {', '.join(PEERS)}"))
+        for name, numbers, least in (("batch", self.batches, 1), ("prompt", self.prompts, 1), ("steps", (self.steps,), 8)):
+            if not numbers or min(numbers) < least:
+                raise UsageError(lines(f"{name} is {min(numbers, default=None)}", f"expected at least {least}"))
+        if self.repeats < 1:
+            raise UsageError(lines(f"repeats is {self.repeats}", "expected at least 1"))
+        if self.dtype not in DTYPES:
+            raise UsageError(lines(f"dtype {self.dtype!r} is unknown", f"expected {' or '.join(DTYPES)}"))
+        if not self.meshes:
+            raise UsageError(lines("there is no mesh", "expected at least one, as 1x1,1x2"))
+        if self.threads is not None and not 1 <= self.threads <= usable_cores():
+            raise UsageError(lines(f"threads is {self.threads}", f"expected 1 to {usable_cores()}, the cores this process may use"))
+
+
+@dataclass
+class _Runner:
+    """An engine in the run: its process, or why there is none."""
+
+    name: str
+    mesh: str
+    processes: int
+    process: EngineProcess | None = None
+    error: str | None = None
+    case_error: str | None = None
+    tokens: list[list[int]] = field(default_factory=list)
+    prefill_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any] | None:
+        """A command's reply, or None once something of this case has failed."""
+        if self.process is None or self.case_error is not None:
+            return None
+        try:
+            self.last = self.last | self.process.ask(do, **arguments)
+        except RunError as error:
+            self.case_error = _first_line(error, self.name)
+            return None
+        return self.last
+
+    @property
+    def started(self) -> dict[str, Any]:
+        assert self.process is not None
+        return self.process.started
+
+    def begin(self) -> None:
+        """Forget the last case."""
+        self.case_error, self.tokens, self.prefill_s, self.decode_s, self.last = self.error, [], [], [], {}
+
+
+def run(options: Options, command: str, progress: Progress) -> Report:
+    """Measure everything that `options` name.
+
+    Args:
+        command: how this run was asked for; it goes into the report.
+        progress: called with one line for what begins.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+        RunError: parallama itself could not start on a mesh.
+    """
+    spec = ModelSpec.from_config(find(options.model).config)
+    threads = options.threads or usable_cores()
+    with contextlib.ExitStack() as stack:
+        start = _Starter(options, threads, stack, progress)
+        machine = start("machine")
+        readings = [_reading(machine)]
+        ours = [start("parallama", mesh) for mesh in options.meshes]
+        shared = {peer: start(peer) for peer in options.peers if peer in _ONE_PROCESS}
+        beside: list[dict[str, _Runner]] = []
+        for mesh in options.meshes:
+            own = {peer: _refused(peer, mesh) or start(peer, mesh) for peer in options.peers if peer not in _ONE_PROCESS}
+            first = {f"parallama {ours[0].mesh}": ours[0]} if mesh != options.meshes[0] else {}
+            beside.append(first | shared | own)
+        everyone = list({id(runner): runner for group in beside for runner in (*ours, *group.values())}.values())
+        rows: list[Row] = []
+        for prompt in options.prompts:
+            for batch in options.batches:
+                progress(f"batch {batch}, prompt {prompt}")
+                reason = _too_long(options, spec, batch, prompt)
+                if reason is not None:
+                    rows += _skipped(options, batch, prompt, reason)
+                    continue
+                _measure(everyone, options, spec, batch, prompt)
+                readings.append(_reading(machine))
+                # The machine's speed drifts with its other guests: what it reached right before and after the case counts.
+                limit = {name: max(reading[name] for reading in readings[-2:]) for name in readings[-1]}
+                for runner, peers in zip(ours, beside, strict=True):
+                    rows += _rows(runner, peers, options, spec, batch, prompt, limit)
+        versions = ours[0].started["versions"] | {"python": platform.python_version()}
+        starts = tuple(Start(mesh=runner.mesh, **runner.started["start"]) for runner in ours)
+    return Report(
+        command=command,
+        date=datetime.date.today().isoformat(),
+        model=options.model,
+        dtype=options.dtype,
+        backend=options.backend,
+        threads=threads,
+        machine=Machine(cpu=_cpu(), threads=threads, **{name: max(reading[name] for reading in readings) for name in readings[0]}),
+        versions=versions,
+        starts=starts,
+        rows=tuple(rows),
+    )
+
+
+class _Starter:
+    """Starts engines, which end with the run."""
+
+    def __init__(self, options: Options, threads: int, stack: contextlib.ExitStack, progress: Progress) -> None:
+        self._options, self._threads, self._stack, self._progress = options, threads, stack, progress
+
+    def __call__(self, name: str, mesh: MeshShape | None = None) -> _Runner:
+        mesh = mesh or MeshShape(data=1, model=1)
+        processes = mesh.devices if name == "hf-tp" else 1
+        runner = _Runner(name=name, mesh=str(mesh), processes=processes)
+        self._progress(f"starting {name} {mesh}")
+        engine = {
+            "engine": name,
+            "model": self._options.model,
+            "mesh": str(mesh),
+            "devices": mesh.devices,
+            "dtype": self._options.dtype,
+            "backend": self._options.backend,
+            "threads": self._threads,
+        }
+        try:
+            runner.process = self._stack.enter_context(EngineProcess(engine, processes=processes))
+        except RunError as error:
+            if name in ("parallama", "machine"):
+                raise
+            runner.error = _first_line(error, name)
+        return runner
+
+
+def _first_line(error: RunError, name: str) -> str:
+    return str(error).splitlines()[0].removeprefix(f"{name}: ")
+
+
+def _reading(machine: _Runner) -> dict[str, float]:
+    assert machine.process is not None
+    reply = machine.process.ask("measure")
+    return {name: reply[name] for name in ("bandwidth_bytes_per_s", "gemm_flops_per_s")}
+
+
+def _refused(peer: str, mesh: MeshShape) -> _Runner | None:
+    """A peer that has no way to run on a mesh, with the reason."""
+    reason = None
+    if mesh.data > 1:
+        reason = f"{peer} splits over one axis only, not {mesh}"
+    elif peer == "hf-tp" and mesh.devices == 1:
+        reason = "hf-tp needs two processes; on one it is hf"
+    return _Runner(name=peer, mesh=str(mesh), processes=mesh.devices, error=reason) if reason else None
+
+
+def _too_long(options: Options, spec: ModelSpec, batch: int, prompt: int) -> str | None:
+    if batch * prompt > MOST_TOKENS:
+        return f"{batch * prompt} prompt tokens, over the limit of {MOST_TOKENS}"
+    if prompt + options.steps + 1 > spec.max_positions:
+        return f"longer than the model's {spec.max_positions} positions"
+    return None
+
+
+def _skipped(options: Options, batch: int, prompt: int, reason: str) -> list[Row]:
+    return [Row(what="decode", mesh=str(mesh), batch=batch, prompt=prompt, skipped=reason) for mesh in options.meshes]
+
+
+def _measure(runners: Sequence[_Runner], options: Options, spec: ModelSpec, batch: int, prompt: int) -> None:
+    """One case on every engine, turn by turn."""
+    draw = random.Random(batch * 1_000_003 + prompt)
+    prompts = [[draw.randrange(spec.vocab) for _ in range(prompt)] for _ in range(batch)]
+    repeats = options.repeats if batch * prompt <= _REPEATED_TOKENS else 1
+    warm_up = 2
+    for runner in runners:
+        runner.begin()
+        runner.ask("prepare", batch=batch, prompt=prompt, steps=options.steps + warm_up)
+        runner.ask("prefill", prompts=prompts[:1] * batch if batch * prompt > _REPEATED_TOKENS else prompts)
+    for _ in range(repeats):
+        for runner in runners:
+            if (reply := runner.ask("prefill", prompts=prompts)) is not None:
+                runner.prefill_s += reply["seconds"]
+                runner.tokens = reply["tokens"]
+    done = 0
+    while done < options.steps + warm_up:
+        # The first turn's first steps warm up: compiling that a peer puts off, and caches.
+        steps = min(_TURN + (warm_up if done == 0 else 0), options.steps + warm_up - done)
+        for runner in runners:
+            if (reply := runner.ask("decode", steps=steps)) is not None:
+                runner.decode_s += reply["seconds"][warm_up if done == 0 else 0 :]
+                runner.tokens = runner.tokens + reply["tokens"]
+        done += steps
+
+
+def _rows(
+    ours: _Runner, peers: Mapping[str, _Runner], options: Options, spec: ModelSpec, batch: int, prompt: int, limit: Mapping[str, float]
+) -> list[Row]:
+    """Our rows of a case on one mesh, with the peers beside them."""
+    shared: dict[str, Any] = {"mesh": ours.mesh, "batch": batch, "prompt": prompt}
+    if ours.case_error is not None:
+        return [Row(what=what, **shared, skipped=f"failed: {ours.case_error}") for what in WHATS]
+    itemsize = DTYPES[options.dtype].itemsize
+    peak = ours.last["peak_rss_bytes"]
+    prefill, decode = Speed.of(batch * prompt, ours.prefill_s), Speed.of(batch, ours.decode_s)
+    flops = prefill_flops(spec, batch, prompt) / (batch * prompt)
+    # The cache grows by a position a step: count its middle.
+    moved = decode_bytes(spec, batch, prompt + options.steps // 2, itemsize) / batch
+    return [
+        Row(
+            what="prefill",
+            **shared,
+            tokens_per_s=prefill,
+            mfu=flops * prefill.median / limit["gemm_flops_per_s"],
+            peak_rss_bytes=peak,
+            peers=_beside("prefill", prefill, ours, peers, batch * prompt),
+        ),
+        Row(
+            what="decode",
+            **shared,
+            tokens_per_s=decode,
+            mbu=moved * decode.median / limit["bandwidth_bytes_per_s"],
+            host_ms_per_step=ours.last["host_ms_per_step"],
+            peak_rss_bytes=peak,
+            peers=_beside("decode", decode, ours, peers, batch),
+        ),
+    ]
+
+
+def _beside(what: What, speed: Speed, ours: _Runner, peers: Mapping[str, _Runner], tokens: int) -> tuple[PeerResult, ...]:
+    results = []
+    for name, peer in peers.items():
+        if peer.case_error is not None:
+            results.append(PeerResult(peer=name, processes=peer.processes, error=peer.case_error))
+            continue
+        theirs = Speed.of(tokens, peer.prefill_s if what == "prefill" else peer.decode_s)
+        same = peer.tokens[:1] == ours.tokens[:1] if what == "prefill" else peer.tokens == ours.tokens
+        results.append(
+            PeerResult(
+                peer=name,
+                processes=peer.processes,
+                tokens_per_s=theirs,
+                ratio=speed.median / theirs.median,
+                same_tokens=same,
+                peak_rss_bytes=peer.last["peak_rss_bytes"],
+            )
+        )
+    return tuple(results)
+
+
+def _cpu() -> str:
+    """The processor's name, where the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,83 @@
+"""Random-weight checkpoints of named shapes, to measure on: speed depends on sizes, not on what the weights say."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from ..errors import CheckpointError, UsageError, lines
+
+_COMMON = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 8192,
+    "dtype": "float32",
+}
+
+
+def _shape(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int, *, tied: bool) -> dict[str, object]:
+    return {
+        **_COMMON,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "intermediate_size": intermediate,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+    }
+
+
+SHAPES: Mapping[str, dict[str, object]] = MappingProxyType(
+    {
+        "tiny": _shape(64, 2, 8, 4, 176, 512, tied=False),
+        "smol135": _shape(576, 30, 9, 3, 1536, 49152, tied=True),
+        "l200": _shape(1024, 12, 16, 8, 2816, 32000, tied=False),
+        "l1b": _shape(2048, 16, 32, 8, 8192, 128256, tied=True),
+    }
+)
+"""Name -> config.json: a toy, SmolLM2-135M's sizes, 200 M parameters, Llama-3.2-1B's sizes."""
+
+
+def make(name: str, folder: Path, seed: int = 0) -> int:
+    """Write a checkpoint of a named shape: config.json and model.safetensors, fp32, no tokenizer.
+
+    Args:
+        folder: made if it isn't there; must be empty.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        UsageError: no such shape.
+        CheckpointError: the folder has something in it, or cannot be written.
+    """
+    if name not in SHAPES:
+        raise UsageError(lines(f"shape {name!r} is unknown", f"expected one of {', '.join(SHAPES)}"))
+    import torch
+    from safetensors.torch import save_file
+
+    from ..spec import ModelSpec
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise CheckpointError(lines(f"folder {str(folder)!r} is not empty", "expected a new one: nothing is written over"))
+        spec = ModelSpec.from_config(SHAPES[name])
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            parameter: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
+            for parameter, shape in spec.parameters()
+        }
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(SHAPES[name], indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(lines(f"folder {str(folder)!r} cannot be written: {error.strerror}", "give another one")) from None
+    return sum(math.prod(shape) for _, shape in spec.parameters())

@@ -1,0 +1,89 @@
+"""`parallama bench`: measure speed beside the peers and beside the machine's limits."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UsageError, lines
+from ..topology import MeshShape
+from . import options
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or a shipped name; with --make the folder to write.")],
+    make: Annotated[str | None, typer.Option("--make", help="Write a random-weight checkpoint of this shape (l200, ...) and stop.")] = None,
+    mesh: Annotated[str, typer.Option("--mesh", help="Meshes with commas between them; the first also stands beside the others.")] = "1x1",
+    peers: Annotated[
+        str, typer.Option("--peers", help="Of hf, hf-compile, hf-tp, recipe, recipe-openxla, with commas; 'all' is every one.")
+    ] = "hf",
+    batch: Annotated[str, typer.Option("--batch", help="Rows, with commas.")] = "1,4,16,32",
+    prompt: Annotated[str, typer.Option("--prompt-tokens", help="Prompt lengths, with commas.")] = "512,4096",
+    steps: Annotated[int, typer.Option("--steps", help="Decode steps measured in each case.")] = 24,
+    repeats: Annotated[int, typer.Option("--repeats", help="Prefills measured in each case.")] = 3,
+    threads: Annotated[int | None, typer.Option("--threads", help="Cores that every engine may use. [default: all]")] = None,
+    backend: options.BackendName = "cpu",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the rows into this PNG file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure prefill, decode and cold start, interleaved with what a user would pick instead."""
+    if make is not None:
+        from ..bench.shapes import make as write
+
+        count = write(make, Path(model))
+        typer.echo(
+            json.dumps({"folder": model, "shape": make, "parameters": count}) if as_json else f"{model}: {make}, {count:,} parameters"
+        )
+        return
+    from ..bench import report as reporting
+    from ..bench.run import PEERS, Options, run
+
+    if plot is not None:
+        reporting.check_plot(plot)  # now, not after minutes of measuring
+    wanted = Options(
+        model=model,
+        meshes=_meshes(mesh),
+        peers=PEERS if peers == "all" else tuple(name.strip() for name in peers.split(",") if name.strip()),
+        batches=_numbers("--batch", batch),
+        prompts=_numbers("--prompt-tokens", prompt),
+        steps=steps,
+        repeats=repeats,
+        threads=threads,
+        dtype=dtype,
+        backend=backend,
+    )
+    command = "parallama " + shlex.join(argument for argument in sys.argv[1:] if argument != "--debug")
+    measured = run(wanted, command, (lambda _what: None) if quiet else options.say)
+    if as_json:
+        typer.echo(json.dumps(measured.to_dict()))
+    else:
+        from rich.console import Console
+
+        reporting.render(measured, Console())
+    if plot is not None:
+        reporting.plot(measured, plot)
+
+
+def _meshes(text: str) -> tuple[MeshShape, ...]:
+    parts = [text] if "=" in text else [part.strip() for part in text.split(",") if part.strip()]
+    shapes = tuple(MeshShape.parse(part) for part in parts)
+    if len(set(shapes)) != len(shapes):
+        raise UsageError(lines(f"--mesh {text} names a mesh twice", "expected each once"))
+    return shapes
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(lines(f"{option} {text!r} cannot be read", "expected whole numbers with commas, as 1,4,16")) from None
+    if len(set(numbers)) != len(numbers):
+        raise UsageError(lines(f"{option} {text} names a number twice", "expected each once"))
+    return numbers

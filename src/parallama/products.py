@@ -1,0 +1,98 @@
+"""Matrix products in the form that the backend multiplies fast: with linear weights, with cached keys, with cached values.
+
+Nothing is stored another way for it: weights stay `[out, in]`, keys and values `[B, K, T, D]`. XLA:CPU hands products to Eigen, which packs its left operand
+against the grain of a matrix that is contracted over its last dim. `x @ W.T` does that to the weights: 10 times slower at 2 to 4 rows. `(W @ x.T).T` packs
+them with the grain, but XLA turns it back into `x @ W.T` unless a barrier stands before the last transpose; the same barrier keeps XLA from fusing a one-row product
+with what feeds it, into a loop that is slower than Eigen's. A few rows are multiplied one by one: matrix times vector needs no packing at all. docs/log.md has
+the figures. Elsewhere than on the CPU XLA picks layouts itself, and products are left as they are.
+
+Shapes: `N` rows, `E` in, `O` out; `B` rows, `K` KV heads, `M` query rows of a KV head, `T` cache length, `D` head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from .mesh import DeviceMesh
+from .ops import optimization_barrier
+
+_plain_linear = torch.nn.functional.linear
+MOST_SINGLE_ROWS = 3
+"""So many rows are multiplied with a weight one by one; packing costs as much as four passes."""
+MOST_SINGLE_QUERIES = 4
+"""The same for query rows of a KV head."""
+MOST_KEYS_FIRST = 64
+"""For more query rows than these, transposing the scores costs more than packing the keys."""
+
+
+def linear(
+    mesh: DeviceMesh, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, partial: bool = False
+) -> torch.Tensor:
+    """`torch.nn.functional.linear` within a step: `[..., E]`, `[O, E]`, `[O]` -> `[..., O]`.
+
+    Args:
+        partial: each device has a part of `E`, and the results are summed over them.
+    """
+    if not mesh.backend.weights_first:
+        return _plain_linear(x, weight, bias)
+    rows = x.numel() // x.shape[-1]
+    flat = x.reshape(rows, x.shape[-1])
+    # One by one, each row would have an all-reduce of its own; and with rows split over devices each has fewer than there are.
+    if rows == 1 or (rows <= MOST_SINGLE_ROWS and mesh.shape.data == 1 and not partial):
+        out = torch.cat([_weight_first(flat[row : row + 1], weight) for row in range(rows)])
+    else:
+        out = _weight_first(flat, weight)
+    out = out.reshape(*x.shape[:-1], weight.shape[0])
+    return out if bias is None else out + bias
+
+
+def _weight_first(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`[N, E]`, `[O, E]` -> `[N, O]`."""
+    return optimization_barrier(torch.einsum("oe,ne->on", weight, x)).t()
+
+
+class LinearForm(TorchFunctionMode):
+    """While a step is traced: every `torch.nn.functional.linear`, a model's own included, becomes `linear`.
+
+    Args:
+        partial: the weights whose `E` is split over devices.
+    """
+
+    def __init__(self, mesh: DeviceMesh, partial: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._mesh = mesh
+        self._partial = {id(weight) for weight in partial}
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function is _plain_linear:
+            return linear(self._mesh, *args, **(kwargs or {}), partial=id(args[1]) in self._partial)
+        return function(*args, **(kwargs or {}))
+
+
+def scores(mesh: DeviceMesh, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`[B, K, M, D]`, `[B, K, T, D]` -> `[B, K, M, T]`."""
+    if not mesh.backend.weights_first or query.shape[2] > MOST_KEYS_FIRST:
+        return torch.einsum("bkmd,bktd->bkmt", query, keys)
+    if _one_by_one(mesh, query):
+        return torch.stack([torch.einsum("bktd,bkd->bkt", keys, row) for row in query.unbind(2)], dim=2)
+    return optimization_barrier(torch.einsum("bktd,bkmd->bktm", keys, query)).transpose(2, 3)
+
+
+def mixture(mesh: DeviceMesh, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`[B, K, M, T]`, `[B, K, T, D]` -> `[B, K, M, D]`."""
+    if mesh.backend.weights_first and _one_by_one(mesh, weights):
+        return torch.stack([torch.einsum("bktd,bkt->bkd", values, row) for row in weights.unbind(2)], dim=2)
+    return torch.einsum("bkmt,bktd->bkmd", weights, values)
+
+
+def _one_by_one(mesh: DeviceMesh, query: torch.Tensor) -> bool:
+    """Whether query rows `[B, K, M, ...]` are best multiplied one at a time: few of them, and several matrices on a device. Matrix times vector
+    alone, without batch dims, XLA fuses with all that feeds it into one slow loop."""
+    batch, heads, rows = query.shape[:3]
+    return rows <= MOST_SINGLE_QUERIES and (batch // mesh.shape.data) * (heads // mesh.shape.model) > 1

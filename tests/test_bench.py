@@ -1,0 +1,218 @@
+"""`parallama bench`: what it measures with, what it refuses, and a run from outside beside real peers."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallama.bench import limits, shapes
+from parallama.bench.processes import EngineProcess
+from parallama.bench.run import Options
+from parallama.errors import CheckpointError, RunError, UsageError
+from parallama.spec import ModelSpec
+from parallama.topology import MeshShape
+
+ONE = MeshShape(data=1, model=1)
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "parallama", "bench", *arguments], capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("bench") / "tiny"
+    done = bench("--make", "tiny", str(folder), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"folder": str(folder), "shape": "tiny", "parameters": 158016}
+    return str(folder)
+
+
+# -- sizes
+
+
+@pytest.mark.parametrize("name", sorted(shapes.SHAPES))
+def test_every_named_shape_is_a_model_that_can_be_loaded(name: str) -> None:
+    spec = ModelSpec.from_config(shapes.SHAPES[name])
+    assert spec.query_heads % spec.kv_heads == 0
+
+
+def test_l200_has_two_hundred_million_parameters() -> None:
+    spec = ModelSpec.from_config(shapes.SHAPES["l200"])
+    assert sum(math.prod(shape) for _, shape in spec.parameters()) == 207_119_360
+
+
+def test_a_made_checkpoint_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        shapes.make("tiny", tmp_path / name, seed)
+    a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_a_decode_step_must_read_every_weight_and_the_cache_once() -> None:
+    spec = ModelSpec.from_config(shapes.SHAPES["tiny"])
+    parameters = sum(math.prod(shape) for _, shape in spec.parameters())
+    embedding = 512 * 64
+    one = limits.decode_bytes(spec, 1, 0, 4)
+    assert one == 4 * (parameters - embedding + 64)
+    assert limits.decode_bytes(spec, 3, 10, 4) - limits.decode_bytes(spec, 3, 0, 4) == 4 * 3 * 10 * (2 * 2 * 4 * 8)
+    assert limits.decode_bytes(spec, 1, 7, 2) * 2 == limits.decode_bytes(spec, 1, 7, 4)
+
+
+def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() -> None:
+    spec = ModelSpec.from_config(shapes.SHAPES["tiny"])
+    parameters = sum(math.prod(shape) for _, shape in spec.parameters())
+    head = 512 * 64
+    inside = parameters - 2 * head
+    scores_and_values = 2 * 2 * 8 * 8 * 2  # two products of two FLOPs, query heads, head dim, layers
+    assert limits.prefill_flops(spec, 1, 1) == 2 * inside + scores_and_values + 2 * head
+    assert limits.prefill_flops(spec, 2, 5) == 2 * (2 * inside * 5 + scores_and_values * 15 + 2 * head)
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--peers", "vllm"], 2, "peer 'vllm' is unknown\nexpected one of hf, hf-compile, hf-tp, recipe, recipe-openxla"),
+        (["--batch", "1,x"], 2, "--batch '1,x' cannot be read\nexpected whole numbers with commas, as 1,4,16"),
+        (["--batch", "0"], 2, "batch is 0\nexpected at least 1"),
+        (["--prompt-tokens", "8,8"], 2, "--prompt-tokens 8,8 names a number twice\nexpected each once"),
+        (["--mesh", "1x1,1x1"], 2, "--mesh 1x1,1x1 names a mesh twice\nexpected each once"),
+        (["--mesh", ","], 2, "there is no mesh\nexpected at least one, as 1x1,1x2"),
+        (["--steps", "3"], 2, "steps is 3\nexpected at least 8"),
+        (["--repeats", "0"], 2, "repeats is 0\nexpected at least 1"),
+        (["--threads", "4096"], 2, "threads is 4096\nexpected 1 to "),
+        (["--dtype", "int4"], 2, "dtype 'int4' is unknown\nexpected float32 or bfloat16"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_runs(capsys: Any, arguments: list[str], code: int, said: str) -> None:
+    from parallama.__main__ import run
+
+    assert run(["bench", "nowhere", *arguments]) == code
+    error = capsys.readouterr().err
+    assert error.startswith(f"parallama: {said}") and len(error.splitlines()) <= 3
+
+
+def test_a_picture_that_could_not_be_written_is_refused_before_anything_runs(capsys: Any, tmp_path: Path) -> None:
+    from parallama.__main__ import run
+
+    for path in (tmp_path, tmp_path / "none" / "rows.png"):
+        assert run(["bench", "nowhere", "--plot", str(path)]) == 2
+        assert capsys.readouterr().err == f"parallama: --plot {path} cannot be written\nexpected a file in a folder that exists\n"
+
+
+def test_a_model_that_is_not_there_is_refused(capsys: Any) -> None:
+    from parallama.__main__ import run
+
+    assert run(["bench", "./nowhere"]) == 3
+    assert "model './nowhere' is not there" in capsys.readouterr().err
+
+
+def test_a_shape_that_is_unknown_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="shape 'l9' is unknown\nexpected one of tiny, smol135, l200, l1b"):
+        shapes.make("l9", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not empty\nexpected a new one: nothing is written over"):
+        shapes.make("tiny", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):
+        shapes.make("tiny", tmp_path / "file" / "below")
+
+
+def test_options_are_checked_in_python_too() -> None:
+    with pytest.raises(UsageError, match="peer 'x' is unknown"):
+        Options(model="m", meshes=(ONE,), peers=("x",))
+
+
+def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
+    engine = {
+        "engine": "hf",
+        "model": str(tmp_path / "none"),
+        "mesh": "1x1",
+        "devices": 1,
+        "dtype": "float32",
+        "backend": "cpu",
+        "threads": 1,
+    }
+    with pytest.raises(RunError, match=r"^hf: model '.*none' is not there$"):
+        EngineProcess(engine)
+
+
+# -- a run
+
+
+def rows_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def check_report(report: dict[str, Any], meshes: list[str]) -> None:
+    assert report["machine"]["bandwidth_bytes_per_s"] > 1e8 and report["machine"]["gemm_flops_per_s"] > 1e8
+    assert set(report["versions"]) == {"parallama", "torch", "torch_xla", "transformers", "python"}
+    assert [start["mesh"] for start in report["starts"]] == meshes
+    for start in report["starts"]:
+        parts = ("import_s", "load_s", "trace_s", "compile_s", "first_token_s")
+        assert math.isclose(sum(start[part] for part in parts), start["cold_ttft_s"], rel_tol=0.01)
+        assert 0 < start["warm_ttft_s"] < start["cold_ttft_s"]
+        assert start["programs"] == 2
+    for row in report["rows"]:
+        speed = row["tokens_per_s"]
+        assert 0 < speed["min"] <= speed["median"] <= speed["max"]
+        assert row["peak_rss_bytes"] > 1e8
+        used = row["mfu"] if row["what"] == "prefill" else row["mbu"]
+        assert 0 < used < 1.5
+
+
+def test_a_run_measures_ours_beside_peers_that_choose_the_same_tokens(tiny: str, tmp_path: Path) -> None:
+    picture = tmp_path / "rows.png"
+    arguments = ["--mesh", "1x2", "--peers", "hf,hf-tp", "--batch", "2", "--prompt-tokens", "8,9000", "--steps", "8", "--repeats", "1"]
+    report = rows_of(bench(tiny, *arguments, "--plot", str(picture), "--json"))
+    assert report["command"].startswith(f"parallama bench {tiny} --mesh 1x2")
+    measured = [row for row in report["rows"] if row["skipped"] is None]
+    skipped = [row for row in report["rows"] if row["skipped"] is not None]
+    check_report(report | {"rows": measured}, ["1x2"])
+    assert [(row["what"], row["mesh"], row["batch"], row["prompt"]) for row in measured] == [
+        ("prefill", "1x2", 2, 8),
+        ("decode", "1x2", 2, 8),
+    ]
+    for row in measured:
+        assert [(peer["peer"], peer["processes"], peer["error"], peer["same_tokens"]) for peer in row["peers"]] == [
+            ("hf", 1, None, True),
+            ("hf-tp", 2, None, True),
+        ]
+        for peer in row["peers"]:
+            assert math.isclose(peer["ratio"], row["tokens_per_s"]["median"] / peer["tokens_per_s"]["median"])
+    assert [row["skipped"] for row in skipped] == ["18000 prompt tokens, over the limit of 16384"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_every_peer_runs_and_chooses_the_same_tokens(tiny: str) -> None:
+    arguments = ["--mesh", "1x1,1x2,2x1", "--peers", "all", "--batch", "2", "--prompt-tokens", "8", "--steps", "8", "--repeats", "1"]
+    report = rows_of(bench(tiny, *arguments, "--json"))
+    check_report(report, ["1x1", "1x2", "2x1"])
+    for row in report["rows"]:
+        found = {peer["peer"]: peer["error"] or peer["same_tokens"] for peer in row["peers"]}
+        apart = {
+            "1x1": {"hf-tp": "hf-tp needs two processes; on one it is hf", "recipe": True, "recipe-openxla": True},
+            "1x2": {"parallama 1x1": True, "hf-tp": True, "recipe": True, "recipe-openxla": True},
+            "2x1": {"parallama 1x1": True}
+            | {peer: f"{peer} splits over one axis only, not 2x1" for peer in ("hf-tp", "recipe", "recipe-openxla")},
+        }[row["mesh"]]
+        assert found == {"hf": True, "hf-compile": True} | apart
