@@ -67,6 +67,15 @@ def test_a_command_of_the_readme_prints_what_is_shown(command: str, shown: str, 
         assert shown.strip() in done.stdout
 
 
+@pytest.mark.slow
+def test_the_bench_commands_of_the_readme_run_on_a_smaller_model(tmp_path: Path) -> None:
+    commands = [command for command, _ in shown_commands() if command.startswith("parallama bench")]
+    assert len(commands) == 2
+    for command in commands:
+        done = run([COMMAND, *shlex.split(command.replace("l200", "tiny"))[1:]], tmp_path)
+    assert "decode" in done.stdout and "hf-tp" in done.stdout
+
+
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", TEXT))) or ["README.md"])
 def test_files_that_the_readme_links_to_are_there(link: str) -> None:
     assert (README.parent / link).exists()
@@ -75,9 +84,9 @@ def test_files_that_the_readme_links_to_are_there(link: str) -> None:
 def test_options_that_the_readme_names_are_those_of_the_command() -> None:
     kept = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "TERM")} | {"COLUMNS": "200"}
     shown = ""
-    for command in ("generate", "chat"):
+    for command in ("generate", "chat", "bench"):
         shown += subprocess.run([COMMAND, command, "--help"], capture_output=True, text=True, timeout=60, env=kept, check=True).stdout
     known = set(re.findall(r"--[a-z][a-z-]+", shown))
-    lines = [line for line in TEXT.splitlines() if line.startswith("| `--") or "parallama generate" in line]
+    lines = [line for line in TEXT.splitlines() if line.startswith("| `--") or "parallama generate" in line or "parallama bench" in line]
     named = {option for line in lines for option in re.findall(r"--[a-z][a-z-]+", line)}
     assert named and named <= known

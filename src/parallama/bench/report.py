@@ -276,7 +276,8 @@ def _peer_cell(row: Row, peer: str, notes: _Notes) -> str:
             found.append("tokens differ")
         if result.error is not None:
             found.append(_mark(notes, _failure(result)))
-    return "\n".join(found) or (_NONE if row.tokens_per_s is None else "not run")
+    itself = peer == f"{_OURS} {row.mesh}"
+    return "\n".join(found) or (_NONE if row.tokens_per_s is None or itself else "not run")
 
 
 def _mark(notes: _Notes, note: str) -> str:
