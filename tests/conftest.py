@@ -42,7 +42,7 @@ class Worker:
         self.devices = devices
         self._log = log
         self._pipe, theirs = Pipe()
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_", "TF_CPP_"))}
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE / "worker.py"), str(theirs.fileno()), str(devices)],

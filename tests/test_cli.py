@@ -55,7 +55,7 @@ class Run:
 
 
 def environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_", "TF_CPP_"))}
     return kept | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "error::DeprecationWarning:parallama"}
 
 

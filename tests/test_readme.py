@@ -38,7 +38,7 @@ GENERATE = [(command, shown) for command, shown in shown_commands() if command.s
 
 
 def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_", "TF_CPP_"))}
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, cwd=folder, env=kept, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr

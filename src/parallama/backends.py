@@ -22,6 +22,9 @@ NAMES = ("cpu", "tpu")
 TORCH_XLA = "2.9"
 MOST_CPU_DEVICES = 256
 _M_MMAP_THRESHOLD = -3
+# XLA warns about every program that GSPMD partitions; errors still show. It reads this when torch_xla is imported, and with accelerate installed
+# transformers imports torch_xla: so it is set before either.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +70,6 @@ def start(name: str = "cpu", devices: int | None = None) -> Backend:
             )
         return _started
     _check_versions()
-    # XLA warns about every program that GSPMD partitions; errors still show.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     variable = flags.VARIABLES[name]
     os.environ[variable] = flags.with_defaults(name, os.environ.get(variable, ""))
     _started = _start_cpu(1 if devices is None else devices) if name == "cpu" else _start_tpu(devices)
