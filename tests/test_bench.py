@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +156,29 @@ def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
         EngineProcess(engine)
 
 
+MACHINE = {"engine": "machine", "threads": 1}
+
+
+def test_an_engine_that_ends_at_its_start_says_what_it_said_last() -> None:
+    with pytest.raises(RunError, match=r"^machine ended at its start: KeyError: 'threads'$"):
+        EngineProcess({"engine": "machine"})
+
+
+def test_an_engine_that_dies_is_named() -> None:
+    with EngineProcess(MACHINE) as engine:
+        os.killpg(engine.pid, signal.SIGKILL)
+        with pytest.raises(RunError, match=r"^machine has died: it said nothing$"):
+            engine.ask("measure")
+
+
+def test_an_engine_that_takes_too_long_is_ended_and_named() -> None:
+    with EngineProcess(MACHINE, ask_limit_s=0.01) as engine:
+        with pytest.raises(RunError, match=r"^machine took more than 0.01 s$"):
+            engine.ask("measure")
+        with pytest.raises(ProcessLookupError):
+            os.killpg(engine.pid, 0)
+
+
 # -- a run
 
 
@@ -198,7 +223,9 @@ def test_a_run_measures_ours_beside_peers_that_choose_the_same_tokens(tiny: str,
         ]
         for peer in row["peers"]:
             assert math.isclose(peer["ratio"], row["tokens_per_s"]["median"] / peer["tokens_per_s"]["median"])
-    assert [row["skipped"] for row in skipped] == ["18000 prompt tokens, over the limit of 16384"]
+    assert [(row["what"], row["skipped"]) for row in skipped] == [
+        (what, "18000 prompt tokens, over the limit of 16384") for what in ("prefill", "decode")
+    ]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

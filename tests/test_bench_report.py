@@ -23,7 +23,7 @@ from parallama.errors import RunError, UsageError
 
 WIDTHS = (80, 100, 120, 200)
 REASON = "RuntimeError: Dynamo gave up at its cache_size_limit"
-MACHINE = Machine(cpu="Some CPU @ 2.70GHz", threads=2, bandwidth_bytes_per_s=19.8e9, gemm_flops_per_s=141.2e9)
+MACHINE = Machine(cpu="Some CPU @ 2.70GHz", bandwidth_bytes_per_s=19.8e9, gemm_flops_per_s=141.2e9)
 START = Start(
     mesh="1x2",
     import_s=4.21,
@@ -143,11 +143,12 @@ def test_twice_the_tokens_in_the_same_time_are_twice_the_speed(tokens: int, seco
 def test_the_json_document_holds_everything_that_was_measured() -> None:
     document = json.loads(json.dumps(FULL.to_dict(), allow_nan=False))
     assert document.keys() >= {"command", "date", "model", "dtype", "backend", "threads", "machine", "versions", "starts", "rows"}
-    assert document["machine"].keys() == {"cpu", "threads", "bandwidth_bytes_per_s", "gemm_flops_per_s"}
+    assert document["machine"].keys() == {"cpu", "bandwidth_bytes_per_s", "gemm_flops_per_s"}
     assert document["starts"][0]["param_bytes_per_device"] == [411_000_000, 411_000_000]
     prefill, decode, _, skipped = document["rows"]
     keys = {"what", "mesh", "batch", "prompt", "tokens_per_s", "mbu", "mfu", "host_ms_per_step", "peak_rss_bytes", "peers", "skipped"}
-    assert all(row.keys() == keys for row in document["rows"])
+    assert all(row.keys() == keys | {"versions", "threads"} for row in document["rows"])
+    assert (prefill["threads"], prefill["versions"]) == (2, document["versions"])
     assert decode["tokens_per_s"] == {"median": 23.1, "min": 23.1 * 0.9, "max": 23.1 * 1.05, "samples": 32}
     assert (decode["what"], decode["mesh"], decode["batch"], decode["mbu"], decode["mfu"]) == ("decode", "1x2", 1, 0.621, None)
     assert (prefill["mbu"], prefill["mfu"], decode["peak_rss_bytes"]) == (None, 0.483, 2 * 10**9)
@@ -372,6 +373,7 @@ def test_the_plot_has_a_panel_for_each_thing_that_was_measured(tmp_path: Path) -
 
 def test_a_name_that_looks_like_a_formula_is_plotted_as_it_stands(tmp_path: Path) -> None:
     plot(report(row("decode", 40.0, peer(r"$\frac", 20.0, 40.0)), model=r"$\broken{$"), tmp_path / "bench.png")
+    assert has(pixels(tmp_path / "bench.png"), "0072B2").any()
 
 
 @pytest.mark.parametrize("where", ["no/such/folder/bench.png", "file/bench.png", "."])

@@ -12,6 +12,7 @@ Shapes: `N` rows, `E` in, `O` out; `B` rows, `K` KV heads, `M` query rows of a K
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .mesh import DeviceMesh
 from .ops import optimization_barrier
 
 _plain_linear = torch.nn.functional.linear
+_ELEMENTWISE = {torch.Tensor.mul, torch.Tensor.__mul__, torch.mul, torch.nn.functional.silu, torch.nn.functional.gelu}
 MOST_SINGLE_ROWS = 3
 """So many rows are multiplied with a weight one by one; packing costs as much as four passes."""
 MOST_SINGLE_QUERIES = 4
@@ -39,24 +41,39 @@ def linear(
     """
     if not mesh.backend.weights_first:
         return _plain_linear(x, weight, bias)
-    rows = x.numel() // x.shape[-1]
-    flat = x.reshape(rows, x.shape[-1])
-    # One by one, each row would have an all-reduce of its own; and with rows split over devices each has fewer than there are.
-    if rows == 1 or (rows <= MOST_SINGLE_ROWS and mesh.shape.data == 1 and not partial):
-        out = torch.cat([_weight_first(flat[row : row + 1], weight) for row in range(rows)])
+    flat = x.reshape(-1, x.shape[-1])
+    rows = flat.shape[0]
+    if _row_by_row(mesh, rows, partial):
+        out = torch.cat([_weight_first(flat[row : row + 1], weight).t() for row in range(rows)])
     else:
-        out = _weight_first(flat, weight)
+        out = _weight_first(flat, weight).t()
     out = out.reshape(*x.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias
 
 
+def _row_by_row(mesh: DeviceMesh, rows: int, partial: bool) -> bool:
+    # One by one, each row would have an all-reduce of its own; and with rows split over devices each has fewer than there are.
+    return rows == 1 or (rows <= MOST_SINGLE_ROWS and mesh.shape.data == 1 and not partial)
+
+
 def _weight_first(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`[N, E]`, `[O, E]` -> `[N, O]`."""
-    return optimization_barrier(torch.einsum("oe,ne->on", weight, x)).t()
+    """`[N, E]`, `[O, E]` -> `[O, N]`."""
+    return optimization_barrier(torch.einsum("oe,ne->on", weight, x))
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """A tensor `[..., F]`, and the same as `[F, N]`, from which it is made."""
+
+    tensor: torch.Tensor
+    transposed: torch.Tensor
 
 
 class LinearForm(TorchFunctionMode):
     """While a step is traced: every `torch.nn.functional.linear`, a model's own included, becomes `linear`.
+
+    The transposed result of a product with many rows, `[F, N]`, is remembered: activation and product of a gated MLP are computed on it, and the next linear multiplies
+    with it, so that nothing is read across the grain in between.
 
     Args:
         partial: the weights whose `E` is split over devices.
@@ -66,13 +83,34 @@ class LinearForm(TorchFunctionMode):
         super().__init__()
         self._mesh = mesh
         self._partial = {id(weight) for weight in partial}
+        self._columns: dict[int, _Columns] = {}  # by the id of the tensor, which lives as long as this does
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if function is _plain_linear:
-            return linear(self._mesh, *args, **(kwargs or {}), partial=id(args[1]) in self._partial)
+            return self._linear(*args, **(kwargs or {}))
+        known = [self._columns.get(id(argument)) for argument in args]
+        if function in _ELEMENTWISE and args and all(known) and not (kwargs or {}).get("inplace"):
+            return self._rows(function(*(columns.transposed for columns in known if columns)), args[0].shape)
         return function(*args, **(kwargs or {}))
+
+    def _linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        known, partial = self._columns.get(id(input)), id(weight) in self._partial
+        rows = input.numel() // input.shape[-1]
+        if not self._mesh.backend.weights_first or _row_by_row(self._mesh, rows, partial):
+            return linear(self._mesh, input, weight, bias, partial=partial)
+        if known is None:
+            out = _weight_first(input.reshape(rows, -1), weight)
+        else:
+            out = optimization_barrier(torch.einsum("oe,en->on", weight, known.transposed))
+        return self._rows(out if bias is None else out + bias[:, None], input.shape)
+
+    def _rows(self, transposed: torch.Tensor, like: Sequence[int]) -> torch.Tensor:
+        """`[F, N]` -> `[..., F]`, remembered."""
+        tensor = transposed.t().reshape(*like[:-1], transposed.shape[0])
+        self._columns[id(tensor)] = _Columns(tensor, transposed)
+        return tensor
 
 
 def scores(mesh: DeviceMesh, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

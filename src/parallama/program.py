@@ -87,7 +87,6 @@ class Program:
         self._template: list[Any] = [None if i in by_id else value for i, value in zip(order_ids, values, strict=True)]
         self._slots = [(slot, by_id[i]) for slot, i in enumerate(order_ids) if i in by_id]
         self._checked = {key: _Signature.of(argument) for key, argument in arguments.items()}
-        self.compile_s = time.perf_counter() - began - self.trace_s
         self.last_run_s = 0.0
 
     def __call__(self, arguments: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

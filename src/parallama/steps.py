@@ -110,7 +110,7 @@ class Steps:
         positions = start[:, None].long() + torch.arange(ids.shape[1], device=ids.device)[None, :]
         embedded = torch.nn.functional.embedding(ids, weights["model.embed_tokens.weight"])
         inner = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
-        partial = [tensor for name, tensor in weights.items() if tensor.dim() == 2 and self.plan[name].axes[1] is not None]
+        partial = [tensor for name, tensor in weights.items() if tensor.dim() == 2 and self.mesh.shape.size(self.plan[name].axes[1]) > 1]
         with LinearForm(self.mesh, partial):
             output = torch.func.functional_call(
                 self._base,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from ..errors import RunError, lines
 from ..generate import Choice, RunStats, Session
 from ..llm import LLM
 from ..sampling import SamplingParams
@@ -47,8 +46,7 @@ class Ours:
 
     @property
     def session(self) -> Session:
-        if self._session is None:
-            raise RunError(lines("the engine was not prepared", "call prepare first"))
+        assert self._session is not None, "prepare comes first"
         return self._session
 
     def prepare(self, batch: int, prompt: int, steps: int) -> None:

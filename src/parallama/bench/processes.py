@@ -25,6 +25,7 @@ class EngineProcess:
     Args:
         engine: what the worker is to make: `engine`, `model`, `mesh`, `devices`, `dtype`, `backend`, `threads`.
         processes: how many the engine itself has; more than one are started by torchrun.
+        ask_limit_s: how long one command may take.
 
     Raises:
         RunError: it could not start; the message says why.
@@ -33,8 +34,9 @@ class EngineProcess:
         started: what it said when it was ready.
     """
 
-    def __init__(self, engine: Mapping[str, Any], *, processes: int = 1) -> None:
+    def __init__(self, engine: Mapping[str, Any], *, processes: int = 1, ask_limit_s: float = ASK_LIMIT_S) -> None:
         self.name = str(engine["engine"])
+        self._ask_limit_s = ask_limit_s
         self._folder = tempfile.TemporaryDirectory(prefix="parallama-bench-")
         path = Path(self._folder.name) / "socket"
         self._log = Path(self._folder.name) / "log"
@@ -60,6 +62,11 @@ class EngineProcess:
         finally:
             listener.close()
 
+    @property
+    def pid(self) -> int:
+        """The process, and the group of all that it starts."""
+        return self._process.pid
+
     def _accept(self, listener: socket.socket) -> socket.socket:
         listener.settimeout(1.0)
         ends = time.monotonic() + START_LIMIT_S
@@ -82,7 +89,7 @@ class EngineProcess:
             self._stream.flush()
         except (OSError, ValueError):
             raise RunError(lines(f"{self.name} has died: {self._last_words()}")) from None
-        return self._receive(ASK_LIMIT_S)
+        return self._receive(self._ask_limit_s)
 
     def _receive(self, limit_s: float) -> dict[str, Any]:
         assert self._channel is not None
@@ -91,7 +98,7 @@ class EngineProcess:
             line = self._stream.readline()
         except TimeoutError:
             self.close()
-            raise RunError(lines(f"{self.name} took more than {limit_s:.0f} s")) from None
+            raise RunError(lines(f"{self.name} took more than {limit_s:g} s")) from None
         except OSError:
             line = ""
         if not line:

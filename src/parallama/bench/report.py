@@ -229,7 +229,7 @@ def _header(report: Report) -> list[tuple[str, str]]:
 def _machine(report: Report) -> str:
     machine = report.machine
     limits = f"reads {machine.bandwidth_bytes_per_s / 1e9:.1f} GB/s, GEMM {machine.gemm_flops_per_s / 1e9:.1f} GFLOP/s"
-    return f"{_clean(machine.cpu)}, {machine.threads} threads: {limits}"
+    return f"{_clean(machine.cpu)}, {report.threads} threads: {limits}"
 
 
 _TIMES = ("import", "load", "trace", "compile", "first\ntoken", "cold\nTTFT", "warm\nTTFT")

@@ -113,7 +113,6 @@ class Machine:
     """
 
     cpu: str
-    threads: int
     bandwidth_bytes_per_s: float
     gemm_flops_per_s: float
 
@@ -134,5 +133,8 @@ class Report:
     rows: tuple[Row, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `--json`."""
-        return asdict(self)
+        """The document of `--json`; each row has versions and threads of its own, so that rows of several runs can be put together."""
+        document = asdict(self)
+        for row in document["rows"]:
+            row |= {"versions": self.versions, "threads": self.threads}
+        return document

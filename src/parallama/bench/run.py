@@ -26,7 +26,7 @@ _ONE_PROCESS = ("hf", "hf-compile")
 MOST_TOKENS = 16384
 """Cases with more tokens in their prompts together are skipped, and reported so."""
 WHATS: tuple[What, ...] = ("prefill", "decode")
-_TURN = 8
+_TURN, _WARM_UP = 8, 2  # decode steps; those of the warm-up are not counted
 _REPEATED_TOKENS = 4096
 Progress = Callable[[str], None]
 
@@ -155,7 +155,7 @@ def run(options: Options, command: str, progress: Progress) -> Report:
         dtype=options.dtype,
         backend=options.backend,
         threads=threads,
-        machine=Machine(cpu=_cpu(), threads=threads, **{name: max(reading[name] for reading in readings) for name in readings[0]}),
+        machine=Machine(cpu=_cpu(), **{name: max(reading[name] for reading in readings) for name in readings[0]}),
         versions=versions,
         starts=starts,
         rows=tuple(rows),
@@ -214,13 +214,13 @@ def _refused(peer: str, mesh: MeshShape) -> _Runner | None:
 def _too_long(options: Options, spec: ModelSpec, batch: int, prompt: int) -> str | None:
     if batch * prompt > MOST_TOKENS:
         return f"{batch * prompt} prompt tokens, over the limit of {MOST_TOKENS}"
-    if prompt + options.steps + 1 > spec.max_positions:
+    if prompt + options.steps + _WARM_UP > spec.max_positions:
         return f"longer than the model's {spec.max_positions} positions"
     return None
 
 
 def _skipped(options: Options, batch: int, prompt: int, reason: str) -> list[Row]:
-    return [Row(what="decode", mesh=str(mesh), batch=batch, prompt=prompt, skipped=reason) for mesh in options.meshes]
+    return [Row(what=what, mesh=str(mesh), batch=batch, prompt=prompt, skipped=reason) for mesh in options.meshes for what in WHATS]
 
 
 def _measure(runners: Sequence[_Runner], options: Options, spec: ModelSpec, batch: int, prompt: int) -> None:
@@ -228,23 +228,22 @@ def _measure(runners: Sequence[_Runner], options: Options, spec: ModelSpec, batc
     draw = random.Random(batch * 1_000_003 + prompt)
     prompts = [[draw.randrange(spec.vocab) for _ in range(prompt)] for _ in range(batch)]
     repeats = options.repeats if batch * prompt <= _REPEATED_TOKENS else 1
-    warm_up = 2
     for runner in runners:
         runner.begin()
-        runner.ask("prepare", batch=batch, prompt=prompt, steps=options.steps + warm_up)
-        runner.ask("prefill", prompts=prompts[:1] * batch if batch * prompt > _REPEATED_TOKENS else prompts)
+        runner.ask("prepare", batch=batch, prompt=prompt, steps=options.steps + _WARM_UP)
+        runner.ask("prefill", prompts=prompts)
     for _ in range(repeats):
         for runner in runners:
             if (reply := runner.ask("prefill", prompts=prompts)) is not None:
                 runner.prefill_s += reply["seconds"]
                 runner.tokens = reply["tokens"]
     done = 0
-    while done < options.steps + warm_up:
+    while done < options.steps + _WARM_UP:
         # The first turn's first steps warm up: compiling that a peer puts off, and caches.
-        steps = min(_TURN + (warm_up if done == 0 else 0), options.steps + warm_up - done)
+        steps = min(_TURN + (_WARM_UP if done == 0 else 0), options.steps + _WARM_UP - done)
         for runner in runners:
             if (reply := runner.ask("decode", steps=steps)) is not None:
-                runner.decode_s += reply["seconds"][warm_up if done == 0 else 0 :]
+                runner.decode_s += reply["seconds"][_WARM_UP if done == 0 else 0 :]
                 runner.tokens = runner.tokens + reply["tokens"]
         done += steps
 
