@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import flags
 from .errors import BackendError, FitError, lines
@@ -74,6 +75,19 @@ def start(name: str = "cpu", devices: int | None = None) -> Backend:
     os.environ[variable] = flags.with_defaults(name, os.environ.get(variable, ""))
     _started = _start_cpu(1 if devices is None else devices) if name == "cpu" else _start_tpu(devices)
     return _started
+
+
+def dump_programs(folder: Path) -> None:
+    """Have the HLO of every program written into a folder as text, with the names of the modules that its instructions come from.
+
+    Raises:
+        FitError: torch-xla's runtime is running; it has read its flags already.
+    """
+    if _runtime_runs():
+        raise FitError(lines("torch_xla's runtime was started before its programs could be asked for", "use a process of its own"))
+    os.environ["XLA_IR_DEBUG"] = os.environ["XLA_HLO_DEBUG"] = "1"
+    given = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{given} --xla_dump_to={folder} --xla_dump_hlo_as_text".lstrip()
 
 
 def _check_versions() -> None:

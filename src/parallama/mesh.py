@@ -112,15 +112,16 @@ class DeviceMesh:
         self.wait()  # a result of a program still in flight has no shards yet
         return [shard for shard, _ in self._xla._XLAC._get_local_shards([tensor])[0]]
 
-    def local_bytes(self, tensor: torch.Tensor) -> list[int]:
-        """Bytes that each device holds of a tensor, from the slices that the runtime says lie there; nothing is copied."""
+    def local_shapes(self, tensor: torch.Tensor) -> list[tuple[int, ...]]:
+        """The shape of each device's part, from the slices that the runtime says lie there; nothing is copied."""
         if not self.spmd:
-            return [tensor.numel() * tensor.element_size()]
-        sizes = []
-        for _, slices in self._xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]:
-            shape = tensor.shape if slices is Ellipsis else [part.stop - part.start for part in slices]
-            sizes.append(math.prod(shape) * tensor.element_size())
-        return sizes
+            return [tuple(tensor.shape)]
+        parts = self._xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]
+        return [tuple(tensor.shape) if slices is Ellipsis else tuple(part.stop - part.start for part in slices) for _, slices in parts]
+
+    def local_bytes(self, tensor: torch.Tensor) -> list[int]:
+        """Bytes that each device holds of a tensor, by the runtime's word."""
+        return [math.prod(shape) * tensor.element_size() for shape in self.local_shapes(tensor)]
 
     def fetch(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
         """Bring a device tensor that lies as `axes` say back to the host; compiles nothing."""

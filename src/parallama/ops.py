@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -31,6 +32,35 @@ def optimization_barrier(x: torch.Tensor) -> torch.Tensor:
 
     torch_xla._XLAC._xla_optimization_barrier_([x])
     return x
+
+
+@contextmanager
+def scope(name: str) -> Iterator[None]:
+    """What is traced within carries this name into the HLO, if torch-xla's debug metadata is on (`backends.dump_programs`)."""
+    import torch_xla
+
+    inside = torch_xla._XLAC.profiler.scope_pusher(name)
+    try:
+        yield
+    finally:
+        del inside
+
+
+def name_scopes(module: torch.nn.Module, prefix: str) -> None:
+    """From here on every submodule's forward is traced within a scope of its name."""
+    names = {part: f"{prefix}.{name}" if name else prefix for name, part in module.named_modules()}
+    entered: list[AbstractContextManager[None]] = []
+
+    def enter(part: torch.nn.Module, _arguments: Any) -> None:
+        entered.append(scope(names[part]))
+        entered[-1].__enter__()
+
+    def leave(_part: torch.nn.Module, _arguments: Any, _result: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    for part in names:
+        part.register_forward_pre_hook(enter)
+        part.register_forward_hook(leave, always_call=True)
 
 
 def _lower_row_update(buffer: Any, new: Any, starts: Any) -> Any:

@@ -11,7 +11,7 @@ Shapes: `N` rows, `E` in, `O` out; `B` rows, `K` KV heads, `M` query rows of a K
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from .mesh import DeviceMesh
 from .ops import optimization_barrier
+from .topology import DATA
 
 _plain_linear = torch.nn.functional.linear
 _ELEMENTWISE = {torch.Tensor.mul, torch.Tensor.__mul__, torch.mul, torch.nn.functional.silu, torch.nn.functional.gelu}
@@ -69,20 +70,35 @@ class _Columns:
     transposed: torch.Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class LinearAxes:
+    """How a linear's weight `[O, E]`, its input and its result lie.
+
+    Attributes:
+        partial: each device has a part of the weight's `E`.
+        whole: every device has the whole input; else it lies as the weight's `E` does.
+        out: mesh axis over which the result is split, or None.
+    """
+
+    partial: bool
+    whole: bool
+    out: str | None
+
+
 class LinearForm(TorchFunctionMode):
-    """While a step is traced: every `torch.nn.functional.linear`, a model's own included, becomes `linear`.
+    """While a step is traced: every `torch.nn.functional.linear`, a model's own included, becomes `linear`, and its result lies as planned.
 
     The transposed result of a product with many rows, `[F, N]`, is remembered: activation and product of a gated MLP are computed on it, and the next linear multiplies
     with it, so that nothing is read across the grain in between.
 
     Args:
-        partial: the weights whose `E` is split over devices.
+        axes: by the id of the weight, for every weight that the step may meet. Left to itself, GSPMD would let one odd placement spread through the residual stream.
     """
 
-    def __init__(self, mesh: DeviceMesh, partial: Iterable[torch.Tensor]) -> None:
+    def __init__(self, mesh: DeviceMesh, axes: Mapping[int, LinearAxes]) -> None:
         super().__init__()
         self._mesh = mesh
-        self._partial = {id(weight) for weight in partial}
+        self._axes = axes
         self._columns: dict[int, _Columns] = {}  # by the id of the tensor, which lives as long as this does
 
     def __torch_function__(
@@ -96,14 +112,19 @@ class LinearForm(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def _linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        known, partial = self._columns.get(id(input)), id(weight) in self._partial
+        axes, known = self._axes[id(weight)], self._columns.get(id(input))
         rows = input.numel() // input.shape[-1]
-        if not self._mesh.backend.weights_first or _row_by_row(self._mesh, rows, partial):
-            return linear(self._mesh, input, weight, bias, partial=partial)
+        if axes.whole:
+            self._mesh.mark(input, _rows_whole(input)) if known is None else self._mesh.mark(known.transposed, (None, DATA))
+        if not self._mesh.backend.weights_first or _row_by_row(self._mesh, rows, axes.partial):
+            out = linear(self._mesh, input, weight, partial=axes.partial)
+            self._mesh.mark(out, (*_rows_whole(out)[:-1], axes.out))
+            return out if bias is None else out + bias
         if known is None:
             out = _weight_first(input.reshape(rows, -1), weight)
         else:
             out = optimization_barrier(torch.einsum("oe,en->on", weight, known.transposed))
+        self._mesh.mark(out, (axes.out, DATA))
         return self._rows(out if bias is None else out + bias[:, None], input.shape)
 
     def _rows(self, transposed: torch.Tensor, like: Sequence[int]) -> torch.Tensor:
@@ -111,6 +132,11 @@ class LinearForm(TorchFunctionMode):
         tensor = transposed.t().reshape(*like[:-1], transposed.shape[0])
         self._columns[id(tensor)] = _Columns(tensor, transposed)
         return tensor
+
+
+def _rows_whole(x: torch.Tensor) -> tuple[str | None, ...]:
+    """Rows split, the rest whole: `[B, ...]`."""
+    return (DATA, *(None,) * (x.dim() - 1))
 
 
 def scores(mesh: DeviceMesh, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ import torch
 
 from . import attention, cache, sampling
 from .mesh import DeviceMesh
-from .products import LinearForm, linear
+from .ops import name_scopes, scope
+from .products import LinearAxes, LinearForm, linear
 from .program import Program
 from .sampling import GREEDY, Mode
 from .shard import DeviceWeights
@@ -86,6 +87,7 @@ class Steps:
         self.dtype = dtype
         self._base = skeleton.model
         self._base.config._attn_implementation = attention.CACHED
+        name_scopes(self._base, "model")
         inv_freq = self._base.rotary_emb.inv_freq
         self._buffers = {"rotary_emb.inv_freq": self.mesh.put(inv_freq, (None,) * inv_freq.dim())}
 
@@ -108,10 +110,10 @@ class Steps:
         weights = self.weights.tensors
         step_cache = cache.StepCache(self.mesh, buffers, start, fresh=fresh)
         positions = start[:, None].long() + torch.arange(ids.shape[1], device=ids.device)[None, :]
-        embedded = torch.nn.functional.embedding(ids, weights["model.embed_tokens.weight"])
+        with scope("model.embed_tokens"):
+            embedded = self.mesh.mark(torch.nn.functional.embedding(ids, weights["model.embed_tokens.weight"]), (DATA, None, None))
         inner = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
-        partial = [tensor for name, tensor in weights.items() if tensor.dim() == 2 and self.mesh.shape.size(self.plan[name].axes[1]) > 1]
-        with LinearForm(self.mesh, partial):
+        with LinearForm(self.mesh, {id(tensor): self._axes(name) for name, tensor in weights.items() if tensor.dim() == 2}):
             output = torch.func.functional_call(
                 self._base,
                 inner | self._buffers,
@@ -119,18 +121,26 @@ class Steps:
             )
         return output.last_hidden_state, step_cache
 
+    def _axes(self, name: str) -> LinearAxes:
+        """Of a linear's weight. The residual stream lies whole on every device: what is computed from it starts whole, what is added to it ends whole."""
+        out, inner = self.plan[name].axes
+        partial, ends = self.mesh.shape.size(inner) > 1, name.endswith(("o_proj.weight", "down_proj.weight"))
+        return LinearAxes(partial=partial, whole=not (ends and partial), out=None if ends or out == DATA else out)
+
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., E]` -> logits `[..., V]`, split over the vocabulary."""
         weights = self.weights.tensors
         head = weights["model.embed_tokens.weight"] if self.plan.model.tied else weights["lm_head.weight"]
-        return linear(self.mesh, hidden, head)
+        with scope("lm_head"):
+            return linear(self.mesh, self.mesh.mark(hidden, (DATA, *(None,) * (hidden.dim() - 1))), head)
 
     def _choose(
         self, last: torch.Tensor, given: Mapping[str, torch.Tensor], positions: torch.Tensor, mode: Mode
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.mesh.mark(self._head(last), (DATA, MODEL))
         params = {name: given[name] for name in PARAMS if name in given}
-        return sampling.choose(logits, self.mesh, self.plan.model.vocab, mode, params, positions, given.get("seen"))
+        with scope("sampling"):
+            return sampling.choose(logits, self.mesh, self.plan.model.vocab, mode, params, positions, given.get("seen"))
 
     def _prefill(self, given: Mapping[str, torch.Tensor], key: StepKey) -> dict[str, torch.Tensor]:
         """Run a chunk of every row's prompt; rows whose prompt ends in it (`final`) choose their first token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .audit import audit
 from .bench import bench
 from .chat import chat
 from .generate import generate
@@ -29,4 +30,5 @@ def _root(
 
 app.command()(generate)
 app.command()(chat)
+app.command()(audit)
 app.command()(bench)

@@ -1,0 +1,242 @@
+"""Hold a compiled step against its plan: the collectives in its optimized HLO, what the devices really store, and whether the cache is updated in place.
+
+Two things are judged. The program against the plan: what was predicted must be what is there, to the byte, and nothing else. And the plan against the least that this mesh needs: a plan of the user's own
+may be carried out faithfully and still cost more than it has to.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import hlo
+from .collectives import Collective, Phase, expected, least
+from .errors import RunError, lines
+from .generate import CHUNK, cache_buckets, chunk_size
+from .plan import Plan
+from .program import ProgramSet
+from .steps import StepKey, Steps
+from .topology import DATA, MODEL, MeshShape
+
+_DUMPED = "*after_optimizations.txt"
+_LAYER = re.compile(r"(?<=\.layers\.)\d+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that is not as it should be.
+
+    Attributes:
+        module: where, as transformers names it; `*` stands for every layer it happens in.
+        what: in words.
+        bytes: what it costs each device a step, or what a device stores too much (less than 0: too little).
+    """
+
+    module: str
+    what: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """The outcome for one phase.
+
+    Attributes:
+        expected: collectives by the plan.
+        found: collectives of the compiled program.
+        programs: how many the phase compiled to.
+        aliased: cache tensors whose buffers the program updates in place.
+        cache_tensors: how many there are.
+        param_bytes_per_device: measured on the devices.
+    """
+
+    phase: Phase
+    expected: tuple[Collective, ...]
+    found: tuple[Collective, ...]
+    findings: tuple[Finding, ...]
+    programs: int
+    aliased: int
+    cache_tensors: int
+    param_bytes_per_device: tuple[int, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.findings
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `--json`."""
+        return asdict(self) | {"passed": self.passed}
+
+
+def step_key(phase: Phase, batch: int, positions: int) -> StepKey:
+    """The program that a session would use for a phase.
+
+    Args:
+        batch: rows over all devices.
+        positions: of the prompt, for prefill; already cached, for decode.
+    """
+    if phase == "decode":
+        return StepKey(kind="decode", batch=batch, length=cache_buckets(positions + 1)[-1])
+    new = chunk_size(positions)
+    return StepKey(kind="prefill", batch=batch, length=cache_buckets(max(positions, new))[-1], new=new, fresh=positions <= CHUNK)
+
+
+def audit(steps: Steps, programs: ProgramSet, folder: Path, phase: Phase, key: StepKey, *, accept_plan: bool = False) -> Audit:
+    """Compile one step and judge it.
+
+    Args:
+        programs: of these steps; the key must not be among them yet.
+        folder: where `backends.dump_programs` has XLA write what it compiles.
+        accept_plan: only judge the program against the plan.
+
+    Raises:
+        RunError: XLA wrote no optimized HLO.
+    """
+    mesh, plan = steps.mesh, steps.plan
+    before = set(folder.glob(_DUMPED))
+    programs.warm_up([key])
+    texts = sorted(set(folder.glob(_DUMPED)) - before)
+    if not texts:
+        raise RunError(lines(f"XLA wrote no optimized HLO of the {phase} step into {folder}", "expected one file a program"))
+    modules = [hlo.parse(text.read_text()) for text in texts]
+    itemsize = steps.dtype.itemsize
+    sizes: dict[str, Any] = {
+        "batch": key.batch,
+        "positions": key.new,
+        "itemsize": itemsize,
+        "sum_itemsize": max(itemsize, 4) if mesh.backend.name == "cpu" else None,  # XLA:CPU sums 16-bit numbers as fp32
+    }
+    wanted = expected(plan, phase, **sizes)
+    layers = plan.model.layers
+    per_layer = Counter(one for module in modules for one in _collectives(module, plan))
+    findings = [*_differences(_each_layer(wanted, layers), per_layer)]
+    findings += _stored(steps)
+    local = (-(-key.batch // plan.mesh.data), plan.head_layout.slots // plan.mesh.model, key.length, plan.model.head_dim)
+    aliased, cache_findings = _cache(modules, local, 2 * layers, itemsize)
+    findings += cache_findings
+    if len(modules) != 1:
+        findings.append(Finding(module="program", what=f"{len(modules)} programs were compiled for one step", bytes=0))
+    if not accept_plan:
+        findings += _over_the_least(wanted, least(plan, phase, **sizes))
+    return Audit(
+        phase=phase,
+        expected=wanted,
+        found=_grouped(per_layer),
+        findings=tuple(findings),
+        programs=len(modules),
+        aliased=aliased,
+        cache_tensors=2 * layers,
+        param_bytes_per_device=tuple(steps.weights.bytes_per_device()),
+    )
+
+
+def _collectives(module: hlo.Module, plan: Plan) -> Iterable[Collective]:
+    """Every collective of a program, each for itself."""
+    for instruction in module.collectives:
+        groups = hlo.replica_groups(instruction.text, plan.mesh.devices)
+        yield Collective(
+            kind=instruction.opcode,
+            axis=axis_of(groups, plan.mesh),
+            count=1,
+            bytes=instruction.bytes,
+            module=_module_of(instruction, module, plan),
+        )
+
+
+def axis_of(groups: Sequence[Sequence[int]], mesh: MeshShape) -> str:
+    """The mesh axis along which groups of devices take part: `data`, `model`, `data+model`, or the groups themselves where they are none of these."""
+    found = {tuple(sorted(group)) for group in groups}
+    rows = {tuple(row * mesh.model + column for column in range(mesh.model)) for row in range(mesh.data)}
+    columns = {tuple(row * mesh.model + column for row in range(mesh.data)) for column in range(mesh.model)}
+    everyone = {tuple(range(mesh.devices))}
+    names = ((MODEL, rows), (DATA, columns), (f"{DATA}+{MODEL}", everyone))
+    return next((name for name, made in names if made == found), str(sorted(found)))
+
+
+def _module_of(instruction: hlo.Instruction, module: hlo.Module, plan: Plan) -> str:
+    """The module that makes a collective necessary: the one it was traced in, if that has a weight; else the one whose product reads the result."""
+    if f"{instruction.scope}.weight" in plan or instruction.scope in ("sampling", "lm_head"):
+        return instruction.scope
+    reader = module.next_of(instruction, "dot")
+    return reader.scope if reader is not None and reader.scope else instruction.scope or "input"
+
+
+def _each_layer(collectives: Iterable[Collective], layers: int) -> Counter[Collective]:
+    """Those of every layer, for each layer by itself."""
+    single: Counter[Collective] = Counter()
+    for each in collectives:
+        for layer in range(layers) if "*" in each.module else (0,):
+            module = each.module.replace("*", str(layer))
+            single[Collective(kind=each.kind, axis=each.axis, count=1, bytes=each.bytes, module=module)] += 1
+    return single
+
+
+def _grouped(single: Counter[Collective]) -> tuple[Collective, ...]:
+    """Layers together again, with counts."""
+    grouped: Counter[Collective] = Counter()
+    for each, count in single.items():
+        module = _LAYER.sub("*", each.module)
+        grouped[Collective(kind=each.kind, axis=each.axis, count=1, bytes=each.bytes, module=module)] += count
+    return tuple(
+        Collective(kind=each.kind, axis=each.axis, count=count, bytes=each.bytes, module=each.module) for each, count in grouped.items()
+    )
+
+
+def _differences(wanted: Counter[Collective], found: Counter[Collective]) -> Iterable[Finding]:
+    for each in _grouped(found - wanted):
+        what = f"{each.kind} over {each.axis!r}, {each.count} of {each.bytes} bytes, which the plan does not need"
+        yield Finding(module=each.module, what=what, bytes=each.count * each.bytes)
+    for each in _grouped(wanted - found):
+        what = f"{each.kind} over {each.axis!r}, {each.count} of {each.bytes} bytes, is planned and not there"
+        yield Finding(module=each.module, what=what, bytes=-each.count * each.bytes)
+
+
+def _over_the_least(wanted: Sequence[Collective], minimum: Sequence[Collective]) -> Iterable[Finding]:
+    needed = Counter({(each.kind, each.axis, each.module, each.bytes): each.count for each in minimum})
+    for each in wanted:
+        more = each.count - needed[each.kind, each.axis, each.module, each.bytes]
+        if more > 0:
+            what = f"the plan needs {each.kind} over {each.axis!r}, {more} of {each.bytes} bytes, which this mesh could do without"
+            yield Finding(module=each.module, what=what, bytes=more * each.bytes)
+
+
+def _stored(steps: Steps) -> Iterable[Finding]:
+    """Parameters that lie otherwise than planned, on any device."""
+    wrong: dict[tuple[str, str, str], list[int]] = {}
+    for placement in steps.plan.parameters:
+        planned = placement.local_shape(steps.plan.mesh)
+        for shape in dict.fromkeys(steps.mesh.local_shapes(steps.weights.tensors[placement.name])):
+            if shape != planned:
+                numbers = math.prod(shape) - math.prod(planned)
+                module = _LAYER.sub("*", placement.name.removesuffix(".weight"))
+                wrong.setdefault((module, str(list(shape)), str(list(planned))), []).append(numbers)
+    for (module, lying, wanted), more in wrong.items():
+        what = f"{len(more)} parameter(s) lie as {lying} on a device, planned {wanted}"
+        yield Finding(module=module, what=what, bytes=sum(more) * steps.dtype.itemsize)
+
+
+def _cache(modules: Sequence[hlo.Module], local: tuple[int, ...], tensors: int, itemsize: int) -> tuple[int, list[Finding]]:
+    """How many cache tensors are updated in place, and what is wrong with the others.
+
+    Args:
+        local: shape of a cache tensor on a device.
+    """
+    size, findings = math.prod(local) * itemsize, []
+    given = [number for module in modules for number, each in module.parameters.items() if each.results[0].shape == local]
+    aliased = [number for module in modules for number in module.aliases.values() if number in given]
+    # Some widen 16-bit caches on the way: a copy is a copy in any dtype.
+    copies = [each for module in modules for each in module.of("copy") if each.results[0].shape == local]
+    if len(given) != tensors:
+        what = f"{len(given)} of {tensors} tensors lie as {list(local)} on a device, as planned"
+        findings.append(Finding(module="cache", what=what, bytes=0))
+    elif len(aliased) != tensors:
+        what = f"{tensors - len(aliased)} of {tensors} tensors are not updated in place: each step writes them anew"
+        findings.append(Finding(module="cache", what=what, bytes=(tensors - len(aliased)) * size))
+    if copies:
+        findings.append(Finding(module="cache", what=f"{len(copies)} whole tensors are copied every step", bytes=len(copies) * size))
+    return len(aliased), findings

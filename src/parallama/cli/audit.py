@@ -1,0 +1,119 @@
+"""`parallama audit`: hold the compiled steps against the plan."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UsageError, lines
+from . import options
+
+if TYPE_CHECKING:
+    from ..audit import Audit
+
+_PHASES = ("prefill", "decode", "all")
+
+
+def audit(
+    model: options.Model,
+    phase: Annotated[str, typer.Option("--phase", help="prefill, decode or all.")] = "decode",
+    batch: Annotated[int, typer.Option("--batch", help="Rows over all devices. [default: one on each]")] = 0,
+    seq: Annotated[int, typer.Option("--seq", help="Tokens of each prompt; for decode, tokens already cached.")] = 64,
+    accept_plan: Annotated[
+        bool, typer.Option("--accept-plan", help="Judge the program against the plan only, not the plan against the least.")
+    ] = False,
+    mesh: options.Mesh = None,
+    tensor_parallel_size: options.TensorParallel = None,
+    devices: options.Devices = None,
+    backend: options.BackendName = "cpu",
+    plan: options.PlanFile = None,
+    dtype: options.Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compile a step, and hold its collectives, its weights and its cache against the plan, to the byte."""
+    if phase not in _PHASES:
+        raise UsageError(lines(f"--phase {phase!r} is unknown", f"expected one of {', '.join(_PHASES)}"))
+    shape = options.mesh_shape(mesh, tensor_parallel_size)
+    batch = batch or shape.data
+    if batch < 1 or batch % shape.data:
+        raise UsageError(lines(f"--batch is {batch}", f"expected a multiple of {shape.data}, the devices along 'data'"))
+    if seq < 1:
+        raise UsageError(lines(f"--seq is {seq}", "expected at least 1"))
+    from .. import backends
+    from ..audit import audit as judge
+    from ..audit import step_key
+    from ..collectives import PHASES
+
+    with tempfile.TemporaryDirectory(prefix="parallama-audit-") as folder, options.progress(quiet) as progress:
+        backends.dump_programs(Path(folder))
+        llm = options.load_model(
+            model,
+            mesh=mesh,
+            tensor_parallel=tensor_parallel_size,
+            devices=devices,
+            backend=backend,
+            plan=plan,
+            dtype=dtype,
+            max_model_len=None,
+            progress=progress,
+        )
+        if seq + 1 > llm.max_model_len:
+            raise UsageError(lines(f"--seq is {seq}", f"expected less than {llm.max_model_len}, the model's positions"))
+        audits = [
+            judge(llm.steps, llm.programs, Path(folder), each, step_key(each, batch, seq), accept_plan=accept_plan)
+            for each in PHASES
+            if phase in (each, "all")
+        ]
+    if as_json:
+        documents = [each.to_dict() for each in audits]
+        passed = all(each.passed for each in audits)
+        typer.echo(json.dumps(documents[0] if phase != "all" else {"phases": documents, "passed": passed}))
+    else:
+        for each in audits:
+            _show(each, f"{model} on {shape}, batch {batch}, {seq} tokens")
+    if not all(each.passed for each in audits):
+        raise typer.Exit(1)
+
+
+def _show(audit: Audit, title: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    console.print(Text(f"{audit.phase}: {'passed' if audit.passed else 'FAILED'} ({title})", style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for head, side in (
+        ("collective", "left"),
+        ("axis", "left"),
+        ("module", "left"),
+        ("bytes", "right"),
+        ("planned", "right"),
+        ("found", "right"),
+    ):
+        table.add_column(head, justify="right" if side == "right" else "left", overflow="fold")
+    planned = {(each.kind, each.axis, each.module, each.bytes): each.count for each in audit.expected}
+    found = {(each.kind, each.axis, each.module, each.bytes): each.count for each in audit.found}
+    for kind, axis, module, size in dict.fromkeys([*planned, *found]):
+        counts = (str(counted.get((kind, axis, module, size), 0)) for counted in (planned, found))
+        table.add_row(kind, axis, module, f"{size:,}", *counts)
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print(Text("no collectives, planned or found"))
+    console.print(Text(f"{audit.programs} program; {audit.aliased} of {audit.cache_tensors} cache tensors updated in place"))
+    console.print(Text(f"parameters on each device, measured: {_bytes(audit.param_bytes_per_device)}"))
+    for finding in audit.findings:
+        console.print(Text(f"- {finding.module}: {finding.what} ({finding.bytes:+,} bytes)"))
+    console.print()
+
+
+def _bytes(sizes: tuple[int, ...]) -> str:
+    least, most = min(sizes), max(sizes)
+    return f"{least:,} bytes" if least == most else f"{least:,} to {most:,} bytes"
