@@ -6,6 +6,7 @@ import typer
 
 from .bench import bench
 from .chat import chat
+from .doctor import doctor
 from .generate import generate
 from .options import show_version
 
@@ -30,3 +31,4 @@ def _root(
 app.command()(generate)
 app.command()(chat)
 app.command()(bench)
+app.command()(doctor)
