@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from parallama import backends, plugins
+from parallama.errors import BackendError, UsageError
+
 START = """
-import os
+import os, sys
 import torch, torch_xla
 {before}
 from parallama import backends
@@ -17,6 +24,8 @@ try:
     print(backends.start("cpu", 2).devices, os.environ["XLA_FLAGS"])
 except FitError as error:
     print(error)
+sys.stdout.flush()
+os._exit(0)  # joining XLA's threads can take long on a busy machine
 """
 
 
@@ -37,4 +46,153 @@ def test_devices_do_not_start_once_torch_xla_runs_with_others() -> None:
     assert started("torch.ones(1).to('xla')").splitlines() == [
         "torch_xla's runtime was started before parallama could ask for 2 CPU device(s)",
         "import parallama and load the model first, or set PJRT_DEVICE=CPU and CPU_NUM_DEVICES yourself",
+    ]
+
+
+# -- plugins. The real one of the package xla-cpu-pjrt is too new to run a program, but makes a client: under the name of Tenstorrent's file, whose backend takes
+# newer plugins, it shows that everything is set and passed on before the client is made.
+
+PLUGINS = """
+import json, os, sys
+from pathlib import Path
+from parallama import backends
+from parallama.errors import ParallamaError
+library, steps = sys.argv[1], json.loads(sys.argv[2])
+said = []
+for name, devices, options, grid in steps:
+    try:
+        started = backends.start(name.format(library=library), devices, options, grid=grid and tuple(grid))
+        said.append([started.name, started.devices, str(started.library), str(started.api), dict(started.options), backends.device_names()])
+    except ParallamaError as error:
+        said.append([type(error).__name__, error.exit_code, *str(error).splitlines()])
+import torch_xla.runtime as xr
+names = ("PJRT_DEVICE", "XLA_STABLEHLO_COMPILE", "CONVERT_SHLO_TO_SHARDY", "MESH_SHAPE", "ENABLE_AUTO_PARALLEL", "TT_METAL_RUNTIME_ROOT", "XLA_FLAGS")
+print(json.dumps({"said": said, "environment": {name: os.environ.get(name) for name in names}, "spmd": xr.is_spmd()}))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`pjrt_plugin_tt.so` in a folder as Tenstorrent's package has it, and packages with entry points beside it."""
+    folder = tmp_path_factory.mktemp("tt")
+    real = plugins.find("xla_cpu_pjrt")
+    assert real is not None
+    (folder / "tt-metal").mkdir()
+    (folder / "pjrt_plugin_tt.so").symlink_to(real)
+    (folder / "mine-1.dist-info").mkdir()
+    (folder / "mine-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
+    (folder / "mine-1.dist-info" / "entry_points.txt").write_text(
+        "[torch_xla.plugins]\nmine = mine:Mine\nbroken = no_such_module:Plugin\nnowhere = mine:Nowhere\n"
+    )
+    (folder / "mine.py").write_text(
+        "from torch_xla.experimental.plugins import DevicePlugin\nprint('hello on standard output')\n"
+        f"class Mine(DevicePlugin):\n    def library_path(self):\n        return {str(real)!r}\n"
+        "class Nowhere(DevicePlugin):\n    def library_path(self):\n        raise OSError('the driver is not installed')\n"
+    )
+    return folder / "pjrt_plugin_tt.so"
+
+
+def run_plugins(library: Path, *steps: tuple[str, int | None, dict[str, Any], tuple[int, int] | None], **more: str) -> dict[str, Any]:
+    path = os.pathsep.join([str(library.parent), os.environ.get("PYTHONPATH", "")])
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", PLUGINS, str(library), json.dumps(steps)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=kept | {"PYTHONPATH": path} | more,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_a_tenstorrent_plugin_by_path_gets_its_options_and_environment_before_its_client_is_made(library: Path) -> None:
+    options = {"cpu_device_count": 2}
+    run = run_plugins(
+        library, ("{library}", 2, options, (1, 2)), ("{library}", 2, options, (1, 2)), ("tt", 2, {}, None), ("cpu", 2, {}, None)
+    )
+    first, again, other_options, other_backend = run["said"]
+    assert first == again == ["tt", 2, str(library), "0.81", options, ["CPU:0", "CPU:1"]]
+    assert other_options[:3] == ["FitError", 4, "this process already runs 2 tt device(s), not 2 tt device(s)"]
+    assert other_options[3] == "with other backend options"
+    assert other_backend[:3] == ["FitError", 4, "this process already runs 2 tt device(s), not 2 cpu device(s)"]
+    assert run["spmd"] is True
+    assert run["environment"] == {
+        "PJRT_DEVICE": "TT",
+        "XLA_STABLEHLO_COMPILE": "1",
+        "CONVERT_SHLO_TO_SHARDY": None,
+        "MESH_SHAPE": "1,2",
+        "ENABLE_AUTO_PARALLEL": "TRUE",
+        "TT_METAL_RUNTIME_ROOT": str(library.parent / "tt-metal"),
+        "XLA_FLAGS": run["environment"]["XLA_FLAGS"],
+    }
+
+
+def test_plugins_that_do_not_fit_are_refused_and_the_device_count_is_the_machines(library: Path) -> None:
+    steps = [("mine", None, {}, None), ("broken", None, {}, None), ("nowhere", None, {}, None), ("neuron", None, {}, None)]
+    run = run_plugins(
+        library, *steps, ("tt", 3, {"cpu_device_count": 2}, None), ("tt", 2, {}, None), PJRT_NAMES_AND_LIBRARY_PATHS=f"tt:{library}"
+    )
+    mine, broken, nowhere, neuron, three, late = run["said"]
+    assert mine[:2] == ["BackendError", 5] and "speaks PJRT API 0.81, torch_xla 2.9.0 speaks 0.75" in mine[2]
+    assert broken == [
+        "BackendError",
+        5,
+        "backend 'broken' is not available: no_such_module:Plugin does not load: No module named 'no_such_module'",
+    ]
+    assert nowhere == ["BackendError", 5, "backend 'nowhere' is not available: it names no plugin file: the driver is not installed"]
+    assert neuron == ["BackendError", 5, "backend 'neuron' is not available: it names no plugin file: No module named 'libneuronxla'"]
+    assert three == ["FitError", 4, "3 devices asked for, backend 'tt' has 2", "expected a mesh that covers all of them"]
+    assert late == [
+        "FitError",
+        4,
+        "torch_xla's runtime was started before parallama could ask for backend 'tt'",
+        "import parallama and load the model first",
+    ]
+
+
+def test_one_device_of_a_plugin_runs_without_spmd_and_a_variable_of_the_user_stays(library: Path) -> None:
+    run = run_plugins(library, ("{library}", 1, {"cpu_device_count": 1}, (1, 1)), XLA_STABLEHLO_COMPILE="0")
+    assert run["said"][0][:2] == ["tt", 1]
+    assert run["spmd"] is False
+    assert run["environment"]["MESH_SHAPE"] is None and run["environment"]["XLA_STABLEHLO_COMPILE"] == "0"
+
+
+def test_a_client_that_cannot_be_made_is_told_with_the_plugins_words(library: Path) -> None:
+    run = run_plugins(library, ("{library}", None, {"cpu_device_count": "many"}, None))
+    kind, code, said, which = run["said"][0]
+    assert (kind, code) == ("BackendError", 5)
+    assert said == "backend 'tt' does not start: Unexpected index"  # text where a number was expected
+    assert which == f"plugin: {library} (PJRT API 0.81)"
+
+
+def test_backends_that_are_not_there_say_what_to_do() -> None:
+    for name, said in {
+        "tpu": ["backend 'tpu' is not available: libtpu is not installed", "on a TPU machine run: pip install 'torch_xla[tpu]==2.9.0'"],
+        "tt": [
+            "backend 'tt' is not available: no plugin of Tenstorrent's is installed",
+            "install pjrt-plugin-tt, or give the path of pjrt_plugin_tt.so",
+        ],
+        "abacus": ["backend 'abacus' is unknown", "expected one of cpu, tpu, tt, xla_cpu_pjrt, or the path of a PJRT plugin (.so)"],
+    }.items():
+        with pytest.raises(BackendError) as caught:
+            backends.find(name)
+        assert str(caught.value).splitlines() == said
+
+
+def test_environment_variables_name_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PJRT_NAMES_AND_LIBRARY_PATHS", "tpu:/a/tpu.so,mine:/b/mine.so")
+    assert backends.library_of("mine") == Path("/b/mine.so") and backends.library_of("tpu") == Path("/a/tpu.so")
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/c/libtpu.so")
+    assert backends.library_of("tpu") == Path("/c/libtpu.so")
+
+
+def test_the_cpu_takes_no_options() -> None:
+    with pytest.raises(UsageError) as caught:
+        backends.start("cpu", 1, {"count": 8})
+    assert str(caught.value).splitlines() == [
+        "backend option 'count' was given",
+        "expected none: the cpu backend's client takes no options",
     ]

@@ -128,7 +128,7 @@ def _without_tensor(file: Path, name: str) -> None:
 # -- help and version
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["chat", "--help"], ["-h"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["chat", "--help"], ["doctor", "--help"], ["-h"]])
 def test_help_comes_quickly_and_without_torch(arguments: list[str]) -> None:
     code = f"import sys; from parallama.__main__ import run; sys.exit(run({arguments!r}))"
     began = time.perf_counter()
@@ -349,6 +349,7 @@ ALONE: list[tuple[str, list[str], int, str]] = [
     ("no prompt", ["generate", "{plain}"], 2, "prompt"),
     ("unknown backend", [*GENERATE, "--backend", "abacus"], 5, "abacus"),
     ("no tpu", [*GENERATE, "--backend", "tpu"], 5, "tpu"),
+    ("backend a text file", [*GENERATE, "--backend", "{prompt.txt}"], 5, "prompt.txt"),
     ("unknown option", [*GENERATE, "--frobnicate"], 2, "--frobnicate"),
     ("truncated safetensors", ["generate", "{truncated}", "-p", "x"], 3, "model.safetensors"),
 ]
@@ -358,6 +359,8 @@ TOGETHER: list[tuple[str, list[str], int, str]] = [
     ("mesh and -tp disagree", [*GENERATE, "--mesh", "1x2", "-tp", "4"], 2, "4"),
     ("-tp 0", [*GENERATE, "-tp", "0"], 2, "0"),
     ("devices and mesh disagree", [*GENERATE, "--mesh", "1x1", "--devices", "2"], 4, "2"),
+    ("backend option without a value", [*GENERATE, "--backend-option", "count"], 2, "'count'"),
+    ("backend option on the cpu", [*GENERATE, "--backend-option", "count=8"], 2, "'count'"),
     ("empty prompt", ["generate", "{plain}", "-p", ""], 2, "prompt"),
     ("one of two prompts empty", [*GENERATE, "-p", ""], 2, "prompt"),
     ("prompt file missing", ["generate", "{plain}", "--prompt-file", "{nowhere.txt}"], 2, "nowhere.txt"),

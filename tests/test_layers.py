@@ -11,10 +11,25 @@ SOURCE = Path(__file__).parents[1] / "src" / "parallama"
 # Layers from the bottom up, and their modules in order: a module imports only modules named before it. `cli` stands for every module of the
 # folder; its files may import one another.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "pure": ("errors", "flags", "topology", "heads", "spec", "plan", "collectives", "hlo"),
+    "pure": (
+        "errors",
+        "flags",
+        "host",
+        "child",
+        "elf",
+        "versions",
+        "plugins",
+        "faults",
+        "topology",
+        "heads",
+        "spec",
+        "plan",
+        "collectives",
+        "hlo",
+    ),
     "device": ("backends", "mesh", "ops", "products", "program", "cache", "attention", "shard"),
     "model": ("checkpoint", "gguf_file", "loading", "sampling", "steps"),
-    "use": ("generate", "text", "llm", "chat", "audit"),
+    "use": ("generate", "text", "llm", "chat", "audit", "selftest", "doctor"),
     "face": ("api", "__init__", "bench", "cli", "__main__"),
 }
 FOLDERS = ("bench", "cli")

@@ -15,7 +15,7 @@ import torch, transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM
 from transformers.integrations.gguf import reader
 mesh.put(torch.zeros(8, 8), (None, None))
-from parallama.backends import peak_rss_bytes
+from parallama.host import peak_rss_bytes
 before = peak_rss_bytes()
 import parallama
 llm = parallama.load("smollm2", mesh=mesh)

@@ -12,6 +12,7 @@ from .errors import UsageError, lines
 from .llm import LLM, Progress
 from .mesh import DeviceMesh
 from .plan import make_plan, read_overrides
+from .plugins import OptionValue
 from .spec import ModelSpec
 from .steps import Steps
 from .topology import MeshShape
@@ -22,6 +23,7 @@ def load(
     *,
     mesh: str | MeshShape | tuple[int, int] | DeviceMesh = "1x1",
     backend: str = "cpu",
+    backend_options: Mapping[str, OptionValue] | None = None,
     devices: int | None = None,
     plan: str | Path | Mapping[str, Any] | None = None,
     dtype: str = "auto",
@@ -33,7 +35,8 @@ def load(
     Args:
         model: folder, `.gguf` file, hub id or shipped name (`smollm2`).
         mesh: `1x8` (data x model), `data=2,model=4`.
-        backend: `cpu` (virtual devices) or `tpu`.
+        backend: `cpu` (virtual devices), `tpu`, `tt`, the path of a PJRT plugin, or an installed plugin's name.
+        backend_options: for the client that a plugin makes.
         devices: device count, where it should be checked against the mesh.
         plan: overrides as a mapping from parameter-name pattern to style or axes, or a YAML/JSON file of them.
         dtype: `auto`, `float32` or `bfloat16`; `auto` is the checkpoint's, but float32 on the CPU backend.
@@ -48,7 +51,7 @@ def load(
     shape = mesh.shape if isinstance(mesh, DeviceMesh) else MeshShape.parse(mesh)
     if not isinstance(mesh, DeviceMesh):
         # First: a mesh that doesn't fit says so before anything is read.
-        mesh = DeviceMesh(shape, backend=backend, devices=devices)
+        mesh = DeviceMesh(shape, backend=backend, backend_options=backend_options, devices=devices)
     loading.resolve_dtype(dtype, None, mesh.backend.name)
     source = loading.find(str(model))
     spec = ModelSpec.from_config(source.config)

@@ -5,24 +5,27 @@ A process has one backend and one device count for its whole life: torch-xla rea
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
-import importlib.util
 import os
-import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from . import flags
-from .errors import BackendError, FitError, lines
+from . import flags, plugins, versions
+from .errors import BackendError, FitError, UsageError, cause, lines
+from .plugins import OptionValue
 
-NAMES = ("cpu", "tpu")
-TORCH_XLA = "2.9"
+NAMES = ("cpu", "tpu", "tt")
 MOST_CPU_DEVICES = 256
-_M_MMAP_THRESHOLD = -3
+ENTRY_POINTS = "torch_xla.plugins"
+_HINTS = {
+    "tpu": ("libtpu is not installed", "on a TPU machine run: pip install 'torch_xla[tpu]==2.9.0'"),
+    "tt": ("no plugin of Tenstorrent's is installed", "install pjrt-plugin-tt, or give the path of pjrt_plugin_tt.so"),
+}
 # XLA warns about every program that GSPMD partitions; errors still show. It reads this when torch_xla is imported, and with accelerate installed
 # transformers imports torch_xla: so it is set before either.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -33,47 +36,83 @@ class Backend:
     """The backend this process runs on.
 
     Attributes:
-        name: `cpu` or `tpu`.
+        name: `cpu`, `tpu`, `tt`, or the name of a plugin.
         devices: devices of this process.
         weights_first: products with weights are best written `(W @ x.T).T` (see `products`); elsewhere XLA picks layouts itself.
+        library: the plugin's file; None on `cpu`, which torch_xla brings along.
+        api: PJRT API version that the plugin speaks.
+        options: what its client was made with.
     """
 
     name: str
     devices: int
     weights_first: bool
+    library: Path | None = None
+    api: plugins.ApiVersion | None = None
+    options: Mapping[str, OptionValue] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A plugin that was found and fits.
+
+    Attributes:
+        name: the backend's name.
+        device: value of `PJRT_DEVICE`.
+        entry: torch_xla's plugin class for it, where a package announces one that is used.
+    """
+
+    name: str
+    device: str
+    library: Path
+    api: plugins.ApiVersion
+    entry: Any = None
 
 
 _started: Backend | None = None
 
 
-def start(name: str = "cpu", devices: int | None = None) -> Backend:
+def start(
+    name: str = "cpu", devices: int | None = None, options: Mapping[str, OptionValue] | None = None, *, grid: tuple[int, int] | None = None
+) -> Backend:
     """Start a backend with so many devices, or return the one that runs if it is the same.
 
     Args:
-        name: a name of `NAMES`.
+        name: a name of `NAMES`, the path of a PJRT plugin, or the name of an installed one.
         devices: virtual devices to make on `cpu` (1 if None); on others it must be what the machine has.
+        options: for the client that a plugin makes (`client_create_options`).
+        grid: data x model, which old releases of Tenstorrent's plugin read from the environment.
 
     Raises:
-        BackendError: unknown, not installed, or of a version that doesn't fit.
+        BackendError: unknown, not installed, of a version that doesn't fit, or it doesn't start.
         FitError: this process already runs another backend or device count.
+        UsageError: options on `cpu`, whose client takes none.
     """
     global _started
-    if name not in NAMES:
-        raise BackendError(lines(f"backend {name!r} is unknown", f"expected one of {', '.join(NAMES)}"))
+    options = dict(options or {})
+    if name == "cpu" and options:
+        raise UsageError(
+            lines(f"backend option {next(iter(options))!r} was given", "expected none: the cpu backend's client takes no options")
+        )
     if _started is not None:
-        if _started.name != name or devices not in (None, _started.devices):
+        called = plugins.name_of(Path(name)) if plugins.is_path(name) else name
+        if _started.name != called or devices not in (None, _started.devices) or dict(_started.options) != options:
             raise FitError(
                 lines(
-                    f"this process already runs {_started.devices} {_started.name} device(s), not {devices or 'any'} {name} device(s)",
-                    "torch-xla fixes the device count once per process",
+                    f"this process already runs {_started.devices} {_started.name} device(s), not {devices or 'any'} {called} device(s)",
+                    "torch-xla fixes the device count once per process"
+                    if dict(_started.options) == options
+                    else "with other backend options",
                     "use another process, or a mesh of as many devices",
                 )
             )
         return _started
-    _check_versions()
-    variable = flags.VARIABLES[name]
-    os.environ[variable] = flags.with_defaults(name, os.environ.get(variable, ""))
-    _started = _start_cpu(1 if devices is None else devices) if name == "cpu" else _start_tpu(devices)
+    versions.check_torch_xla()
+    if name == "cpu":
+        _set_flags("cpu")
+        _started = _start_cpu(1 if devices is None else devices)
+    else:
+        _started = _start_plugin(find(name), devices, options, grid)
     return _started
 
 
@@ -90,15 +129,10 @@ def dump_programs(folder: Path) -> None:
     os.environ["XLA_FLAGS"] = f"{given} --xla_dump_to={folder} --xla_dump_hlo_as_text".lstrip()
 
 
-def _check_versions() -> None:
-    try:
-        version = importlib.metadata.version("torch_xla")
-    except importlib.metadata.PackageNotFoundError:
-        raise BackendError(
-            lines("torch_xla is not installed", f"expected torch_xla {TORCH_XLA}.x", "run: pip install torch_xla==2.9.0")
-        ) from None
-    if not version.startswith(TORCH_XLA + "."):
-        raise BackendError(lines(f"torch_xla {version} is installed", f"expected {TORCH_XLA}.x, the release this package is made for"))
+def _set_flags(name: str) -> None:
+    if name in flags.VARIABLES:
+        variable = flags.VARIABLES[name]
+        os.environ[variable] = flags.with_defaults(name, os.environ.get(variable, ""))
 
 
 def _start_cpu(devices: int) -> Backend:
@@ -115,6 +149,8 @@ def _start_cpu(devices: int) -> Backend:
             )
     os.environ["PJRT_DEVICE"] = "CPU"
     os.environ["CPU_NUM_DEVICES"] = str(devices)
+    # Importing torch_xla would load every installed plugin, and some print, or set variables that are for their devices only.
+    os.environ.setdefault("XLA_REGISTER_INSTALLED_PLUGINS", "0")
     _use_spmd(devices)
     return Backend(name="cpu", devices=devices, weights_first=True)
 
@@ -128,57 +164,145 @@ def _runtime_runs() -> bool:
     return bool(torch_xla._XLAC._xla_runtime_is_initialized())
 
 
-def _start_tpu(devices: int | None) -> Backend:
-    if importlib.util.find_spec("libtpu") is None:
-        raise BackendError(
-            lines("backend 'tpu' is not available: libtpu is not installed", "on a TPU machine run: pip install 'torch_xla[tpu]==2.9.0'")
+def find(name: str) -> Found:
+    """Find a backend's plugin and make sure that it fits; nothing of it is loaded into this process.
+
+    Raises:
+        BackendError: there is none, or it doesn't fit.
+    """
+    entry = None
+    if plugins.is_path(name):
+        library: Path | None = Path(name).expanduser()
+        name = plugins.name_of(Path(name))
+    else:
+        library = library_of(name)
+        if library is None and name not in NAMES:
+            entry = _entry_class(name)
+            library = Path(_entry_library(name, entry)) if entry is not None else None
+    if library is None:
+        raise missing(name)
+    api = plugins.check(library, takes_older_callers=name in plugins.TAKES_OLDER_CALLERS)
+    # Any name does for PJRT_DEVICE, as long as torch_xla has no client of its own for it; it cuts names at underscores.
+    device = name.upper() if name in NAMES or entry is not None else "PLUGIN"
+    return Found(name=name, device=device, library=library.absolute(), api=api, entry=entry)
+
+
+def library_of(name: str) -> Path | None:
+    """The plugin file of a backend that an environment variable (torch_xla's for the TPU, JAX's for any) or a package names."""
+    named = plugins.named_libraries(os.environ.get("PJRT_NAMES_AND_LIBRARY_PATHS", ""))
+    given = os.environ.get("TPU_LIBRARY_PATH") if name == "tpu" else None
+    given = given or named.get(name)
+    return Path(given).expanduser() if given else plugins.find(name)
+
+
+def missing(name: str) -> BackendError:
+    """The error for a backend that has no plugin."""
+    if name in _HINTS:
+        return BackendError(lines(f"backend {name!r} is not available: {_HINTS[name][0]}", _HINTS[name][1]))
+    others = ", ".join((*NAMES, *plugins.installed()))
+    return BackendError(lines(f"backend {name!r} is unknown", f"expected one of {others}, or the path of a PJRT plugin (.so)"))
+
+
+def announced() -> importlib.metadata.EntryPoints:
+    """The plugins that installed packages, torch_xla among them, announce to torch_xla."""
+    return importlib.metadata.entry_points(group=ENTRY_POINTS)
+
+
+def _entry_class(name: str) -> Any:
+    """The plugin class that a package announces to torch_xla under this name, or None."""
+    for point in announced().select(name=name):
+        os.environ["PJRT_DEVICE"] = name.upper()
+        os.environ.setdefault("XLA_REGISTER_INSTALLED_PLUGINS", "0")
+        try:
+            with redirect_stdout(sys.stderr):
+                return point.load()
+        except Exception as error:  # whatever the package's import raises
+            raise BackendError(lines(f"backend {name!r} is not available: {point.value} does not load: {cause(error)}")) from None
+    return None
+
+
+def _entry_library(name: str, entry: Any) -> str:
+    try:
+        with redirect_stdout(sys.stderr):
+            return str(entry().library_path())
+    except Exception as error:
+        raise BackendError(lines(f"backend {name!r} is not available: it names no plugin file: {cause(error)}")) from None
+
+
+def _start_plugin(found: Found, devices: int | None, options: dict[str, OptionValue], grid: tuple[int, int] | None) -> Backend:
+    if _runtime_runs():
+        raise FitError(
+            lines(
+                f"torch_xla's runtime was started before parallama could ask for backend {found.name!r}",
+                "import parallama and load the model first",
+            )
         )
-    os.environ["PJRT_DEVICE"] = "TPU"
+    _set_flags(found.name)
+    os.environ["PJRT_DEVICE"] = found.device
+    os.environ.setdefault("XLA_REGISTER_INSTALLED_PLUGINS", "0")
+    if found.name == "tt":
+        for variable, value in plugins.tt_environment(found.library, devices, grid, versions.partitioner()).items():
+            os.environ.setdefault(variable, value)
+    # Plugins may print; standard output is for our results.
+    with redirect_stdout(sys.stderr):
+        _register(found, options)
+        import torch_xla.runtime as xr
+
+        try:
+            present = xr.global_runtime_device_count()
+        except RuntimeError as error:
+            raise BackendError(
+                lines(f"backend {found.name!r} does not start: {cause(error)}", f"plugin: {found.library} (PJRT API {found.api})")
+            ) from None
+    if devices not in (None, present):
+        raise FitError(
+            lines(f"{devices} devices asked for, backend {found.name!r} has {present}", "expected a mesh that covers all of them")
+        )
+    _use_spmd(present)
+    return Backend(
+        name=found.name,
+        devices=present,
+        weights_first=False,
+        library=found.library,
+        api=found.api,
+        options=MappingProxyType(options),
+    )
+
+
+def _register(found: Found, options: dict[str, OptionValue]) -> None:
+    """Tell torch_xla of a plugin: its own class for it where there is one, with our file and options."""
+    import torch_xla
+    from torch_xla.experimental import plugins as registry
+
+    entry = found.entry
+    if found.name == "tpu":
+        entry = _entry_class("tpu")
+    base: Any = registry.DevicePlugin if entry is None else entry
+
+    class Plugin(base):  # type: ignore[misc]
+        def library_path(self) -> str:
+            return str(found.library)
+
+        def client_create_options(self) -> dict[str, Any]:
+            return {**super().client_create_options(), **options}
+
+    if found.name == "tt":
+        # As Tenstorrent's own class does: numbers in a program are constants, not buffers.
+        torch_xla._XLAC._set_xla_all_numbers_special_scalars(True)
+    registry.use_dynamic_plugins()
+    registry.register_plugin(found.device, Plugin())
+
+
+def device_names() -> list[str]:
+    """What the running backend calls its devices."""
     import torch_xla.runtime as xr
 
-    try:
-        present = xr.global_runtime_device_count()
-    except RuntimeError as error:
-        raise BackendError(lines(f"backend 'tpu' does not start: {str(error).splitlines()[0]}")) from None
-    if devices not in (None, present):
-        raise FitError(lines(f"{devices} devices asked for, this TPU slice has {present}", "expected a mesh that covers all of them"))
-    _use_spmd(present)
-    return Backend(name="tpu", devices=present, weights_first=False)
+    return [str(attributes.get("name", number)) for number, attributes in enumerate(xr.global_runtime_device_attributes())]
 
 
 def _use_spmd(devices: int) -> None:
-    """Partition programs over several devices; a single one runs better without."""
+    """Partition programs over several devices; a single one runs better without, and on Tenstorrent's only without."""
     import torch_xla.runtime as xr
 
     if devices > 1:
         xr.use_spmd()
-
-
-@contextmanager
-def lean_host_memory() -> Iterator[None]:
-    """While loading: give every freed tensor's memory back to the system at once.
-
-    glibc learns from freed blocks to keep ever larger ones (up to 32 MB) for itself, and a loader that frees a tensor for each that it makes then peaks at almost
-    twice the model. Afterwards the threshold stays at that maximum, which is where running programs' buffers belong.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has held so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from .backends import lean_host_memory
 from .checkpoint import Checkpoint, SafetensorsFolder
 from .errors import CheckpointError, UsageError, cause, lines, shown
 from .gguf_file import GgufFile
+from .host import lean_host_memory
 from .mesh import DeviceMesh
 from .plan import Plan
 from .shard import DeviceWeights, put_parameters

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import backends
 from .errors import FitError, lines
+from .plugins import OptionValue
 from .topology import AXES, MeshShape
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class DeviceMesh:
 
     Args:
         shape: `1x8`, `data=2,model=4`, or a `MeshShape`.
-        backend: see `backends.start`.
+        backend, backend_options: see `backends.start`.
         devices: device count of the process; follows from the shape if None.
 
     Raises:
@@ -34,7 +35,14 @@ class DeviceMesh:
         8
     """
 
-    def __init__(self, shape: MeshShape | str | tuple[int, int], *, backend: str = "cpu", devices: int | None = None) -> None:
+    def __init__(
+        self,
+        shape: MeshShape | str | tuple[int, int],
+        *,
+        backend: str = "cpu",
+        backend_options: Mapping[str, OptionValue] | None = None,
+        devices: int | None = None,
+    ) -> None:
         self.shape = MeshShape.parse(shape)
         if devices is not None and devices != self.shape.devices:
             raise FitError(
@@ -44,7 +52,7 @@ class DeviceMesh:
                     f"use a mesh such as 1x{devices}",
                 )
             )
-        self.backend = backends.start(backend, self.shape.devices)
+        self.backend = backends.start(backend, self.shape.devices, backend_options, grid=(self.shape.data, self.shape.model))
         import torch_xla
 
         self._xla: Any = torch_xla

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..backends import usable_cores
 from ..errors import RunError, UsageError, lines
+from ..host import usable_cores
 from ..loading import DTYPES, find
+from ..plugins import OptionValue
 from ..spec import ModelSpec
 from ..topology import MeshShape
 from .limits import decode_bytes, prefill_flops
@@ -53,6 +54,7 @@ class Options:
     threads: int | None = None
     dtype: str = "float32"
     backend: str = "cpu"
+    backend_options: Mapping[str, OptionValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unknown = [peer for peer in self.peers if peer not in PEERS]
@@ -180,6 +182,7 @@ class _Starter:
             "devices": mesh.devices,
             "dtype": self._options.dtype,
             "backend": self._options.backend,
+            "backend_options": dict(self._options.backend_options),
             "threads": self._threads,
         }
         try:

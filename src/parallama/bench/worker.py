@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..backends import peak_rss_bytes
 from ..errors import ParallamaError, cause, lines
+from ..host import peak_rss_bytes
 from ..loading import DTYPES
 from .engine import Engine, Ours
 
@@ -96,9 +96,13 @@ class Served:
         from ..api import load
         from ..mesh import DeviceMesh
 
-        DeviceMesh(given["mesh"], backend=given["backend"])
+        DeviceMesh(given["mesh"], backend=given["backend"], backend_options=given["backend_options"])
         imported = time.time()
-        ours = Ours(load(given["model"], mesh=given["mesh"], backend=given["backend"], dtype=given["dtype"]))
+        ours = Ours(
+            load(
+                given["model"], mesh=given["mesh"], backend=given["backend"], backend_options=given["backend_options"], dtype=given["dtype"]
+            )
+        )
         loaded = time.time()
         ours.prepare(1, 8, 8)
         ready = time.time()

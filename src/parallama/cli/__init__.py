@@ -7,6 +7,7 @@ import typer
 from .audit import audit
 from .bench import bench
 from .chat import chat
+from .doctor import doctor
 from .generate import generate
 from .options import show_version
 
@@ -32,3 +33,4 @@ app.command()(generate)
 app.command()(chat)
 app.command()(audit)
 app.command()(bench)
+app.command()(doctor)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError, lines
+from ..plugins import parse_options
 from ..topology import MeshShape
 from . import options
 
@@ -28,6 +29,7 @@ def bench(
     repeats: Annotated[int, typer.Option("--repeats", help="Prefills measured in each case.")] = 3,
     threads: Annotated[int | None, typer.Option("--threads", help="Cores that every engine may use. [default: all]")] = None,
     backend: options.BackendName = "cpu",
+    backend_option: options.BackendOptions = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the rows into this PNG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
@@ -58,6 +60,7 @@ def bench(
         threads=threads,
         dtype=dtype,
         backend=backend,
+        backend_options=parse_options(backend_option or []),
     )
     command = "parallama " + shlex.join(argument for argument in sys.argv[1:] if argument != "--debug")
     measured = run(wanted, command, (lambda _what: None) if quiet else options.say)

@@ -29,6 +29,7 @@ def generate(
     tensor_parallel_size: options.TensorParallel = None,
     devices: options.Devices = None,
     backend: options.BackendName = "cpu",
+    backend_option: options.BackendOptions = None,
     plan: options.PlanFile = None,
     dtype: options.Dtype = "auto",
     max_model_len: options.MaxModelLen = None,
@@ -53,6 +54,7 @@ def generate(
             tensor_parallel=tensor_parallel_size,
             devices=devices,
             backend=backend,
+            backend_options=backend_option,
             plan=plan,
             dtype=dtype,
             max_model_len=max_model_len,
@@ -116,7 +118,7 @@ def _in_template(llm: LLM, prompt: str | list[int], system: str | None) -> list[
 
 
 def _document(llm: LLM, outputs: list[Completion]) -> dict[str, Any]:
-    from ..backends import peak_rss_bytes
+    from ..host import peak_rss_bytes
 
     stats, shape = llm.stats, llm.mesh.shape
     new_tokens = sum(len(output.token_ids) - 1 for output in outputs)

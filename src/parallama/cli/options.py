@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError, lines
+from ..plugins import parse_options
 from ..topology import MeshShape
 
 if TYPE_CHECKING:
@@ -20,7 +21,12 @@ Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id, or
 Mesh = Annotated[str | None, typer.Option("--mesh", help="data x model, as 1x8, or data=2,model=4. [default: 1x1]")]
 TensorParallel = Annotated[int | None, typer.Option("--tensor-parallel-size", "-tp", help="The same as --mesh 1xN.", min=1)]
 Devices = Annotated[int | None, typer.Option("--devices", help="Device count; follows from the mesh.", min=1)]
-BackendName = Annotated[str, typer.Option("--backend", help="cpu or tpu.")]
+BackendName = Annotated[
+    str, typer.Option("--backend", help="cpu, tpu, tt, the path of a PJRT plugin (.so), or an installed plugin's name.")
+]
+BackendOptions = Annotated[
+    list[str] | None, typer.Option("--backend-option", help="key=value for the client that the plugin makes; several times.")
+]
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="YAML or JSON: parameter-name pattern to style or axes.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
 MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", help="Most tokens of prompt and answer together.")]
@@ -91,6 +97,7 @@ def load_model(
     tensor_parallel: int | None,
     devices: int | None,
     backend: str,
+    backend_options: list[str] | None,
     plan: Path | None,
     dtype: str,
     max_model_len: int | None,
@@ -98,12 +105,14 @@ def load_model(
 ) -> LLM:
     """`parallama.load` with a command's options."""
     shape = mesh_shape(mesh, tensor_parallel)
+    given = parse_options(backend_options or [])
     from ..api import load
 
     return load(
         model,
         mesh=shape,
         backend=backend,
+        backend_options=given,
         devices=devices,
         plan=plan,
         dtype=dtype,

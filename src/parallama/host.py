@@ -1,0 +1,75 @@
+"""The machine that this process runs on: cores, what its processor can do, memory. Pure."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_M_MMAP_THRESHOLD = -3
+FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
+"""What of a processor matters for matrix products, as Linux names it."""
+
+
+@contextmanager
+def lean_host_memory() -> Iterator[None]:
+    """While loading: give every freed tensor's memory back to the system at once.
+
+    glibc learns from freed blocks to keep ever larger ones (up to 32 MB) for itself, and a loader that frees a tensor for each that it makes then peaks at almost
+    twice the model. Afterwards the threshold stays at that maximum, which is where running programs' buffers belong.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_bytes() -> tuple[int, int] | None:
+    """Bytes of memory that the machine has, and that are available now; None where the system doesn't tell."""
+    found: dict[str, int] = {}
+    for line in _lines(Path("/proc/meminfo")):
+        name, _, rest = line.partition(":")
+        if name in ("MemTotal", "MemAvailable"):
+            found[name] = int(rest.split()[0]) * 1024
+    return (found["MemTotal"], found["MemAvailable"]) if len(found) == 2 else None
+
+
+def processor() -> tuple[str, list[str]]:
+    """The processor's name, and which of `FEATURES` it has."""
+    name, features = platform.processor() or platform.machine(), set[str]()
+    for line in _lines(Path("/proc/cpuinfo")):
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+        elif key.strip() in ("flags", "Features"):
+            features |= set(value.split())
+    return name, [feature for feature in FEATURES if feature in features]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
