@@ -11,9 +11,12 @@ SOURCE = Path(__file__).parents[1] / "src" / "parallama"
 # Layers from the bottom up, and their modules in order: a module imports only modules named before it. `cli` stands for every module of the
 # folder; its files may import one another.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "pure": ("errors", "flags", "topology", "heads", "spec", "plan"),
+    "pure": (
+        *("errors", "flags", "topology", "heads", "spec", "configs", "plan", "kinds", "buckets"),
+        *("cost", "collectives", "hardware", "picture", "forecast", "forecast_view"),
+    ),
     "device": ("backends", "mesh", "ops", "products", "program", "cache", "attention", "shard"),
-    "model": ("checkpoint", "gguf_file", "loading", "sampling", "steps"),
+    "model": ("locate", "checkpoint", "gguf_file", "config_json", "loading", "sampling", "steps"),
     "use": ("generate", "text", "llm", "chat"),
     "face": ("api", "__init__", "bench", "cli", "__main__"),
 }

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import usable_cores
+from ..cost import decode_bytes, prefill_flops
 from ..errors import RunError, UsageError, lines
 from ..loading import DTYPES, find
 from ..spec import ModelSpec
 from ..topology import MeshShape
-from .limits import decode_bytes, prefill_flops
 from .processes import EngineProcess
 from .rows import Machine, PeerResult, Report, Row, Speed, Start, What
 
