@@ -76,6 +76,11 @@ def start(name: str = "cpu", devices: int | None = None) -> Backend:
     return _started
 
 
+def expect_none() -> None:
+    """For a process that starts no backend: torch_xla, which transformers may import, then doesn't have to guess one and say so."""
+    os.environ.setdefault("PJRT_DEVICE", "CPU")
+
+
 def _check_versions() -> None:
     try:
         version = importlib.metadata.version("torch_xla")

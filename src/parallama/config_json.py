@@ -41,6 +41,9 @@ def read_config(model: str) -> Mapping[str, Any]:
             raise CheckpointError(lines(f"folder {model!r} has no config.json", "expected a model folder as transformers saves it"))
         return read_json(located.path / "config.json")
     if located.path.suffix == ".gguf":
+        from . import backends
+
+        backends.expect_none()
         from .gguf_file import GgufFile  # with torch and transformers
 
         document: Mapping[str, Any] = GgufFile(located.path).config.to_dict()
