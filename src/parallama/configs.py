@@ -13,8 +13,8 @@ from typing import Any
 from .errors import CheckpointError, UsageError, lines, shown
 from .spec import ROPE_TYPES, ModelSpec
 
-DTYPES = ("float32", "bfloat16")
-"""What weights, cache and activations can be."""
+ITEMSIZES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2})
+"""What weights, cache and activations can be -> bytes of a number."""
 ALIASES: Mapping[str, str] = MappingProxyType({"smollm2": "smollm2-135m"})
 """Names of shipped models -> the config that they have."""
 
@@ -159,7 +159,7 @@ def named(name: str) -> Mapping[str, Any] | None:
 
 
 def spec_of(document: Any, origin: str) -> ModelSpec:
-    """The sizes in the contents of a config.json, without transformers; what loading would refuse, this does too.
+    """The sizes in the contents of a config.json, without transformers; refuses what loading refuses, as far as that shows without it.
 
     Args:
         origin: what to call it in a message.
@@ -193,7 +193,7 @@ def loaded_dtype(asked: str, document: Mapping[str, Any]) -> str:
     """
     if asked == "auto":
         own = stored_dtype(document)
-        return own if own in DTYPES else DTYPES[0]
-    if asked not in DTYPES:
-        raise UsageError(lines(f"dtype {asked!r} is unknown", f"expected auto, {' or '.join(DTYPES)}"))
+        return own if own is not None and own in ITEMSIZES else "float32"
+    if asked not in ITEMSIZES:
+        raise UsageError(lines(f"dtype {asked!r} is unknown", f"expected auto, {' or '.join(ITEMSIZES)}"))
     return asked

@@ -14,7 +14,6 @@ from .kinds import local_elements
 from .plan import Plan
 from .spec import ModelSpec
 
-ITEMSIZES = {"float32": 4, "bfloat16": 2}
 _FP32 = 4
 
 

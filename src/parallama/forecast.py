@@ -10,7 +10,8 @@ from typing import Any
 from . import heads
 from .buckets import chunk_size
 from .collectives import Collective, Phase, expected
-from .cost import ITEMSIZES, Memory, TrainMemory, memory, parameter_count, shown_bytes, train_memory
+from .configs import ITEMSIZES
+from .cost import Memory, TrainMemory, memory, parameter_count, shown_bytes, train_memory
 from .errors import FitError, UsageError, lines
 from .hardware import Hardware
 from .kinds import Kind, kinds, local_elements
@@ -30,7 +31,7 @@ class Request:
         batch: rows over all devices.
         seq: tokens of each prompt, or of each row in training.
         max_model_len: positions of the cache, prompt and answer together.
-        dtype: of weights, cache and activations: a name of `cost.ITEMSIZES`.
+        dtype: of weights, cache and activations: a name of `configs.ITEMSIZES`.
         stored_dtype: of the checkpoint, if its config says so.
         train: forecast a training step too.
         hardware: to say whether it fits.

@@ -16,9 +16,11 @@ def plan(
     mesh: options.Mesh = None,
     tensor_parallel_size: options.TensorParallel = None,
     batch: Annotated[int, typer.Option("--batch", help="Rows over all devices.")] = 1,
-    seq: Annotated[int | None, typer.Option("--seq", help="Tokens of a prompt, or of a row in training. [default: 512, or less]")] = None,
+    seq: Annotated[
+        int | None, typer.Option("--seq", help="Tokens of a prompt, or of a row in training; 512, or less, if not given.")
+    ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", help="Positions of the KV cache. [default: the model's maximum]")
+        int | None, typer.Option("--max-model-len", help="Positions of the KV cache; the model's maximum if not given.")
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (what loading makes of it on an accelerator), float32 or bfloat16.")] = "auto",
     train: Annotated[bool, typer.Option("--train", help="A training step with AdamW, too; --hardware then asks about that.")] = False,
