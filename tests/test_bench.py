@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from parallama.bench import limits, shapes
+from parallama import cost
+from parallama.bench import shapes
 from parallama.bench.processes import EngineProcess
 from parallama.bench.run import Options
 from parallama.errors import CheckpointError, RunError, UsageError
@@ -61,10 +62,10 @@ def test_a_decode_step_must_read_every_weight_and_the_cache_once() -> None:
     spec = ModelSpec.from_config(shapes.SHAPES["tiny"])
     parameters = sum(math.prod(shape) for _, shape in spec.parameters())
     embedding = 512 * 64
-    one = limits.decode_bytes(spec, 1, 0, 4)
+    one = cost.decode_bytes(spec, 1, 0, 4)
     assert one == 4 * (parameters - embedding + 64)
-    assert limits.decode_bytes(spec, 3, 10, 4) - limits.decode_bytes(spec, 3, 0, 4) == 4 * 3 * 10 * (2 * 2 * 4 * 8)
-    assert limits.decode_bytes(spec, 1, 7, 2) * 2 == limits.decode_bytes(spec, 1, 7, 4)
+    assert cost.decode_bytes(spec, 3, 10, 4) - cost.decode_bytes(spec, 3, 0, 4) == 4 * 3 * 10 * (2 * 2 * 4 * 8)
+    assert cost.decode_bytes(spec, 1, 7, 2) * 2 == cost.decode_bytes(spec, 1, 7, 4)
 
 
 def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() -> None:
@@ -73,8 +74,8 @@ def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() 
     head = 512 * 64
     inside = parameters - 2 * head
     scores_and_values = 2 * 2 * 8 * 8 * 2  # two products of two FLOPs, query heads, head dim, layers
-    assert limits.prefill_flops(spec, 1, 1) == 2 * inside + scores_and_values + 2 * head
-    assert limits.prefill_flops(spec, 2, 5) == 2 * (2 * inside * 5 + scores_and_values * 15 + 2 * head)
+    assert cost.prefill_flops(spec, 1, 1) == 2 * inside + scores_and_values + 2 * head
+    assert cost.prefill_flops(spec, 2, 5) == 2 * (2 * inside * 5 + scores_and_values * 15 + 2 * head)
 
 
 # -- refusals

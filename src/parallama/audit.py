@@ -7,7 +7,6 @@ may be carried out faithfully and still cost more than it has to.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from . import hlo
-from .collectives import Collective, Phase, expected, least
+from .buckets import CHUNK, cache_buckets, chunk_size
+from .collectives import Collective, Phase, expected, grouped, least
 from .errors import RunError, lines
-from .generate import CHUNK, cache_buckets, chunk_size
+from .kinds import ranges, without_layer
 from .plan import Plan
 from .program import ProgramSet
 from .steps import StepKey, Steps
 from .topology import DATA, MODEL, MeshShape
 
 _DUMPED = "*after_optimizations.txt"
-_LAYER = re.compile(r"(?<=\.layers\.)\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +112,8 @@ def audit(steps: Steps, programs: ProgramSet, folder: Path, phase: Phase, key: S
     }
     wanted = expected(plan, phase, **sizes)
     layers = plan.model.layers
-    per_layer = Counter(one for module in modules for one in _collectives(module, plan))
-    findings = [*_differences(_each_layer(wanted, layers), per_layer)]
+    found = grouped(Counter(one for module in modules for one in _collectives(module, plan)), layers)
+    findings = [*_differences(wanted, found)]
     findings += _stored(steps)
     local = (-(-key.batch // plan.mesh.data), plan.head_layout.slots // plan.mesh.model, key.length, plan.model.head_dim)
     aliased, cache_findings = _cache(modules, local, 2 * layers, itemsize)
@@ -126,7 +125,7 @@ def audit(steps: Steps, programs: ProgramSet, folder: Path, phase: Phase, key: S
     return Audit(
         phase=phase,
         expected=wanted,
-        found=_grouped(per_layer),
+        found=found,
         findings=tuple(findings),
         programs=len(modules),
         aliased=aliased,
@@ -166,58 +165,40 @@ def _module_of(instruction: hlo.Instruction, module: hlo.Module, plan: Plan) -> 
     return reader.scope if reader is not None and reader.scope else instruction.scope or "input"
 
 
-def _each_layer(collectives: Iterable[Collective], layers: int) -> Counter[Collective]:
-    """Those of every layer, for each layer by itself."""
-    single: Counter[Collective] = Counter()
-    for each in collectives:
-        for layer in range(layers) if "*" in each.module else (0,):
-            module = each.module.replace("*", str(layer))
-            single[Collective(kind=each.kind, axis=each.axis, count=1, bytes=each.bytes, module=module)] += 1
-    return single
-
-
-def _grouped(single: Counter[Collective]) -> tuple[Collective, ...]:
-    """Layers together again, with counts."""
-    grouped: Counter[Collective] = Counter()
-    for each, count in single.items():
-        module = _LAYER.sub("*", each.module)
-        grouped[Collective(kind=each.kind, axis=each.axis, count=1, bytes=each.bytes, module=module)] += count
-    return tuple(
-        Collective(kind=each.kind, axis=each.axis, count=count, bytes=each.bytes, module=each.module) for each, count in grouped.items()
-    )
-
-
-def _differences(wanted: Counter[Collective], found: Counter[Collective]) -> Iterable[Finding]:
-    for each in _grouped(found - wanted):
-        what = f"{each.kind} over {each.axis!r}, {each.count} of {each.bytes} bytes, which the plan does not need"
-        yield Finding(module=each.module, what=what, bytes=each.count * each.bytes)
-    for each in _grouped(wanted - found):
-        what = f"{each.kind} over {each.axis!r}, {each.count} of {each.bytes} bytes, is planned and not there"
-        yield Finding(module=each.module, what=what, bytes=-each.count * each.bytes)
+def _differences(wanted: Sequence[Collective], found: Sequence[Collective]) -> Iterable[Finding]:
+    there, planned = _counts(found), _counts(wanted)
+    for (kind, axis, size, module), count in (there - planned).items():
+        what = f"{kind} over {axis!r}, {count} of {size} bytes, which the plan does not need"
+        yield Finding(module=module, what=what, bytes=count * size)
+    for (kind, axis, size, module), count in (planned - there).items():
+        what = f"{kind} over {axis!r}, {count} of {size} bytes, is planned and not there"
+        yield Finding(module=module, what=what, bytes=-count * size)
 
 
 def _over_the_least(wanted: Sequence[Collective], minimum: Sequence[Collective]) -> Iterable[Finding]:
-    needed = Counter({(each.kind, each.axis, each.module, each.bytes): each.count for each in minimum})
-    for each in wanted:
-        more = each.count - needed[each.kind, each.axis, each.module, each.bytes]
-        if more > 0:
-            what = f"the plan needs {each.kind} over {each.axis!r}, {more} of {each.bytes} bytes, which this mesh could do without"
-            yield Finding(module=each.module, what=what, bytes=more * each.bytes)
+    for (kind, axis, size, module), count in (_counts(wanted) - _counts(minimum)).items():
+        what = f"the plan needs {kind} over {axis!r}, {count} of {size} bytes, which this mesh can do without"
+        yield Finding(module=module, what=what, bytes=count * size)
+
+
+def _counts(collectives: Sequence[Collective]) -> Counter[tuple[str, str, int, str]]:
+    return Counter({(each.kind, each.axis, each.bytes, each.module): each.count for each in collectives})
 
 
 def _stored(steps: Steps) -> Iterable[Finding]:
     """Parameters that lie otherwise than planned, on any device."""
-    wrong: dict[tuple[str, str, str], list[int]] = {}
+    wrong: dict[tuple[str, str, str], list[tuple[int | None, int]]] = {}
     for placement in steps.plan.parameters:
         planned = placement.local_shape(steps.plan.mesh)
         for shape in dict.fromkeys(steps.mesh.local_shapes(steps.weights.tensors[placement.name])):
             if shape != planned:
-                numbers = math.prod(shape) - math.prod(planned)
-                module = _LAYER.sub("*", placement.name.removesuffix(".weight"))
-                wrong.setdefault((module, str(list(shape)), str(list(planned))), []).append(numbers)
-    for (module, lying, wanted), more in wrong.items():
-        what = f"{len(more)} parameter(s) lie as {lying} on a device, planned {wanted}"
-        yield Finding(module=module, what=what, bytes=sum(more) * steps.dtype.itemsize)
+                name, layer = without_layer(placement.name.removesuffix(".weight"))
+                wrong.setdefault((name, str(list(shape)), str(list(planned))), []).append((layer, math.prod(shape) - math.prod(planned)))
+    for (name, lying, wanted), members in wrong.items():
+        numbers = [layer for layer, _ in members if layer is not None]
+        module = name if len(numbers) in (0, steps.plan.model.layers) else name.replace("*", ranges(numbers), 1)
+        what = f"{len(members)} parameter(s) lie as {lying} on a device, planned {wanted}"
+        yield Finding(module=module, what=what, bytes=sum(more for _, more in members) * steps.dtype.itemsize)
 
 
 def _cache(modules: Sequence[hlo.Module], local: tuple[int, ...], tensors: int, itemsize: int) -> tuple[int, list[Finding]]:

@@ -116,6 +116,11 @@ def start(
     return _started
 
 
+def expect_none() -> None:
+    """For a process that starts no backend: torch_xla, which transformers may import, then doesn't have to guess one and say so."""
+    os.environ.setdefault("PJRT_DEVICE", "CPU")
+
+
 def dump_programs(folder: Path) -> None:
     """Have the HLO of every program written into a folder as text, with the names of the modules that its instructions come from.
 

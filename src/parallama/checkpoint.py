@@ -5,7 +5,6 @@ Nothing is unpickled, and no code of a checkpoint is run: the config is read as 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,11 +12,11 @@ from typing import Any, Protocol
 import torch
 
 from .errors import CheckpointError, cause, lines, listed, shown
-from .spec import ModelSpec
+from .locate import read_json
+from .spec import ROPE_TYPES, ModelSpec
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _STORED = ("F32", "BF16", "F16", "F64")
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class Checkpoint(Protocol):
@@ -65,21 +64,9 @@ def config_from_dict(document: Any, origin: str) -> Any:
         )
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
-    if kind not in _ROPE_TYPES:
-        raise CheckpointError(lines(f"{origin}: rope type {kind!r} is not supported", f"expected one of {', '.join(_ROPE_TYPES)}"))
+    if kind not in ROPE_TYPES:
+        raise CheckpointError(lines(f"{origin}: rope type {kind!r} is not supported", f"expected one of {', '.join(ROPE_TYPES)}"))
     return config
-
-
-def read_json(path: Path) -> Any:
-    """The JSON in a file of a checkpoint.
-
-    Raises:
-        CheckpointError: it can't be read, or isn't JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(lines(f"{path.name} cannot be read: {cause(error)}", "expected JSON")) from None
 
 
 class SafetensorsFolder:

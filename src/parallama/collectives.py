@@ -1,22 +1,24 @@
 """Which collectives a plan costs in a step, before anything is compiled. Pure.
 
-The steps say how every activation lies (see `products.LinearForm`), so what GSPMD must insert follows from the plan alone: the residual stream is whole on every device, a product
-with a weight that is split on its inputs is summed, and what is split is gathered before a product that needs it whole.
+The steps of inference say how every activation lies (see `products.LinearForm`), so what GSPMD must insert follows from the plan alone: the residual stream is whole on every
+device, a product with a weight that is split on its inputs is summed, and what is split is gathered before a product that needs it whole. `audit` holds compiled programs against this.
+The backward pass is the theory of tensor parallelism (Shoeybi et al., "Megatron-LM", 2019).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from .plan import Axes, Plan, make_plan
-from .topology import MODEL
+from .kinds import kinds, local_elements, ranges, without_layer
+from .plan import Plan, make_plan
+from .topology import DATA, MODEL
 
-Phase = Literal["prefill", "decode"]
-PHASES: tuple[Phase, ...] = ("prefill", "decode")
+Phase = Literal["prefill", "decode", "train"]
 CANDIDATE_NUMBERS = 5
-"""What a device says of its best token, in fp32: see `sampling`."""
+"""What a device says of its best token, in fp32: see `sampling.choose`."""
 _FP32 = 4
 
 
@@ -29,7 +31,7 @@ class Collective:
         axis: the mesh axis along which devices take part.
         count: how often in one step.
         bytes: of the result on one device, each time.
-        module: whose product or lookup makes it necessary; `*` stands for every layer.
+        module: whose product or lookup makes it necessary. `*` stands for every layer, `0,2-5` for these.
     """
 
     kind: str
@@ -45,59 +47,18 @@ def expected(
     """What one step needs on a mesh, in the order of the model.
 
     Args:
-        phase: prefill of `positions` new positions a row (every row's chunk, as padded), or decode of one.
+        phase: prefill or training step of `positions` positions a row, or decode of one.
         batch: rows over all devices.
         itemsize: bytes of an activation.
         sum_itemsize: bytes of an activation while it is summed over devices, where the backend widens it; `itemsize` if None.
     """
-    devices = plan.mesh.size(MODEL)
-    if devices == 1:
-        return ()
-    spec = plan.model
     rows = -(-batch // plan.mesh.data)
-    tokens = rows * (positions if phase == "prefill" else 1)
-    summed = itemsize if sum_itemsize is None else sum_itemsize
-    heads = plan.head_layout.slots * plan.head_layout.group
-    layer = "model.layers.*"
-    found: list[Collective] = []
-
-    def axes(module: str) -> Axes:
-        return plan[f"{module.replace('*', '0')}.weight"].axes
-
-    def needs(kind: str, numbers: int, size: int, module: str) -> None:
-        found.append(Collective(kind=kind, axis=MODEL, count=spec.layers if "*" in module else 1, bytes=numbers * size, module=module))
-
-    def sums(module: str, features: int) -> bool:
-        """A product with a weight that is split on its inputs."""
-        if axes(module)[1] == MODEL:
-            needs("all-reduce", tokens * features, summed, module)
-        return axes(module)[1] == MODEL
-
-    def ends(module: str, features: int, *, split: bool) -> None:
-        """A product whose input of `features` lies split or whole, and whose result is added to the residual stream."""
-        if not sums(module, spec.hidden):
-            if split:
-                needs("all-gather", tokens * features, itemsize, module)
-            if axes(module)[0] == MODEL:
-                needs("all-gather", tokens * spec.hidden, itemsize, module)
-
-    table = axes("model.embed_tokens")
-    if MODEL in table:
-        kind, size = ("all-reduce", summed) if table[0] == MODEL else ("all-gather", itemsize)
-        needs(kind, tokens * spec.hidden, size, "model.embed_tokens")
-    query, kv = heads * spec.head_dim, plan.head_layout.slots * spec.head_dim
-    for name, features in (("q_proj", query), ("k_proj", kv), ("v_proj", kv)):
-        sums(f"{layer}.self_attn.{name}", features)
-    ends(f"{layer}.self_attn.o_proj", query, split=True)  # the cache is split over heads, and so is what is read from it
-    inner = [f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"]
-    for module in inner:
-        sums(module, plan.intermediate)
-    ends(f"{layer}.mlp.down_proj", plan.intermediate, split=any(axes(module)[0] == MODEL for module in inner))
-    head = table if spec.tied else axes("lm_head")
-    if head[1] == MODEL:
-        needs("all-reduce", rows * plan.vocab, summed, "lm_head")
-    needs("all-gather", devices * rows * CANDIDATE_NUMBERS, _FP32, "sampling")
-    return tuple(found)
+    sizes = _Sizes(rows=rows, tokens=rows * (1 if phase == "decode" else positions), itemsize=itemsize, summed=sum_itemsize or itemsize)
+    found = [*_forward(plan, sizes), *_end(plan, sizes, phase)]
+    if phase == "train":
+        found += _backward(plan, sizes)
+    needed = Counter(each for each in found if plan.mesh.size(each.axis) > 1)
+    return grouped(needed, plan.model.layers)
 
 
 def least(
@@ -106,6 +67,112 @@ def least(
     """What the same step needs at least on this mesh: two all-reduces a layer, one for the embedding, and the candidates of the pick."""
     own = make_plan(plan.model, plan.mesh)
     return expected(own, phase, batch=batch, positions=positions, itemsize=itemsize, sum_itemsize=sum_itemsize)
+
+
+def grouped(single: Counter[Collective], layers: int) -> tuple[Collective, ...]:
+    """Collectives of concrete modules, the same of several layers put together; in the order in which they first come."""
+    found: dict[Collective, list[tuple[int | None, int]]] = {}
+    for each, count in single.items():
+        name, layer = without_layer(each.module)
+        found.setdefault(replace(each, module=name), []).append((layer, each.count * count))
+    together = []
+    for each, members in found.items():
+        numbers = sorted({layer for layer, _ in members if layer is not None})
+        module = each.module if len(numbers) in (0, layers) else each.module.replace("*", ranges(numbers), 1)
+        together.append(replace(each, module=module, count=sum(count for _, count in members)))
+    return tuple(together)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Of a step on one device: rows, tokens, and bytes of a number that is gathered or summed."""
+
+    rows: int
+    tokens: int
+    itemsize: int
+    summed: int
+
+
+def _one(kind: str, axis: str, numbers: int, itemsize: int, module: str) -> Collective:
+    return Collective(kind=kind, axis=axis, count=1, bytes=numbers * itemsize, module=module)
+
+
+def _forward(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
+    """From token ids to the last hidden states."""
+    spec, tokens = plan.model, sizes.tokens
+    slots = plan.head_layout.slots * spec.head_dim
+    query, inner = slots * plan.head_layout.group, plan.intermediate
+
+    def weight(module: str) -> Iterator[Collective]:
+        """A weight that is split over "data" is put together first."""
+        placement = plan[f"{module}.weight"]
+        if DATA in placement.axes:
+            yield _one("all-gather", DATA, local_elements(plan, placement) * plan.mesh.data, sizes.itemsize, module)
+
+    def summed(module: str, features: int) -> Iterator[Collective]:
+        """A product that is whole, or split on its outputs, where it ends."""
+        yield from weight(module)
+        if plan[f"{module}.weight"].axes[1] == MODEL:
+            yield _one("all-reduce", MODEL, tokens * features, sizes.summed, module)
+
+    def ending(module: str, features: int, *, split: bool) -> Iterator[Collective]:
+        """A product whose input of `features` lies split or whole, and whose result is added to the residual stream."""
+        yield from summed(module, spec.hidden)
+        axes = plan[f"{module}.weight"].axes
+        if axes[1] != MODEL and split:
+            yield _one("all-gather", MODEL, tokens * features, sizes.itemsize, module)
+        if axes[0] == MODEL:
+            yield _one("all-gather", MODEL, tokens * spec.hidden, sizes.itemsize, module)
+
+    table = "model.embed_tokens"
+    yield from weight(table)
+    axes = plan[f"{table}.weight"].axes
+    if axes[0] == MODEL:
+        yield _one("all-reduce", MODEL, tokens * spec.hidden, sizes.summed, table)
+    elif axes[1] == MODEL:
+        yield _one("all-gather", MODEL, tokens * spec.hidden, sizes.itemsize, table)
+    for layer in range(spec.layers):
+        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+        for name, features in (("q_proj", query), ("k_proj", slots), ("v_proj", slots)):
+            yield from summed(f"{attention}.{name}", features)
+        yield from ending(f"{attention}.o_proj", query, split=True)  # the cache is split over heads, and so is what is read from it
+        for name in ("gate_proj", "up_proj"):
+            yield from summed(f"{mlp}.{name}", inner)
+        halves = (plan[f"{mlp}.{name}.weight"].axes[0] for name in ("gate_proj", "up_proj"))
+        yield from ending(f"{mlp}.down_proj", inner, split=MODEL in halves)
+
+
+def _end(plan: Plan, sizes: _Sizes, phase: Phase) -> Iterator[Collective]:
+    """From the last hidden states to a token, or to the loss."""
+    axes = plan[_head(plan)].axes
+    scored = sizes.tokens if phase == "train" else sizes.rows
+    if axes[1] == MODEL:
+        yield _one("all-reduce", MODEL, scored * plan.vocab, sizes.summed, "lm_head")
+    if phase == "train":
+        if axes[0] == MODEL:
+            # The largest logit, the sum of exponentials, and the target's own logit.
+            yield replace(_one("all-reduce", MODEL, scored, _FP32, "loss"), count=3)
+    else:
+        yield _one("all-gather", MODEL, plan.mesh.model * sizes.rows * CANDIDATE_NUMBERS, _FP32, "sampling")
+
+
+def _backward(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
+    """What a column-parallel product takes in whole, it sums going back; and every gradient is summed over "data"."""
+    hidden = sizes.tokens * plan.model.hidden
+    for layer in range(plan.model.layers):
+        for part, first in (("self_attn", "q_proj"), ("mlp", "up_proj")):
+            if plan[f"model.layers.{layer}.{part}.{first}.weight"].axes[0] == MODEL:
+                yield _one("all-reduce", MODEL, hidden, sizes.summed, f"model.layers.{layer}.{part} (backward)")
+    if plan[_head(plan)].axes[0] == MODEL:
+        yield _one("all-reduce", MODEL, hidden, sizes.summed, "lm_head (backward)")
+    for kind in kinds(plan):
+        local = local_elements(plan, kind.placement)
+        yield replace(_one("all-reduce", DATA, local, sizes.summed, f"{kind.module} (gradient)"), count=kind.count)
+    yield _one("all-reduce", DATA, 1, _FP32, "loss")
+
+
+def _head(plan: Plan) -> str:
+    return "model.embed_tokens.weight" if plan.model.tied else "lm_head.weight"
 
 
 def total_bytes(collectives: Iterable[Collective]) -> int:

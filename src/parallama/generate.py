@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from . import cache
+from .buckets import CHUNK, cache_buckets, chunk_size, prompt_buckets
 from .errors import UsageError, lines
 from .program import Program, ProgramSet, compiled_programs
 from .sampling import GREEDY, Mode, SamplingParams, host_params
@@ -21,31 +22,8 @@ from .shard import check_ids
 from .steps import STATE_AXES, StepKey, Steps
 from .topology import DATA
 
-CHUNK = 512
-"""A longer prompt is prefilled in chunks of so many positions: one program for any length."""
 MOST_EOS = 16
-_SMALLEST_CHUNK = 16
 _CONTINUED_CHUNKS = (64, CHUNK)
-_CACHE_STEP = 256
-
-
-def chunk_size(longest: int) -> int:
-    """`S` of the prefill program for rows with up to `longest` new tokens: a power of two, at most `CHUNK`."""
-    return min(CHUNK, max(_SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
-
-
-def cache_buckets(capacity: int, smallest: int = _CACHE_STEP) -> list[int]:
-    """Cache lengths for a run that needs up to `capacity` positions: doubling from `smallest`, and an exact last one (in steps of 256).
-
-    A bucket that the last one is at most double of is left out: growing would cost more than it saves.
-    """
-    last = math.ceil(capacity / _CACHE_STEP) * _CACHE_STEP
-    doubling = []
-    size = smallest
-    while 2 * size < last:
-        doubling.append(size)
-        size *= 2
-    return [*doubling, last]
 
 
 @dataclass(kw_only=True)
@@ -142,10 +120,8 @@ class Session:
             self.buckets = cache_buckets(capacity + min(_CONTINUED_CHUNKS), smallest=2048)
             self._chunks: tuple[int, ...] = tuple(size for size in _CONTINUED_CHUNKS if size <= self.buckets[-1])
         else:
-            size = chunk_size(longest_prompt)
-            self._chunks = (size,)
-            padded = math.ceil(longest_prompt / size) * size
-            self.buckets = [bucket for bucket in cache_buckets(max(capacity, padded)) if bucket >= padded]
+            self._chunks = (chunk_size(longest_prompt),)
+            self.buckets = prompt_buckets(capacity, longest_prompt)
         self._fresh = not continued and longest_prompt <= CHUNK
         self._eos = frozenset(eos)
         self._frozen: set[int] = set()

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 
+from .buckets import CHUNK, chunk_size
 from .errors import CheckpointError, UsageError, lines, shown
-from .generate import CHUNK, RunStats, Session, chunk_size, make_programs
+from .generate import RunStats, Session, make_programs
 from .mesh import DeviceMesh
 from .plan import Plan
 from .program import compiled_programs

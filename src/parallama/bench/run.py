@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..cost import decode_bytes, prefill_flops
 from ..errors import RunError, UsageError, lines
 from ..host import usable_cores
 from ..loading import DTYPES, find
 from ..plugins import OptionValue
 from ..spec import ModelSpec
 from ..topology import MeshShape
-from .limits import decode_bytes, prefill_flops
 from .processes import EngineProcess
 from .rows import Machine, PeerResult, Report, Row, Speed, Start, What
 

@@ -10,6 +10,7 @@ from .chat import chat
 from .doctor import doctor
 from .generate import generate
 from .options import show_version
+from .plan import plan
 
 app = typer.Typer(
     name="parallama",
@@ -34,3 +35,4 @@ app.command()(chat)
 app.command()(audit)
 app.command()(bench)
 app.command()(doctor)
+app.command()(plan)

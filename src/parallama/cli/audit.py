@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..collectives import Phase
 from ..errors import UsageError, lines
 from . import options
 
 if TYPE_CHECKING:
     from ..audit import Audit
 
-_PHASES = ("prefill", "decode", "all")
+_PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
 
 def audit(
@@ -37,8 +38,8 @@ def audit(
     quiet: options.Quiet = False,
 ) -> None:
     """Compile a step, and hold its collectives, its weights and its cache against the plan, to the byte."""
-    if phase not in _PHASES:
-        raise UsageError(lines(f"--phase {phase!r} is unknown", f"expected one of {', '.join(_PHASES)}"))
+    if phase not in (*_PHASES, "all"):
+        raise UsageError(lines(f"--phase {phase!r} is unknown", f"expected one of {', '.join(_PHASES)}, all"))
     shape = options.mesh_shape(mesh, tensor_parallel_size)
     batch = batch or shape.data
     if batch < 1 or batch % shape.data:
@@ -48,7 +49,6 @@ def audit(
     from .. import backends
     from ..audit import audit as judge
     from ..audit import step_key
-    from ..collectives import PHASES
 
     with tempfile.TemporaryDirectory(prefix="parallama-audit-") as folder, options.progress(quiet) as progress:
         backends.dump_programs(Path(folder))
@@ -68,7 +68,7 @@ def audit(
             raise UsageError(lines(f"--seq is {seq}", f"expected less than {llm.max_model_len}, the model's positions"))
         audits = [
             judge(llm.steps, llm.programs, Path(folder), each, step_key(each, batch, seq), accept_plan=accept_plan)
-            for each in PHASES
+            for each in _PHASES
             if phase in (each, "all")
         ]
     if as_json:

@@ -1,0 +1,36 @@
+"""The shapes that programs come in: chunks of a prompt, and cache lengths. Pure."""
+
+from __future__ import annotations
+
+import math
+
+CHUNK = 512
+"""A longer prompt is prefilled in chunks of so many positions: one program for any length."""
+_SMALLEST_CHUNK = 16
+_CACHE_STEP = 256
+
+
+def chunk_size(longest: int) -> int:
+    """`S` of the prefill program for rows with up to `longest` new tokens: a power of two, at most `CHUNK`."""
+    return min(CHUNK, max(_SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
+
+
+def cache_buckets(capacity: int, smallest: int = _CACHE_STEP) -> list[int]:
+    """Cache lengths for a run that needs up to `capacity` positions: doubling from `smallest`, and an exact last one (in steps of 256).
+
+    A bucket that the last one is at most double of is left out: growing would cost more than it saves.
+    """
+    last = math.ceil(capacity / _CACHE_STEP) * _CACHE_STEP
+    doubling = []
+    size = smallest
+    while 2 * size < last:
+        doubling.append(size)
+        size *= 2
+    return [*doubling, last]
+
+
+def prompt_buckets(capacity: int, longest_prompt: int) -> list[int]:
+    """Cache lengths for rows of up to `capacity` positions whose first prefill brings up to `longest_prompt`, filled up to whole chunks."""
+    size = chunk_size(longest_prompt)
+    padded = math.ceil(longest_prompt / size) * size
+    return [bucket for bucket in cache_buckets(max(capacity, padded)) if bucket >= padded]

@@ -1,0 +1,273 @@
+"""A forecast's figures: by hand for one model, and what must hold for all of them."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from conftest import Workers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import TinyModels, random_prompts
+from test_plan import MESHES, TINY, specs
+
+from parallama import cost
+from parallama.buckets import CHUNK, cache_buckets, chunk_size, prompt_buckets
+from parallama.configs import CONFIGS, spec_of
+from parallama.errors import FitError, UsageError
+from parallama.forecast import MOST_DEVICES, Request, device_counts, forecast, largest
+from parallama.hardware import HARDWARE, Hardware, named
+from parallama.kinds import kinds, ranges
+from parallama.plan import make_plan
+from parallama.spec import ModelSpec
+from parallama.topology import MeshShape
+
+LLAMA_8B = spec_of(CONFIGS["llama-3.1-8b"], "llama-3.1-8b")
+ON_8 = make_plan(LLAMA_8B, MeshShape(model=8))
+
+
+def model_bytes(spec: ModelSpec, itemsize: int) -> int:
+    return cost.parameter_count(spec) * itemsize
+
+
+# -- by hand
+
+
+def test_llama_3_1_8b_on_eight_devices_is_what_a_pencil_says():
+    """E 4096, 32 layers, 32 query and 8 KV heads of 128, F 14336, V 128256, bfloat16: two bytes a number."""
+    embedding = 128256 // 8 * 4096 * 2
+    query = 4096 // 8 * 4096 * 2
+    key = value = 1024 // 8 * 4096 * 2
+    output = 4096 * (4096 // 8) * 2
+    gate = up = 14336 // 8 * 4096 * 2
+    down = 4096 * (14336 // 8) * 2
+    norms = 2 * 4096 * 2
+    layer = query + key + value + output + gate + up + down + norms
+    last_norm = 4096 * 2
+    head = 128256 // 8 * 4096 * 2
+    params = embedding + 32 * layer + last_norm + head
+    assert params == 2_008_031_232
+    found = cost.memory(ON_8, batch=1, prompt=512, max_model_len=8192, itemsize=2)
+    assert found.params == params
+    # Keys and values, 32 layers, 1 row, 1 KV head a device, 8192 positions of 128 numbers. The cache grows from 2048: 4096 would only double.
+    assert found.kv == 2 * 32 * 1 * 1 * 8192 * 128 * 2 == 134_217_728
+    assert found.growth == found.kv // 4
+    # 512 positions: E twice and the MLP's three tensors, against E, four query heads twice, one KV head twice, and 4 x 512 scores in fp32 and bfloat16.
+    mlp = 512 * (2 * 4096 + 3 * 1792) * 2
+    attention = 512 * (4096 + (2 * 4 + 2 * 1) * 128) * 2 + 512 * 4 * 512 * (4 + 2)
+    assert found.activations == max(mlp, attention) == 13_893_632
+    assert found.logits == 128256 // 8 * 4
+    assert found.total == params + found.kv + max(found.growth, found.activations + found.logits)
+
+
+def test_a_training_step_of_llama_3_1_8b_is_what_a_pencil_says():
+    params = 2_008_031_232
+    found = cost.train_memory(ON_8, batch=1, seq=512, itemsize=2)
+    assert (found.params, found.gradients) == (params, params)
+    assert found.optimizer == params // 2 * (4 + 4 + 4)  # two moments and the masters
+    layer = 512 * (4 * 4096 + (2 * 4 + 2 * 1) * 128 + 4 * 1792) * 2 + 512 * 4 * 512 * (4 + 2)
+    top = 13_893_632 + 2 * 512 * 4096 * 2
+    assert found.activations == 32 * layer + top
+    assert found.activations_remat == 32 * 512 * 4096 * 2 + layer + top
+    assert found.logits == 512 * 16032 * (4 + 4)
+    in_fp32 = cost.train_memory(ON_8, batch=1, seq=512, itemsize=4)
+    assert in_fp32.optimizer == params // 2 * (4 + 4)  # no masters
+    assert found.total_remat == params * 2 + found.optimizer + found.activations_remat + found.logits
+
+
+def test_a_decode_step_can_be_the_peak():
+    """Few heads' MLP is small beside the scores of one position over a long cache."""
+    spec = replace(TINY, max_positions=1 << 20)
+    plan = make_plan(spec, MeshShape())
+    found = cost.memory(plan, batch=1, prompt=1, max_model_len=1 << 20, itemsize=4)
+    # E, twice the query and KV heads, and six heads' scores over the cache and the new position, as scores and as weights.
+    assert found.activations == 4 * (24 + (2 * 6 + 2 * 2) * 4) + 6 * ((1 << 20) + 1) * (4 + 4)
+
+
+def test_a_long_prompts_chunks_see_the_cache():
+    one, two = (cost.memory(ON_8, batch=1, prompt=prompt, max_model_len=8192, itemsize=2) for prompt in (512, 513))
+    assert two.activations == 512 * (4096 + 10 * 128) * 2 + 512 * 4 * (1024 + 512) * 6
+    assert two.activations > one.activations
+
+
+def test_the_devices_hold_as_much_as_is_forecast(workers: Workers, models: TinyModels):
+    """Weights and cache, against the runtime's own slices."""
+    tiny = models(heads=6, kv_heads=3)
+    done = workers[2].call("device_cases:generate", folder=tiny.folder, mesh="1x2", prompts=random_prompts([5, 9], tiny.vocab), steps=2)
+    plan = make_plan(ModelSpec.from_config(tiny.model.config), MeshShape(model=2))
+    found = cost.memory(plan, batch=2, prompt=9, max_model_len=256, itemsize=4)
+    assert done["measured"] == [found.params] * 2
+    assert done["cache_measured"] == [found.kv] * 2
+
+
+# -- what must hold for all
+
+
+@settings(deadline=None)
+@given(spec=specs(), mesh=MESHES, itemsize=st.sampled_from([2, 4]))
+def test_all_devices_together_hold_the_model_at_least(spec, mesh, itemsize):
+    plan = make_plan(spec, mesh)
+    together = sum(plan.parameter_bytes(itemsize))
+    assert together >= model_bytes(spec, itemsize)
+    split = sum(math.prod(p.shape) for p in plan.parameters if any(p.axes))
+    whole = sum(math.prod(p.shape) for p in plan.parameters if not any(p.axes))
+    assert together == itemsize * (split * mesh.data + whole * mesh.devices)
+    if mesh.devices == 1:
+        assert together == model_bytes(spec, itemsize)
+
+
+@given(count=st.sampled_from([1, 2, 4, 8]), itemsize=st.sampled_from([2, 4]))
+def test_nothing_is_wasted_where_everything_divides(count, itemsize):
+    (row,) = device_counts(LLAMA_8B, [count], itemsize)
+    norms = (2 * LLAMA_8B.layers + 1) * LLAMA_8B.hidden * itemsize
+    assert row.extra_weight_percent == row.extra_cache_percent == 0
+    assert row.param_bytes_per_device * count == model_bytes(LLAMA_8B, itemsize) + (count - 1) * norms
+
+
+@settings(deadline=None)
+@given(spec=specs(), devices=st.integers(1, 9))
+def test_a_device_counts_line_agrees_with_its_whole_plan(spec, devices):
+    (row,) = device_counts(spec, [devices], 4)
+    plan = make_plan(spec, MeshShape(model=devices))
+    assert row.param_bytes_per_device == plan.parameter_bytes(4)[0]
+    everywhere = sum(math.prod(placement.shape) for placement in plan.parameters)
+    assert row.extra_weight_percent == pytest.approx(100 * (everywhere / cost.parameter_count(spec) - 1))
+    assert (row.query_heads, row.kv_heads) == (len(plan.head_layout.query_sources), plan.head_layout.slots)
+    assert (row.intermediate, row.vocab, row.kind) == (plan.intermediate, plan.vocab, plan.head_layout.kind)
+
+
+@settings(deadline=None)
+@given(
+    spec=specs(),
+    mesh=MESHES,
+    batch=st.integers(1, 9),
+    length=st.integers(1, 1000),
+    seq=st.integers(1, 1000),
+    room=st.integers(0, 1 << 22),
+    train=st.booleans(),
+)
+def test_the_largest_batch_and_context_fit_and_one_more_does_not(spec, mesh, batch, length, seq, room, train):
+    length = min(length, spec.max_positions)
+    plan = make_plan(spec, mesh)
+    device = Hardware(name="some", memory_bytes=room, what="a device")
+    request = Request(batch=batch, seq=min(seq, length), max_model_len=length, dtype="float32", train=train, hardware=device)
+    fit = forecast("a model", plan, request).fit
+
+    def fits(**changes: int) -> bool:
+        changed = replace(request, **changes)
+        if train:
+            return cost.train_memory(plan, batch=changed.batch, seq=changed.seq, itemsize=4).total_remat <= room
+        return (
+            cost.memory(
+                plan, batch=changed.batch, prompt=min(changed.seq, changed.max_model_len), max_model_len=changed.max_model_len, itemsize=4
+            ).total
+            <= room
+        )
+
+    def at(context: int) -> dict[str, int]:
+        return {"seq": context} if train else {"max_model_len": context}
+
+    assert fit is not None and fit.fits == fits()
+    assert fit.largest_batch == 0 or fits(batch=fit.largest_batch)
+    assert not fits(batch=fit.largest_batch + 1)
+    assert fit.largest_context == 0 or fits(**at(fit.largest_context))
+    assert fit.largest_context == spec.max_positions or not fits(**at(fit.largest_context + 1))
+
+
+@given(limit=st.integers(0, 10_000), most=st.none() | st.integers(1, 10_000))
+def test_largest_finds_the_last_that_fits(limit, most):
+    assert largest(lambda number: number <= limit, most) == (limit if most is None else min(limit, most))
+
+
+@given(longest=st.integers(1, 5000), capacity=st.integers(1, 20_000))
+def test_a_prompts_buckets_hold_its_chunks_and_end_with_the_capacity(longest, capacity):
+    chunks = math.ceil(longest / chunk_size(longest)) * chunk_size(longest)
+    buckets = prompt_buckets(capacity, longest)
+    assert chunk_size(longest) <= CHUNK
+    assert buckets[0] >= chunks >= longest and buckets[-1] >= capacity
+    assert buckets == sorted(set(buckets))
+    assert buckets[-1] == cache_buckets(max(capacity, chunks))[-1] < max(capacity, chunks) + 256
+
+
+# -- kinds
+
+
+def test_every_parameter_is_of_one_kind():
+    found = kinds(ON_8)
+    assert sum(kind.count for kind in found) == len(ON_8.parameters) == 32 * 9 + 3
+    assert [kind.name for kind in found][:2] == ["model.embed_tokens.weight", "model.layers.*.self_attn.q_proj.weight"]
+    assert found[1].title == "layers.*.self_attn.q_proj.weight x32"
+    assert found[1].module == "model.layers.*.self_attn.q_proj"
+
+
+def test_layers_that_lie_differently_are_kinds_of_their_own_below_one_another():
+    overrides = {"model.layers.0.mlp.up_proj.weight": "replicate", "model.layers.2.mlp.up_proj.weight": "replicate"}
+    plan = make_plan(replace(TINY, layers=6), MeshShape(model=2), overrides)
+    names = [(kind.name, kind.count) for kind in kinds(plan) if "up_proj" in kind.name]
+    # The two have patterns, and so reasons, of their own.
+    assert names == [
+        ("model.layers.0.mlp.up_proj.weight", 1),
+        ("model.layers.1,3-5.mlp.up_proj.weight", 4),
+        ("model.layers.2.mlp.up_proj.weight", 1),
+    ]
+
+
+def test_runs_of_numbers_are_short():
+    assert (ranges([3]), ranges([0, 1]), ranges([0, 2, 3, 4, 9]), ranges([])) == ("3", "0-1", "0,2-4,9", "")
+
+
+# -- hardware and requests
+
+
+def test_hardware_is_found_by_name_in_any_case():
+    assert named("TPU-v5e") is HARDWARE["tpu-v5e"]
+    with pytest.raises(UsageError) as caught:
+        named("tpu-v99")
+    assert str(caught.value).startswith("hardware 'tpu-v99' is unknown\nexpected one of tpu-v4, tpu-v5e, ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"batch": 0}, "--batch is 0\nexpected 1 to 1048576"),
+        ({"max_model_len": 131073}, "--max-model-len is 131073\nexpected 1 to 131072, the model's maximum"),
+        ({"max_model_len": 0}, "--max-model-len is 0\nexpected 1 to 131072, the model's maximum"),
+        ({"seq": 1025}, "--seq is 1025\nexpected 1 to 1024, the maximum length"),
+        ({"seq": 0}, "--seq is 0\nexpected 1 to 1024, the maximum length"),
+    ],
+)
+def test_a_number_out_of_range_is_named_with_its_limits(changes, expected):
+    request = Request(**({"batch": 1, "seq": 16, "max_model_len": 1024, "dtype": "float32"} | changes))
+    with pytest.raises(UsageError) as caught:
+        forecast("a model", ON_8, request)
+    assert str(caught.value) == expected
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would():
+    request = Request(batch=64, seq=512, max_model_len=8192, dtype="bfloat16", hardware=named("n300"))
+    found = forecast("llama-3.1-8b", make_plan(LLAMA_8B, MeshShape(model=4)), request)
+    with pytest.raises(FitError) as caught:
+        found.check()
+    assert found.fit is not None
+    first, second, third = str(caught.value).split("\n")
+    assert first == "llama-3.1-8b on mesh 1x4 needs 25.5 GB on each device, n300 has 12 GB"
+    assert (
+        second
+        == f"the largest batch is {found.fit.largest_batch} at this context, the largest context {found.fit.largest_context} at this batch"
+    )
+    assert third == "use more devices along 'model', or a smaller dtype, batch or context"
+    assert 1 <= found.fit.largest_batch < 64 and 1 <= found.fit.largest_context < 8192
+    forecast("fits", found.plan, replace(request, batch=found.fit.largest_batch)).check()
+
+
+def test_where_nothing_fits_there_is_no_largest():
+    request = Request(batch=1, seq=512, max_model_len=8192, dtype="bfloat16", hardware=named("n150"))
+    with pytest.raises(FitError, match="\nno batch and no context fits\n"):
+        forecast("llama-3.1-8b", make_plan(LLAMA_8B, MeshShape()), request).check()
+
+
+def test_the_device_counts_show_division_repetition_and_padding():
+    rows = forecast("m", ON_8, Request(batch=1, seq=1, max_model_len=1, dtype="float32")).device_counts
+    assert [row.devices for row in rows] == [1, 2, 4, 8, 16, 32, 64]
+    assert [row.kind for row in rows] == ["divide"] * 4 + ["repeat"] * 2 + ["repeat+pad"]
+    odd = forecast("m", make_plan(LLAMA_8B, MeshShape(model=7)), Request(batch=1, seq=1, max_model_len=1, dtype="float32"))
+    assert 7 in [row.devices for row in odd.device_counts] and max(row.devices for row in odd.device_counts) == MOST_DEVICES
