@@ -112,8 +112,8 @@ def audit(steps: Steps, programs: ProgramSet, folder: Path, phase: Phase, key: S
     }
     wanted = expected(plan, phase, **sizes)
     layers = plan.model.layers
-    found = grouped(Counter(one for module in modules for one in _collectives(module, plan)), layers)
-    findings = [*_differences(wanted, found)]
+    found = collectives_of(modules, plan)
+    findings = [*differences(wanted, found)]
     findings += _stored(steps)
     local = (-(-key.batch // plan.mesh.data), plan.head_layout.slots // plan.mesh.model, key.length, plan.model.head_dim)
     aliased, cache_findings = _cache(modules, local, 2 * layers, itemsize)
@@ -134,17 +134,20 @@ def audit(steps: Steps, programs: ProgramSet, folder: Path, phase: Phase, key: S
     )
 
 
-def _collectives(module: hlo.Module, plan: Plan) -> Iterable[Collective]:
-    """Every collective of a program, each for itself."""
-    for instruction in module.collectives:
-        groups = hlo.replica_groups(instruction.text, plan.mesh.devices)
-        yield Collective(
+def collectives_of(modules: Iterable[hlo.Module], plan: Plan) -> tuple[Collective, ...]:
+    """The collectives of compiled programs, with the modules that they come from."""
+    found = Counter(
+        Collective(
             kind=instruction.opcode,
-            axis=axis_of(groups, plan.mesh),
+            axis=axis_of(hlo.replica_groups(instruction.text, plan.mesh.devices), plan.mesh),
             count=1,
             bytes=instruction.bytes,
             module=_module_of(instruction, module, plan),
         )
+        for module in modules
+        for instruction in module.collectives
+    )
+    return grouped(found, plan.model.layers)
 
 
 def axis_of(groups: Sequence[Sequence[int]], mesh: MeshShape) -> str:
@@ -165,7 +168,8 @@ def _module_of(instruction: hlo.Instruction, module: hlo.Module, plan: Plan) -> 
     return reader.scope if reader is not None and reader.scope else instruction.scope or "input"
 
 
-def _differences(wanted: Sequence[Collective], found: Sequence[Collective]) -> Iterable[Finding]:
+def differences(wanted: Sequence[Collective], found: Sequence[Collective]) -> Iterable[Finding]:
+    """What is found and not wanted, and the other way round."""
     there, planned = _counts(found), _counts(wanted)
     for (kind, axis, size, module), count in (there - planned).items():
         what = f"{kind} over {axis!r}, {count} of {size} bytes, which the plan does not need"
