@@ -128,7 +128,7 @@ def _without_tensor(file: Path, name: str) -> None:
 # -- help and version
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["chat", "--help"], ["-h"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["chat", "--help"], ["validate", "--help"], ["-h"]])
 def test_help_comes_quickly_and_without_torch(arguments: list[str]) -> None:
     code = f"import sys; from parallama.__main__ import run; sys.exit(run({arguments!r}))"
     began = time.perf_counter()

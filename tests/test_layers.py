@@ -11,10 +11,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "parallama"
 # Layers from the bottom up, and their modules in order: a module imports only modules named before it. `cli` stands for every module of the
 # folder; its files may import one another.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "pure": ("errors", "flags", "topology", "heads", "spec", "plan"),
+    "pure": ("errors", "flags", "topology", "heads", "spec", "plan", "tolerance", "corpus"),
     "device": ("backends", "mesh", "ops", "products", "program", "cache", "attention", "shard"),
-    "model": ("checkpoint", "gguf_file", "loading", "sampling", "steps"),
-    "use": ("generate", "text", "llm", "chat"),
+    "model": ("checkpoint", "gguf_file", "loading", "sampling", "steps", "points", "metrics", "reference"),
+    "use": ("generate", "text", "llm", "chat", "modules", "gradients", "validation"),
     "face": ("api", "__init__", "bench", "cli", "__main__"),
 }
 FOLDERS = ("bench", "cli")

@@ -8,6 +8,7 @@ from .bench import bench
 from .chat import chat
 from .generate import generate
 from .options import show_version
+from .validate import validate
 
 app = typer.Typer(
     name="parallama",
@@ -30,3 +31,4 @@ def _root(
 app.command()(generate)
 app.command()(chat)
 app.command()(bench)
+app.command()(validate)
