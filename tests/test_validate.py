@@ -341,12 +341,12 @@ def test_fewer_tokens_than_asked_for_is_an_error_not_a_shorter_run(workers: Work
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "dtype"), [("1x8", "float32"), ("1x2", "bfloat16")])
 def test_the_trained_model_passes_on_the_shipped_text(workers: Workers, mesh: str, dtype: str) -> None:
-    arguments = ["validate", "smollm2", "--mesh", mesh, "--dtype", dtype, "--prompt-tokens", "128", "--decode", "16", "--json", "--grads"]
+    arguments = ["validate", "smollm2", "--mesh", mesh, "--dtype", dtype, "--prompt-tokens", "128", "--decode", "16", "--json"]
     code, out, _ = workers[devices(mesh)].call("validate_cases:command", arguments=arguments)
     document = json.loads(out)
     assert code == 0 and document["passed"] and document["tokens_from"] == "shipped text"
     assert 1 < document["prefill"]["reference_perplexity"] < 60
-    assert len(document["modules"]) == 2 + 30 * 12 + 2 and len(document["gradients"]) == 272
+    assert len(document["modules"]) == 2 + 30 * 12 + 2
 
 
 # -- what it is made of
