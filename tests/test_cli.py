@@ -128,7 +128,10 @@ def _without_tensor(file: Path, name: str) -> None:
 # -- help and version
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["chat", "--help"], ["doctor", "--help"], ["-h"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["-h"], *([command, "--help"] for command in ("generate", "chat", "plan", "audit", "validate", "doctor", "bench"))],
+)
 def test_help_comes_quickly_and_without_torch(arguments: list[str]) -> None:
     code = f"import sys; from parallama.__main__ import run; sys.exit(run({arguments!r}))"
     began = time.perf_counter()

@@ -12,27 +12,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "parallama"
 # folder; its files may import one another.
 LAYERS: dict[str, tuple[str, ...]] = {
     "pure": (
-        *(
-            "errors",
-            "flags",
-            "host",
-            "child",
-            "elf",
-            "versions",
-            "plugins",
-            "faults",
-            "topology",
-            "heads",
-            "spec",
-            "configs",
-            "plan",
-            "kinds",
-        ),
-        *("buckets", "cost", "collectives", "hlo", "hardware", "picture", "forecast", "forecast_view"),
+        *("errors", "flags", "host", "child", "elf", "versions", "plugins", "faults"),
+        *("topology", "heads", "spec", "configs", "plan", "kinds", "buckets", "cost", "collectives", "hlo"),
+        *("hardware", "picture", "forecast", "forecast_view", "tolerance", "corpus"),
     ),
     "device": ("backends", "mesh", "ops", "products", "program", "cache", "attention", "shard"),
-    "model": ("locate", "checkpoint", "gguf_file", "config_json", "loading", "sampling", "steps"),
-    "use": ("generate", "text", "llm", "chat", "audit", "selftest", "doctor"),
+    "model": ("locate", "checkpoint", "gguf_file", "config_json", "loading", "sampling", "steps", "points", "metrics", "reference"),
+    "use": ("generate", "text", "llm", "chat", "audit", "modules", "gradients", "validation", "selftest", "doctor"),
     "face": ("api", "__init__", "bench", "cli", "__main__"),
 }
 FOLDERS = ("bench", "cli")

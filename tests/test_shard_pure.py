@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from parallama.heads import EMPTY
 from parallama.plan import Placement, Plan, make_plan
-from parallama.shard import device_part, take_off
+from parallama.shard import device_part, take_off, take_off_gradient
 from parallama.spec import TP_PLANS, ModelSpec
 from parallama.topology import DATA, MODEL, MeshShape
 
@@ -93,6 +93,21 @@ def test_every_parameter_comes_back_bit_equal_from_the_devices_parts(plan, dtype
 @given(plan=plans(overrides=(None,), head_dims=(1,)))
 def test_heads_of_one_element_come_back_too(plan):
     assert_round_trip(plan, torch.float32)
+
+
+@settings(deadline=None)
+@given(plan=plans(), seed=st.integers(0, 1000))
+def test_taking_gradients_off_is_the_adjoint_of_laying_out(plan, seed):
+    """`<laid_out(w), g> = <w, taken_off(g)>` for every `w` and `g`: copies' gradients are added, those of padding dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    for placement in plan.parameters:
+        source = torch.randint(-9, 10, placement.source_shape, generator=generator)
+        gradient = torch.randint(-9, 10, placement.shape, generator=generator)
+        parts = [device_part(source, plan, placement, device).float() for device in range(plan.mesh.devices)]
+        laid_out = assemble(parts, plan, placement).long()
+        back = take_off_gradient(gradient, plan, placement.name)
+        assert back.shape == source.shape
+        assert (laid_out * gradient).sum() == (source * back).sum(), placement.name
 
 
 @settings(deadline=None)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .shard import shard_model as shard_model
     from .spec import ModelSpec as ModelSpec
     from .topology import MeshShape as MeshShape
+    from .validation import Validation as Validation
+    from .validation import validate as validate
 
 __version__ = "0.1.0"
 
@@ -46,6 +48,8 @@ _HOMES = {
     "shard_model": "shard",
     "ModelSpec": "spec",
     "MeshShape": "topology",
+    "Validation": "validation",
+    "validate": "validation",
 }
 __all__ = [*sorted(_HOMES), "__version__"]
 

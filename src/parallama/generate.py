@@ -92,6 +92,7 @@ class Session:
         longest_prompt: most tokens that any prompt will have (ignored if `continued`).
         eos: ids that end a row; empty to ignore them.
         continued: `prefill` may be called again with longer token lists, and computes only what is new.
+        scored: decode with `feed`, which gives logits, and not with `decode`.
         progress: called with programs compiled and their number.
     """
 
@@ -105,6 +106,7 @@ class Session:
         longest_prompt: int = 1,
         eos: Sequence[int] = (),
         continued: bool = False,
+        scored: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.steps, self.mesh = steps, steps.mesh
@@ -116,6 +118,7 @@ class Session:
         for row in rows:
             self._mode = self._mode | row.mode
         self._continued = continued
+        self._scored = scored
         if continued:
             self.buckets = cache_buckets(capacity + min(_CONTINUED_CHUNKS), smallest=2048)
             self._chunks: tuple[int, ...] = tuple(size for size in _CONTINUED_CHUNKS if size <= self.buckets[-1])
@@ -148,7 +151,7 @@ class Session:
         return StepKey(kind="prefill", batch=self._batch, length=length, new=size, fresh=self._fresh, mode=self._mode)
 
     def _decode_key(self, length: int) -> StepKey:
-        return StepKey(kind="decode", batch=self._batch, length=length, mode=self._mode)
+        return StepKey(kind="decode", batch=self._batch, length=length, mode=self._mode, scored=self._scored)
 
     def _grow_key(self, short: int, long: int) -> StepKey:
         return StepKey(kind="grow", batch=self._batch, length=short, new=long)
@@ -222,6 +225,24 @@ class Session:
             self.stats.decode_s += ended - began
             self.stats.decode_host_s += (launched - began) - run_s + (ended - read)
             yield choices
+
+    def feed(self, tokens: Sequence[int]) -> torch.Tensor:
+        """One decode step with tokens from outside, in place of those that were chosen.
+
+        Returns:
+            Logits of what comes after them, fp32 `[B, V]`.
+        """
+        assert self._scored
+        fed = torch.zeros(self._batch, dtype=torch.long)
+        fed[: self._count] = torch.tensor(tokens)
+        done = torch.arange(self._batch) >= self._count
+        self._ensure(max(len(row) for row in self._cached) + 1)
+        self._advance(self._decode_key(self._length), _put(self.steps, {"token": fed, "done": done}))
+        for row, token in zip(self._cached, tokens, strict=True):
+            row.append(token)
+        self._count_programs()
+        self.stats.decode_steps += 1
+        return self.mesh.fetch(self._state["logits"], STATE_AXES["logits"])[: self._count, : self.steps.plan.model.vocab]
 
     def _chunking(self, starts: Sequence[int], ends: Sequence[int]) -> tuple[int, int, int]:
         """How to prefill rows from `starts` to `ends`: chunk size, number of chunks, and places that the cache must have.

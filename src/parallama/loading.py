@@ -20,6 +20,7 @@ from .locate import SHIPPED, locate
 from .mesh import DeviceMesh
 from .plan import Plan
 from .shard import DeviceWeights, put_parameters
+from .spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -105,6 +106,18 @@ def make_skeleton(config: Any) -> Any:
     skeleton.eval()
     skeleton.model.rotary_emb = type(skeleton.model.rotary_emb)(config=config)
     return skeleton
+
+
+def to_host(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The transformers causal LM with the checkpoint's weights, as it runs without this package: on the host, with eager attention."""
+    spec = ModelSpec.from_config(checkpoint.config)
+    model = make_skeleton(checkpoint.config)
+    model.set_attn_implementation("eager")
+    tensors = {name: tensor.to(dtype) for name, tensor in checkpoint.tensors(spec)}
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    assert not unexpected and missing == (["lm_head.weight"] if spec.tied else []), (missing, unexpected)
+    model.tie_weights()
+    return model
 
 
 def to_devices(

@@ -160,6 +160,10 @@ class DeviceMesh:
             slices.append(slice(coordinates[axis] * step, (coordinates[axis] + 1) * step))
         return tuple(slices)
 
+    def run(self) -> None:
+        """Compute everything that was traced so far and not run yet, in one program."""
+        self._xla.sync()
+
     def wait(self) -> None:
         """Return when every device has finished what it was given."""
         import torch_xla.core.xla_model as xm

@@ -86,7 +86,7 @@ class LinearAxes:
 
 
 class LinearForm(TorchFunctionMode):
-    """While a step is traced: every `torch.nn.functional.linear`, a model's own included, becomes `linear`, and its result lies as planned.
+    """While a step is traced: every `torch.nn.functional.linear`, a model's own included, becomes `linear`, and what it takes and makes lies as planned.
 
     The transposed result of a product with many rows, `[F, N]`, is remembered: activation and product of a gated MLP are computed on it, and the next linear multiplies
     with it, so that nothing is read across the grain in between.
@@ -106,6 +106,9 @@ class LinearForm(TorchFunctionMode):
     ) -> Any:
         if function is _plain_linear:
             return self._linear(*args, **(kwargs or {}))
+        if function is torch.nn.functional.embedding:
+            embedded = function(*args, **(kwargs or {}))
+            return self._mesh.mark(embedded, _rows_whole(embedded))
         known = [self._columns.get(id(argument)) for argument in args]
         if function in _ELEMENTWISE and args and all(known) and not (kwargs or {}).get("inplace"):
             return self._rows(function(*(columns.transposed for columns in known if columns)), args[0].shape)

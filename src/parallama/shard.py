@@ -15,7 +15,7 @@ import torch
 from . import attention, heads
 from .errors import CheckpointError, FitError, UsageError, lines, listed
 from .mesh import DeviceMesh
-from .plan import Placement, Plan, make_plan
+from .plan import Blocks, Placement, Plan, make_plan
 from .spec import ModelSpec
 from .topology import DATA, MeshShape
 
@@ -86,6 +86,28 @@ def take_off(laid_out: torch.Tensor, plan: Plan, name: str) -> torch.Tensor:
     places = torch.tensor([first[source] for source in range(max(blocks.sources) + 1)])
     index = (places[:, None] * blocks.block + torch.arange(blocks.block)).flatten()
     return laid_out.index_select(blocks.dim, index)
+
+
+def take_off_gradient(laid_out: torch.Tensor, plan: Plan, name: str) -> torch.Tensor:
+    """The gradient of the checkpoint's tensor, from that of a whole laid-out one: the adjoint of laying out.
+
+    What stands in several places (repeated KV heads) gets the sum of their gradients; what stands nowhere in the checkpoint (zero heads, padded sizes) is dropped.
+    """
+    blocks = plan.blocks(name)
+    if blocks is None:
+        return laid_out
+    places, sources = correspondence(blocks)
+    shape = list(laid_out.shape)
+    shape[blocks.dim] = blocks.block * (max(blocks.sources) + 1)
+    return laid_out.new_zeros(shape).index_add_(blocks.dim, sources, laid_out.index_select(blocks.dim, places))
+
+
+def correspondence(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every element of a laid-out dim that holds something of the checkpoint's: its place, and the place in the checkpoint."""
+    inside = torch.arange(blocks.block)
+    held = [(place, source) for place, source in enumerate(blocks.sources) if source != heads.EMPTY]
+    places, sources = torch.tensor(held).t()
+    return (places[:, None] * blocks.block + inside).flatten(), (sources[:, None] * blocks.block + inside).flatten()
 
 
 @dataclass(frozen=True, kw_only=True)

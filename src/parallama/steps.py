@@ -5,7 +5,8 @@ A step maps named device tensors to named device tensors. The state of a batch g
 - `token` `[B]` int64, the last chosen token; `logprob` `[B]` fp32;
 - `position` `[B]` int32, where the next token will be written; `done` `[B]` bool;
 - `cache.key.L`, `cache.value.L`, see `cache`;
-- `seen` `[B, V]` bool, only where a repetition penalty is used.
+- `seen` `[B, V]` bool, only where a repetition penalty is used;
+- `logits` `[B, V]` fp32, of a decode step, only where they are asked for.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "position": (DATA,),
     "done": (DATA,),
     "seen": (DATA, MODEL),
+    "logits": (DATA, MODEL),
     "ids": (DATA, None),
     "start": (DATA,),
     "count": (DATA,),
@@ -57,6 +59,7 @@ class StepKey:
         new: `S`, positions of a prefill; 1 for decode; for grow the cache length it ends with.
         fresh: a prefill into an empty cache.
         mode: parts of the sampler.
+        scored: a decode that also gives the logits it chose from, as `logits` `[B, V]` fp32.
     """
 
     kind: Literal["prefill", "decode", "grow", "logits"]
@@ -65,9 +68,10 @@ class StepKey:
     new: int = 1
     fresh: bool = False
     mode: Mode = GREEDY
+    scored: bool = False
 
     def parts(self) -> Mapping[str, object]:
-        return {name: getattr(self, name) for name in ("kind", "batch", "length", "new", "fresh", "mode")}
+        return {name: getattr(self, name) for name in ("kind", "batch", "length", "new", "fresh", "mode", "scored")}
 
 
 class Steps:
@@ -77,6 +81,9 @@ class Steps:
         skeleton: the transformers causal LM, without weights (on the meta device, but with a real rotary table).
         weights: its parameters on the devices.
         dtype: of the cache and the activations.
+
+    Attributes:
+        base: the transformers model that every step runs, the causal LM without its head.
     """
 
     def __init__(self, skeleton: Any, weights: DeviceWeights, dtype: torch.dtype) -> None:
@@ -85,10 +92,10 @@ class Steps:
         self.plan = weights.plan
         self.mesh: DeviceMesh = weights.mesh
         self.dtype = dtype
-        self._base = skeleton.model
-        self._base.config._attn_implementation = attention.CACHED
-        name_scopes(self._base, "model")
-        inv_freq = self._base.rotary_emb.inv_freq
+        self.base = skeleton.model
+        self.base.config._attn_implementation = attention.CACHED
+        name_scopes(self.base, "model")
+        inv_freq = self.base.rotary_emb.inv_freq
         self._buffers = {"rotary_emb.inv_freq": self.mesh.put(inv_freq, (None,) * inv_freq.dim())}
 
     def build(self, key: StepKey, arguments: Mapping[str, torch.Tensor]) -> Program:
@@ -98,7 +105,7 @@ class Steps:
         if key.kind == "grow":
             return Program(name, self.mesh, lambda given: cache.grow(given, self.mesh, key.new), arguments)
         if key.kind == "logits":
-            return Program(name, self.mesh, self._logits_step, arguments)
+            return Program(name, self.mesh, self.logits, arguments)
         donated = [*buffers, *(["seen"] if key.mode.penalty else [])]
         step = self._prefill if key.kind == "prefill" else self._decode
         return Program(name, self.mesh, lambda given: step(given, key), arguments, donated)
@@ -110,14 +117,12 @@ class Steps:
         weights = self.weights.tensors
         step_cache = cache.StepCache(self.mesh, buffers, start, fresh=fresh)
         positions = start[:, None].long() + torch.arange(ids.shape[1], device=ids.device)[None, :]
-        with scope("model.embed_tokens"):
-            embedded = self.mesh.mark(torch.nn.functional.embedding(ids, weights["model.embed_tokens.weight"]), (DATA, None, None))
         inner = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
         with LinearForm(self.mesh, {id(tensor): self._axes(name) for name, tensor in weights.items() if tensor.dim() == 2}):
             output = torch.func.functional_call(
-                self._base,
+                self.base,
                 inner | self._buffers,
-                kwargs={"inputs_embeds": embedded, "position_ids": positions, "past_key_values": step_cache, "use_cache": True},
+                kwargs={"input_ids": ids, "position_ids": positions, "past_key_values": step_cache, "use_cache": True},
             )
         return output.last_hidden_state, step_cache
 
@@ -136,11 +141,12 @@ class Steps:
 
     def _choose(
         self, last: torch.Tensor, given: Mapping[str, torch.Tensor], positions: torch.Tensor, mode: Mode
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, their log-probabilities, and the logits that they were chosen from."""
         logits = self.mesh.mark(self._head(last), (DATA, MODEL))
         params = {name: given[name] for name in PARAMS if name in given}
         with scope("sampling"):
-            return sampling.choose(logits, self.mesh, self.plan.model.vocab, mode, params, positions, given.get("seen"))
+            return *sampling.choose(logits, self.mesh, self.plan.model.vocab, mode, params, positions, given.get("seen")), logits
 
     def _prefill(self, given: Mapping[str, torch.Tensor], key: StepKey) -> dict[str, torch.Tensor]:
         """Run a chunk of every row's prompt; rows whose prompt ends in it (`final`) choose their first token."""
@@ -150,7 +156,7 @@ class Steps:
         ends = torch.arange(ids.shape[1], device=ids.device)[None, :] == (count[:, None].long() - 1)
         last = torch.where(ends[..., None], hidden, torch.zeros((), dtype=hidden.dtype, device=ids.device)).sum(1)
         position = start + count
-        token, logprob = self._choose(last, given, position, key.mode)
+        token, logprob, _ = self._choose(last, given, position, key.mode)
         out = {
             "token": torch.where(final, token, given["token"]),
             "logprob": torch.where(final, logprob, given["logprob"]),
@@ -165,13 +171,15 @@ class Steps:
         position, done = given["position"], given["done"]
         hidden, step_cache = self._hidden(given["token"][:, None], position, buffers, fresh=False)
         following = position + 1
-        token, logprob = self._choose(hidden[:, 0], given, following, key.mode)
+        token, logprob, logits = self._choose(hidden[:, 0], given, following, key.mode)
         out = {
             "token": torch.where(done, given["token"], token),
             "logprob": torch.where(done, given["logprob"], logprob),
             "position": torch.where(done, position, following),
         }
         out["done"] = done | self._is_end(out["token"], given["eos"])
+        if key.scored:
+            out["logits"] = logits.float()
         return self._with_state(out, given, step_cache, ~done, key)
 
     def _with_state(
@@ -186,7 +194,7 @@ class Steps:
     def _is_end(token: torch.Tensor, eos: torch.Tensor) -> torch.Tensor:
         return (token[:, None] == eos[None, :]).any(-1)
 
-    def _logits_step(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def logits(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Logits of every position of a sequence that is run at once, `[B, S, V]` fp32."""
         buffers = {name: tensor for name, tensor in given.items() if name.startswith("cache.")}
         hidden, _ = self._hidden(given["ids"], given["start"], buffers, fresh=True)

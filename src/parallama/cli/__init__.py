@@ -11,6 +11,7 @@ from .doctor import doctor
 from .generate import generate
 from .options import show_version
 from .plan import plan
+from .validate import validate
 
 app = typer.Typer(
     name="parallama",
@@ -36,3 +37,4 @@ app.command()(audit)
 app.command()(bench)
 app.command()(doctor)
 app.command()(plan)
+app.command()(validate)
