@@ -134,10 +134,12 @@ class Steps:
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., E]` -> logits `[..., V]`, split over the vocabulary."""
-        weights = self.weights.tensors
-        head = weights["model.embed_tokens.weight"] if self.plan.model.tied else weights["lm_head.weight"]
+        name = "model.embed_tokens.weight" if self.plan.model.tied else "lm_head.weight"
+        whole = (DATA, *(None,) * (hidden.dim() - 1))
         with scope("lm_head"):
-            return linear(self.mesh, self.mesh.mark(hidden, (DATA, *(None,) * (hidden.dim() - 1))), head)
+            logits = linear(self.mesh, self.mesh.mark(hidden, whole), self.weights.tensors[name])
+            # Where the plan splits the head on its inputs: summed where it is made, and split only then.
+            return self.mesh.mark(logits, whole).clone() if self._axes(name).partial else logits
 
     def _choose(
         self, last: torch.Tensor, given: Mapping[str, torch.Tensor], positions: torch.Tensor, mode: Mode

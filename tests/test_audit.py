@@ -1,0 +1,258 @@
+"""Compiled steps held against their plans: what passes, and every fault that must be found, on real programs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Worker
+
+from parallama.audit import axis_of
+from parallama.topology import MeshShape
+
+LAYER = "model.layers.*."
+DIVIDES = {"heads": 8, "kv_heads": 4, "intermediate": 48, "vocab": 96}
+SMOL = {"heads": 9, "kv_heads": 3, "tied": True}
+PHASES = ("prefill", "decode")
+
+
+class Auditors:
+    """A worker for each device count whose programs XLA dumps: it reads that flag once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._workers: dict[int, Worker] = {}
+
+    def __call__(self, case: str, folder: str, mesh: str, **arguments: Any) -> Any:
+        devices = MeshShape.parse(mesh).devices
+        dump = self._root / str(devices)
+        if devices not in self._workers:
+            flags = {"XLA_FLAGS": f"--xla_dump_to={dump} --xla_dump_hlo_as_text", "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1"}
+            self._workers[devices] = Worker(devices, self._root / f"{devices}.log", **flags)
+        return self._workers[devices].call(f"audit_cases:{case}", folder=folder, mesh=mesh, dump=str(dump), **arguments)
+
+    def stop(self) -> None:
+        for worker in self._workers.values():
+            worker.stop()
+
+
+@pytest.fixture(scope="module")
+def auditors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Auditors]:
+    made = Auditors(tmp_path_factory.mktemp("audits"))
+    yield made
+    made.stop()
+
+
+def modules(document: dict[str, Any]) -> set[str]:
+    return {finding["module"] for finding in document["findings"]}
+
+
+# -- what passes
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("sizes", "mesh"), [(DIVIDES, "1x1"), (DIVIDES, "2x2"), (SMOL, "1x2"), (SMOL, "1x3"), (SMOL, "2x4"), (SMOL, "1x8")]
+)
+def test_our_own_steps_are_what_was_predicted_to_the_byte(auditors: Auditors, models: Any, sizes: Any, mesh: str, phase: str) -> None:
+    document = auditors("judged", models(**sizes).folder, mesh, phase=phase)
+    assert document["findings"] == () and document["passed"]
+    shape = MeshShape.parse(mesh)
+    tokens = 4 // shape.data * (16 if phase == "prefill" else 1)
+    reduced = {"kind": "all-reduce", "axis": "model", "bytes": tokens * models(**sizes).model.config.hidden_size * 4}
+    picked = {"kind": "all-gather", "axis": "model", "bytes": shape.model * 4 // shape.data * 5 * 4}
+    assert sorted(document["found"], key=lambda each: each["module"]) == (
+        []
+        if shape.model == 1
+        else [
+            reduced | {"count": 1, "module": "model.embed_tokens"},
+            reduced | {"count": 2, "module": LAYER + "mlp.down_proj"},
+            reduced | {"count": 2, "module": LAYER + "self_attn.o_proj"},
+            picked | {"count": 1, "module": "sampling"},
+        ]
+    )
+    assert (document["programs"], document["aliased"], document["cache_tensors"]) == (1, 4, 4)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_bf16_is_summed_as_fp32_on_the_cpu(auditors: Auditors, models: Any, phase: str) -> None:
+    tiny = models(**DIVIDES)
+    assert auditors("judged", tiny.folder, "1x2", phase=phase, dtype="bfloat16")["findings"] == ()
+
+
+# -- faults
+
+
+FAULTS = {
+    "o_proj split on its outputs": ("1x2", LAYER + "self_attn.o_proj", "all-gather over 'model', 4 of"),
+    "up_proj split on its inputs": ("1x2", LAYER + "mlp.up_proj", "all-reduce over 'model', 2 of"),
+    "o_proj replicated": ("2x2", LAYER + "self_attn.o_proj", "on a device, planned"),
+    "lm_head replicated": ("1x2", "lm_head", "1 parameter(s) lie as [96, 64] on a device, planned [48, 64]"),
+    "one layer replicated": ("1x8", "model.layers.1.mlp.down_proj", "1 parameter(s) lie as [64, 48] on a device, planned [64, 6]"),
+    "table gathered": ("2x2", "model.embed_tokens", "all-gather over 'model', 1 of 24576 bytes, which the plan does not need"),
+    "q, k and v concatenated": ("1x2", LAYER + "self_attn.k_proj", "collective-permute over 'model'"),
+    "cache split over head_dim": ("1x2", "cache", "0 of 4 tensors lie as [4, 2, 256, 8] on a device, as planned"),
+    "cache not donated": ("1x2", "cache", "4 of 4 tensors are not updated in place: each step writes them anew"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_and_its_module_named(auditors: Auditors, models: Any, fault: str, phase: str) -> None:
+    mesh, module, what = FAULTS[fault]
+    document = auditors("judged", models(**DIVIDES, head_dim=8, hidden=64).folder, mesh, phase=phase, fault=fault)
+    assert not document["passed"]
+    assert any(finding["module"] == module and what in finding["what"] for finding in document["findings"]), document["findings"]
+
+
+def test_a_cache_that_is_copied_every_step_costs_its_bytes(auditors: Auditors, models: Any) -> None:
+    document = auditors(
+        "judged", models(**DIVIDES, head_dim=8, hidden=64).folder, "1x8", phase="decode", fault="cache not donated", batch=2
+    )
+    # On eight devices the four KV heads stand twice, one on each device.
+    size = 4 * 2 * 1 * 256 * 8 * 4
+    assert {"module": "cache", "what": "4 whole tensors are copied every step", "bytes": size} in list(document["findings"])
+
+
+def test_an_input_that_is_split_by_accident_is_found(auditors: Auditors, models: Any) -> None:
+    document = auditors("judged", models(**DIVIDES).folder, "1x2", phase="prefill", fault="ids split over positions")
+    what = "all-gather over 'model', 1 of 512 bytes, which the plan does not need"
+    assert document["findings"] == ({"module": "model.embed_tokens", "what": what, "bytes": 512},)
+
+
+def test_a_fault_in_one_layer_names_that_layer_alone(auditors: Auditors, models: Any) -> None:
+    assert modules(auditors("judged", models(**DIVIDES).folder, "1x2", phase="decode", fault="one layer replicated")) == {
+        "model.layers.1.mlp.down_proj"
+    }
+
+
+def test_the_plain_recipe_gathers_three_tensors_a_layer_where_heads_do_not_divide(auditors: Auditors, models: Any) -> None:
+    findings = auditors("recipe", models(heads=9, kv_heads=3, hidden=72, intermediate=48, vocab=96).folder, "1x2")
+    gathers = [finding for finding in findings if "all-gather" in finding["what"] and finding["module"] == LAYER + "self_attn"]
+    assert sum(int(finding["what"].split(", ")[1].split()[0]) for finding in gathers) == 3 * 2
+    assert {finding["module"] for finding in findings} == {LAYER + "self_attn", "sampling"}  # it picks no token
+
+
+def test_the_plain_recipe_is_as_planned_where_heads_divide(auditors: Auditors, models: Any) -> None:
+    findings = auditors("recipe", models(**DIVIDES, hidden=64).folder, "2x2")
+    assert [finding["module"] for finding in findings] == ["sampling"]
+
+
+# -- plans of a user's own
+
+
+PLANS: dict[str, dict[str, Any]] = {
+    "attention replicated": {LAYER + "self_attn.*.weight": "replicate"},
+    "o_proj replicated": {LAYER + "self_attn.o_proj.weight": "replicate"},
+    "o_proj on its outputs": {LAYER + "self_attn.o_proj.weight": "colwise"},
+    "down_proj replicated": {LAYER + "mlp.down_proj.weight": "replicate"},
+    "down_proj on its outputs": {LAYER + "mlp.down_proj.weight": "colwise"},
+    "gate_proj on its inputs": {LAYER + "mlp.gate_proj.weight": "rowwise"},
+    "q, k, v on their inputs": {LAYER + f"self_attn.{part}_proj.weight": "rowwise" for part in "qkv"},
+    "table over hidden": {"model.embed_tokens.weight": [None, "model"]},
+    "head on its inputs": {"lm_head.weight": [None, "model"]},
+    "one layer": {"model.layers.1.mlp.down_proj.weight": "replicate"},
+}
+
+
+@pytest.mark.parametrize("mesh", ["1x2", "2x2"])
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_of_ones_own_is_carried_out_and_its_cost_named(auditors: Auditors, models: Any, name: str, mesh: str) -> None:
+    folder = models(**DIVIDES, hidden=64).folder
+    accepted = auditors("judged", folder, mesh, phase="decode", plan=PLANS[name], accept_plan=True)
+    assert accepted["findings"] == ()
+    document = auditors("judged", folder, mesh, phase="prefill", plan=PLANS[name])
+    assert document["findings"] and all("which this mesh can do without" in finding["what"] for finding in document["findings"])
+    pattern = next(iter(PLANS[name])).removesuffix(".weight")
+    assert any(module.startswith(pattern.split("*")[0]) for module in modules(document))
+    assert all(finding["bytes"] > 0 for finding in document["findings"])
+
+
+@pytest.mark.parametrize("part", ["mlp.*", "self_attn.k_proj"])
+def test_a_replicated_weight_that_costs_no_collective_is_no_finding(auditors: Auditors, models: Any, part: str) -> None:
+    plan = {f"{LAYER}{part}.weight": "replicate"}
+    assert auditors("judged", models(**DIVIDES).folder, "1x2", phase="decode", plan=plan)["passed"]
+
+
+# -- axes
+
+
+def test_groups_of_devices_are_named_by_their_axis() -> None:
+    mesh = MeshShape(data=2, model=4)
+    assert axis_of([(0, 1, 2, 3), (4, 5, 6, 7)], mesh) == "model"
+    assert axis_of([(0, 4), (5, 1), (2, 6), (3, 7)], mesh) == "data"
+    assert axis_of([tuple(range(8))], mesh) == "data+model"
+    assert axis_of([(0, 1), (2, 3)], mesh) == "[(0, 1), (2, 3)]"
+    assert axis_of([(0, 1)], MeshShape(model=2)) == "model"
+
+
+# -- from outside
+
+
+def audit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "parallama", "audit", *arguments], capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize("mesh", ["1x8", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x2", "1x3", "1x4", "2x4"))])
+def test_smollm2_needs_two_all_reduces_a_layer_and_what_embedding_and_pick_need(mesh: str) -> None:
+    done = audit("smollm2", "--mesh", mesh, "--phase", "all", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["passed"] and [each["phase"] for each in document["phases"]] == ["prefill", "decode"]
+    for phase in document["phases"]:
+        assert {(each["kind"], each["module"]): each["count"] for each in phase["found"]} == {
+            ("all-reduce", "model.embed_tokens"): 1,
+            ("all-reduce", "model.layers.*.self_attn.o_proj"): 30,
+            ("all-reduce", "model.layers.*.mlp.down_proj"): 30,
+            ("all-gather", "sampling"): 1,
+        }
+        assert phase["found"] == phase["expected"] and phase["aliased"] == 60
+
+
+def test_plan_predicts_what_audit_finds(models: Any, tmp_path: Path) -> None:
+    folder = models(**SMOL).folder
+    done = audit(folder, "--mesh", "2x2", "--batch", "4", "--seq", "40", "--phase", "all", "--json")
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "parallama", "plan", folder, "--mesh", "2x2", "--batch", "4", "--seq", "40", "--json"]
+    planned = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    for phase in json.loads(done.stdout)["phases"]:
+        assert phase["found"] == planned["collectives"][phase["phase"]]
+        assert phase["param_bytes_per_device"] == [planned["totals"]["param_bytes_per_device"]] * 4
+
+
+def test_a_failed_audit_says_what_differs_and_exits_with_1(models: Any, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("model.layers.*.self_attn.o_proj.weight: replicate\n")
+    done = audit(models(**DIVIDES).folder, "--mesh", "1x2", "--plan", str(plan))
+    assert done.returncode == 1
+    assert "decode: FAILED" in done.stdout
+    finding = "- model.layers.*.self_attn.o_proj: the plan needs all-gather over 'model', 2 of"
+    assert finding in " ".join(done.stdout.split())
+    assert audit(models(**DIVIDES).folder, "--mesh", "1x2", "--plan", str(plan), "--accept-plan", "--quiet").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--phase", "generate"], "--phase 'generate' is unknown\nexpected one of prefill, decode, all"),
+        (["--mesh", "2x1", "--batch", "3"], "--batch is 3\nexpected a multiple of 2, the devices along 'data'"),
+        (["--seq", "0"], "--seq is 0\nexpected at least 1"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_runs(capsys: Any, arguments: list[str], said: str) -> None:
+    from parallama.__main__ import run
+
+    assert run(["audit", "nowhere", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"parallama: {said}")
+
+
+def test_a_sequence_longer_than_the_model_is_refused(models: Any) -> None:
+    done = audit(models(**SMOL).folder, "--seq", "100000")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-2] == "parallama: --seq is 100000"
+    assert done.stderr.splitlines()[-1].startswith("expected less than ")
