@@ -67,6 +67,12 @@ def test_a_command_of_the_readme_prints_what_is_shown(command: str, shown: str, 
         assert shown.strip() in done.stdout
 
 
+@pytest.mark.parametrize("command", [command for command, _ in shown_commands() if command.split()[1] in ("plan", "audit")])
+def test_a_command_that_proves_something_runs(command: str, tmp_path: Path) -> None:
+    done = run([COMMAND, *shlex.split(command)[1:]], tmp_path)
+    assert "layers.*.mlp.down_proj" in done.stdout and "all-reduce" in done.stdout
+
+
 @pytest.mark.slow
 def test_the_bench_commands_of_the_readme_run_on_a_smaller_model(tmp_path: Path) -> None:
     commands = [command for command, _ in shown_commands() if command.startswith("parallama bench")]
@@ -84,7 +90,7 @@ def test_files_that_the_readme_links_to_are_there(link: str) -> None:
 def test_options_that_the_readme_names_are_those_of_the_command() -> None:
     kept = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "TERM")} | {"COLUMNS": "200"}
     shown = ""
-    for command in ("generate", "chat", "bench"):
+    for command in ("generate", "chat", "plan", "audit", "validate", "doctor", "bench"):
         shown += subprocess.run([COMMAND, command, "--help"], capture_output=True, text=True, timeout=60, env=kept, check=True).stdout
     known = set(re.findall(r"--[a-z][a-z-]+", shown))
     lines = [line for line in TEXT.splitlines() if line.startswith("| `--") or "parallama generate" in line or "parallama bench" in line]

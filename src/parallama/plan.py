@@ -356,21 +356,16 @@ def _run_placements(draft: Plan) -> list[Placement]:
             (None,),
             "rotary frequencies: every device turns its own heads",
         ),
-        (
-            "cache.key",
-            "cache",
-            ("B", model.kv_heads, model.head_dim, "T"),
-            ("B", slots, model.head_dim, "T"),
-            (DATA, MODEL, None, None),
-            heads_reason,
-        ),
-        (
-            "cache.value",
-            "cache",
-            ("B", model.kv_heads, "T", model.head_dim),
-            ("B", slots, "T", model.head_dim),
-            (DATA, MODEL, None, None),
-            heads_reason,
+        *(
+            (
+                name,
+                "cache",
+                ("B", model.kv_heads, "T", model.head_dim),
+                ("B", slots, "T", model.head_dim),
+                (DATA, MODEL, None, None),
+                heads_reason,
+            )
+            for name in ("cache.key", "cache.value")
         ),
         ("input.ids", "input", ("B", "S"), ("B", "S"), (DATA, None), "rows over data"),
         ("input.positions", "input", ("B",), ("B",), rows, "rows over data"),
