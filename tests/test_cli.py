@@ -145,6 +145,7 @@ def test_help_comes_quickly_and_without_torch(arguments: list[str]) -> None:
 
 def test_every_option_of_generate_has_a_help_text() -> None:
     done = parallama("generate", "--help")
+    assert "default: (the model's)" in " ".join(done.out.replace("│", " ").split())
     for option in (
         "--mesh",
         "--plan",

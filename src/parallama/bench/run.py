@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config_json import read_config
 from ..cost import decode_bytes, prefill_flops
 from ..errors import RunError, UsageError, lines
 from ..host import usable_cores
-from ..loading import DTYPES, find
+from ..loading import DTYPES
 from ..plugins import OptionValue
 from ..spec import ModelSpec
 from ..topology import MeshShape
@@ -120,7 +121,7 @@ def run(options: Options, command: str, progress: Progress) -> Report:
         CheckpointError: the model cannot be read.
         RunError: parallama itself could not start on a mesh.
     """
-    spec = ModelSpec.from_config(find(options.model).config)
+    spec = ModelSpec.from_config(read_config(options.model))
     threads = options.threads or usable_cores()
     with contextlib.ExitStack() as stack:
         start = _Starter(options, threads, stack, progress)

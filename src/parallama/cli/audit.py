@@ -22,7 +22,7 @@ _PHASES: tuple[Phase, ...] = ("prefill", "decode")
 def audit(
     model: options.Model,
     phase: Annotated[str, typer.Option("--phase", help="prefill, decode or all.")] = "decode",
-    batch: Annotated[int, typer.Option("--batch", help="Rows over all devices. [default: one on each]")] = 0,
+    batch: Annotated[int, typer.Option("--batch", help="Rows over all devices.", show_default="one on each")] = 0,
     seq: Annotated[int, typer.Option("--seq", help="Tokens of each prompt; for decode, tokens already cached.")] = 64,
     accept_plan: Annotated[
         bool, typer.Option("--accept-plan", help="Judge the program against the plan only, not the plan against the least.")

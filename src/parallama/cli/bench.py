@@ -27,7 +27,7 @@ def bench(
     prompt: Annotated[str, typer.Option("--prompt-tokens", help="Prompt lengths, with commas.")] = "512,4096",
     steps: Annotated[int, typer.Option("--steps", help="Decode steps measured in each case.")] = 24,
     repeats: Annotated[int, typer.Option("--repeats", help="Prefills measured in each case.")] = 3,
-    threads: Annotated[int | None, typer.Option("--threads", help="Cores that every engine may use. [default: all]")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Cores that every engine may use.", show_default="all")] = None,
     backend: options.BackendName = "cpu",
     backend_option: options.BackendOptions = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..llm import LLM, Progress
 
 Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id, or a shipped name (smollm2).")]
-Mesh = Annotated[str | None, typer.Option("--mesh", help="data x model, as 1x8, or data=2,model=4. [default: 1x1]")]
+Mesh = Annotated[str | None, typer.Option("--mesh", help="data x model, as 1x8, or data=2,model=4.", show_default="1x1")]
 TensorParallel = Annotated[int | None, typer.Option("--tensor-parallel-size", "-tp", help="The same as --mesh 1xN.", min=1)]
 Devices = Annotated[int | None, typer.Option("--devices", help="Device count; follows from the mesh.", min=1)]
 BackendName = Annotated[
@@ -30,8 +30,8 @@ BackendOptions = Annotated[
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="YAML or JSON: parameter-name pattern to style or axes.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
 MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", help="Most tokens of prompt and answer together.")]
-MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Most new tokens a prompt. [default: 256]")]
-Temperature = Annotated[float | None, typer.Option("--temperature", help="0 is greedy. [default: the model's]")]
+MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Most new tokens a prompt.", show_default="256")]
+Temperature = Annotated[float | None, typer.Option("--temperature", help="0 is greedy.", show_default="the model's")]
 TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from the so many best; 0 is all.")]
 TopP = Annotated[float | None, typer.Option("--top-p", help="Sample from the best with this probability together.")]
 MinP = Annotated[float | None, typer.Option("--min-p", help="Drop tokens below this share of the best one's probability.")]

@@ -26,8 +26,12 @@ _WORST = 5
 
 def validate(
     model: options.Model,
-    tokens: Annotated[Path | None, typer.Option("--tokens", help="A text, or a .json list of token ids. [default: a shipped text]")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option("--prompt-tokens", help="Tokens taken in at once. [default: 256]", min=2)] = None,
+    tokens: Annotated[
+        Path | None, typer.Option("--tokens", help="A text, or a .json list of token ids.", show_default="a shipped text")
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option("--prompt-tokens", help="Tokens taken in at once.", show_default="256", min=2)
+    ] = None,
     decode: Annotated[int, typer.Option("--decode", help="Tokens then fed one by one, through the cache.", min=0)] = 32,
     grads: Annotated[bool, typer.Option("--grads", help="Compare every parameter's gradient too.")] = False,
     mesh: options.Mesh = None,
