@@ -150,7 +150,7 @@ def test_the_tensors_of_a_run_are_placed_too():
     run = {p.name: (p.kind, p.source_shape, p.shape, p.axes) for p in plan.placements if p.kind != "parameter"}
     assert run == {
         "model.rotary_emb.inv_freq": ("buffer", (2,), (2,), (None,)),
-        "cache.key": ("cache", ("B", 3, 4, "T"), ("B", 4, 4, "T"), (DATA, MODEL, None, None)),
+        "cache.key": ("cache", ("B", 3, "T", 4), ("B", 4, "T", 4), (DATA, MODEL, None, None)),
         "cache.value": ("cache", ("B", 3, "T", 4), ("B", 4, "T", 4), (DATA, MODEL, None, None)),
         "input.ids": ("input", ("B", "S"), ("B", "S"), (DATA, None)),
         "input.positions": ("input", ("B",), ("B",), (DATA,)),
