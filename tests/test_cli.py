@@ -130,7 +130,11 @@ def _without_tensor(file: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["-h"], *([command, "--help"] for command in ("generate", "chat", "plan", "audit", "validate", "doctor", "bench"))],
+    [
+        ["--help"],
+        ["-h"],
+        *([command, "--help"] for command in ("generate", "chat", "plan", "inspect", "audit", "validate", "doctor", "bench")),
+    ],
 )
 def test_help_comes_quickly_and_without_torch(arguments: list[str]) -> None:
     code = f"import sys; from parallama.__main__ import run; sys.exit(run({arguments!r}))"

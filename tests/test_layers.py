@@ -18,7 +18,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "device": ("backends", "mesh", "ops", "products", "program", "cache", "attention", "shard"),
     "model": ("locate", "checkpoint", "gguf_file", "config_json", "loading", "sampling", "steps", "points", "metrics", "reference"),
-    "use": ("generate", "text", "llm", "chat", "audit", "modules", "gradients", "validation", "selftest", "doctor"),
+    "use": (
+        *("generate", "text", "llm", "chat", "audit", "contents", "inspection", "inspection_view"),
+        *("modules", "gradients", "validation", "selftest", "doctor"),
+    ),
     "face": ("api", "__init__", "bench", "cli", "__main__"),
 }
 FOLDERS = ("bench", "cli")

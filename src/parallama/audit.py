@@ -97,12 +97,7 @@ def audit(steps: Steps, programs: ProgramSet, folder: Path, phase: Phase, key: S
         RunError: XLA wrote no optimized HLO.
     """
     mesh, plan = steps.mesh, steps.plan
-    before = set(folder.glob(_DUMPED))
-    programs.warm_up([key])
-    texts = sorted(set(folder.glob(_DUMPED)) - before)
-    if not texts:
-        raise RunError(lines(f"XLA wrote no optimized HLO of the {phase} step into {folder}", "expected one file a program"))
-    modules = [hlo.parse(text.read_text()) for text in texts]
+    modules = [hlo.parse(text) for text in optimized_hlo(programs, folder, phase, key)]
     itemsize = steps.dtype.itemsize
     sizes: dict[str, Any] = {
         "batch": key.batch,
@@ -132,6 +127,16 @@ def audit(steps: Steps, programs: ProgramSet, folder: Path, phase: Phase, key: S
         cache_tensors=2 * layers,
         param_bytes_per_device=tuple(steps.weights.bytes_per_device()),
     )
+
+
+def optimized_hlo(programs: ProgramSet, folder: Path, phase: Phase, key: StepKey) -> list[str]:
+    """Compile one step and read what XLA made of it, one text a program; arguments and errors as for `audit`."""
+    before = set(folder.glob(_DUMPED))
+    programs.warm_up([key])
+    texts = sorted(set(folder.glob(_DUMPED)) - before)
+    if not texts:
+        raise RunError(lines(f"XLA wrote no optimized HLO of the {phase} step into {folder}", "expected one file a program"))
+    return [text.read_text() for text in texts]
 
 
 def collectives_of(modules: Iterable[hlo.Module], plan: Plan) -> tuple[Collective, ...]:

@@ -120,12 +120,17 @@ class DeviceMesh:
         self.wait()  # a result of a program still in flight has no shards yet
         return [shard for shard, _ in self._xla._XLAC._get_local_shards([tensor])[0]]
 
+    def local_parts(self, tensor: torch.Tensor) -> list[tuple[slice, ...]]:
+        """Each device's slices of a tensor, with start and stop of every dim, by the runtime's word; nothing is copied."""
+        whole = tuple(slice(0, size) for size in tensor.shape)
+        if not self.spmd:
+            return [whole]
+        parts = self._xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]
+        return [whole if slices is Ellipsis else tuple(slice(part.start, part.stop) for part in slices) for _, slices in parts]
+
     def local_shapes(self, tensor: torch.Tensor) -> list[tuple[int, ...]]:
         """The shape of each device's part, from the slices that the runtime says lie there; nothing is copied."""
-        if not self.spmd:
-            return [tuple(tensor.shape)]
-        parts = self._xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]
-        return [tuple(tensor.shape) if slices is Ellipsis else tuple(part.stop - part.start for part in slices) for _, slices in parts]
+        return [tuple(part.stop - part.start for part in parts) for parts in self.local_parts(tensor)]
 
     def local_bytes(self, tensor: torch.Tensor) -> list[int]:
         """Bytes that each device holds of a tensor, by the runtime's word."""

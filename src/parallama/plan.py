@@ -53,11 +53,13 @@ class Blocks:
         dim: the dim that is laid out.
         block: its block size, in elements.
         sources: checkpoint block of each laid-out block, or `heads.EMPTY` for zeros.
+        heads: what a block is, where it is a head.
     """
 
     dim: int
     block: int
     sources: tuple[int, ...]
+    heads: Literal["query", "KV"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +140,9 @@ class Plan:
                 return None
             dim = 0
         if what == _QUERY:
-            return Blocks(dim=dim, block=self.model.head_dim, sources=self.head_layout.query_sources)
+            return Blocks(dim=dim, block=self.model.head_dim, sources=self.head_layout.query_sources, heads="query")
         if what == _KV:
-            return Blocks(dim=dim, block=self.model.head_dim, sources=self.head_layout.kv_sources)
+            return Blocks(dim=dim, block=self.model.head_dim, sources=self.head_layout.kv_sources, heads="KV")
         size, full = (self.model.intermediate, self.intermediate) if what == _INTERMEDIATE else (self.model.vocab, self.vocab)
         block = math.gcd(size, full)
         return Blocks(dim=dim, block=block, sources=tuple(range(size // block)) + (heads.EMPTY,) * ((full - size) // block))

@@ -47,7 +47,7 @@ def device_part(source: torch.Tensor, plan: Plan, placement: Placement, device: 
 def _lay_out(source: torch.Tensor, dim: int, first: int, count: int, block: int, sources: Sequence[int]) -> torch.Tensor:
     """Elements `first` to `first + count` of the dim whose block `i` is the source's block `sources[i]`."""
     pieces = []
-    for at, run in _runs(sources, first, count, block):
+    for at, run in runs(sources, first, count, block):
         if at == heads.EMPTY:
             shape = list(source.shape)
             shape[dim] = run
@@ -57,7 +57,7 @@ def _lay_out(source: torch.Tensor, dim: int, first: int, count: int, block: int,
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
-def _runs(sources: Sequence[int], first: int, count: int, block: int) -> Iterator[tuple[int, int]]:
+def runs(sources: Sequence[int], first: int, count: int, block: int) -> Iterator[tuple[int, int]]:
     """The longest runs (start in the source or `EMPTY`, length) that make up a stretch of a laid-out dim."""
     position, end = first, first + count
     start, length = 0, 0

@@ -9,6 +9,7 @@ from .bench import bench
 from .chat import chat
 from .doctor import doctor
 from .generate import generate
+from .inspect import inspect
 from .options import show_version
 from .plan import plan
 from .validate import validate
@@ -36,5 +37,6 @@ app.command()(chat)
 app.command()(audit)
 app.command()(bench)
 app.command()(doctor)
+app.command()(inspect)
 app.command()(plan)
 app.command()(validate)
