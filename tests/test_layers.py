@@ -16,7 +16,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("topology", "heads", "spec", "configs", "plan", "kinds", "buckets", "cost", "collectives", "hlo"),
         *("hardware", "picture", "forecast", "forecast_view", "tolerance", "corpus"),
     ),
-    "device": ("backends", "mesh", "ops", "products", "program", "cache", "attention", "shard"),
+    "device": ("backends", "mesh", "ops", "products", "program", "cache", "attention", "loss", "shard"),
     "model": ("locate", "checkpoint", "gguf_file", "config_json", "loading", "sampling", "steps", "points", "metrics", "reference"),
     "use": (
         *("generate", "text", "llm", "chat", "audit", "contents", "inspection", "inspection_view"),

@@ -42,7 +42,8 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = MappingProxyType(
             Flag(
                 name="xla_disable_hlo_passes",
                 value="tree_reduction_rewriter",
-                effect="sums and maxima stay one loop: compiling takes 20 to 40 % less time, prefill and decode are not slower",
+                effect="sums and maxima stay one loop: compiling takes 20 to 40 % less time, prefill and decode are not slower; "
+                "a softmax's float32 sum over SmolLM2's 49,152 ids comes out 3e-6 too small instead of 6e-9 (`loss` sums otherwise)",
             ),
         ),
         "tpu": (

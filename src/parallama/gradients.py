@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from . import loading
+from .loss import next_token_loss
 from .mesh import DeviceMesh
 from .metrics import pcc, relative_l2
 from .plan import Plan
 from .reference import Answers
 from .shard import shard_model, take_off_gradient
+from .topology import DATA
 
 SMALL = 1e-3
 """A gradient whose elements are this small beside those of all parameters is held against this share of theirs: what is zero but for rounding has no relative error."""
@@ -59,7 +61,8 @@ def _gradients(model: Any, plan: Plan, mesh: DeviceMesh, ids: Sequence[int]) -> 
     """By parameter name, on the host, in the checkpoint's layout. Every row of the mesh runs the text: the mean loss is that of one."""
     batch = torch.tensor([list(ids)] * mesh.shape.data)
     model = shard_model(model, mesh, plan)
-    model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+    logits = model(input_ids=batch, use_cache=False).logits
+    next_token_loss(logits, mesh.put(batch, (DATA, None)), parts=mesh.shape.model).backward()
     gradients = {name: mesh.mark(parameter.grad, plan[name].axes) for name, parameter in model.named_parameters()}
     mesh.run()
     return {name: take_off_gradient(mesh.fetch(gradient, plan[name].axes), plan, name) for name, gradient in gradients.items()}

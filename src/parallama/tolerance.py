@@ -10,7 +10,8 @@ otherwise. That is not allowed for here, and would be reported.)
 - Attention (`attention`). The exponential turns the absolute error of a score into the relative error of its weight; `SCORES` is the size of a score that is allowed for.
 - Angles (`rotary`). An angle is position times frequency, in float32: its absolute error, and that of its cosine, is `U` times the position.
 - A whole run (`depth`). Every layer adds two branches to the residual stream, each with the error of a product of its own: a random walk of `2 * layers + 1` steps.
-- Gradients (`gradient`). Backward is a walk twice as long, over products of two operands that are in error each.
+- Gradients (`gradient`). Backward is a walk twice as long, over products of two operands that are in error each. The loss's sum over the vocabulary is left out: summed in one loop its error has
+  one direction and no bound here would hold, so `loss` doesn't do that and the reference takes its loss in float64.
 
 `HEADROOM` stands before all of them: these are laws of growth, not bounds with sharp constants. Right runs stay within half of the tolerances in `tests/test_validate.py`.
 """
