@@ -326,8 +326,11 @@ def test_a_message_that_does_not_fit_is_refused_and_the_chat_goes_on(folders: Fo
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_stream_with_its_exit_code_and_no_traceback(folders: Folders, number: signal.Signals, code: int) -> None:
     arguments = [COMMAND, "generate", folders["chatty"], "-p", "Once", "--max-new-tokens", "2000", "--ignore-eos", "--temperature", "0"]
-    arguments += ["--mesh", "1x4"]  # slow enough to be met while it runs
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+
+    def heed() -> None:  # tests that a shell runs in its background ignore SIGINT, and would hand that on
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), preexec_fn=heed) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.read(1), process.stderr.read()
         process.send_signal(number)
