@@ -8,7 +8,7 @@ The backward pass is the theory of tensor parallelism (Shoeybi et al., "Megatron
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -173,8 +173,3 @@ def _backward(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
 
 def _head(plan: Plan) -> str:
     return "model.embed_tokens.weight" if plan.model.tied else "lm_head.weight"
-
-
-def total_bytes(collectives: Iterable[Collective]) -> int:
-    """Bytes that one device receives in a step."""
-    return sum(each.count * each.bytes for each in collectives)

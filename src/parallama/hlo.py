@@ -85,13 +85,6 @@ class Module:
         found = (i for i in self.instructions if i.entry and i.opcode == "parameter")
         return {int(i.text.split(" parameter(")[1].split(")")[0]): i for i in found}
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """The names of the instructions that make the module's outputs, in order."""
-        roots = [i for i in self.instructions if i.entry and i.text.lstrip().startswith("ROOT ")]
-        assert len(roots) == 1, "an entry computation has one root"
-        return roots[0].operands if roots[0].opcode == "tuple" else (roots[0].name,)
-
     def of(self, *opcodes: str) -> list[Instruction]:
         """The instructions of some kinds, in any computation."""
         return [i for i in self.instructions if i.opcode in opcodes]
