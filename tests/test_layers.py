@@ -20,11 +20,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "model": ("locate", "checkpoint", "gguf_file", "config_json", "loading", "sampling", "steps", "points", "metrics", "reference"),
     "use": (
         *("generate", "text", "llm", "chat", "audit", "contents", "inspection", "inspection_view"),
-        *("modules", "gradients", "validation", "selftest", "doctor"),
+        *("modules", "gradients", "validation", "selftest", "doctor", "train"),
     ),
     "face": ("api", "__init__", "bench", "cli", "__main__"),
 }
-FOLDERS = ("bench", "cli")
+FOLDERS = ("bench", "cli", "train")
 # Imports against the order, each inside a function, with the reason for it.
 EXCEPTIONS: dict[tuple[str, str], str] = {}
 XLA_MODULES = {"backends", "mesh", "ops", "program", "bench/recipe"}  # the last is what torch-xla's users write today
