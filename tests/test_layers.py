@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "parallama"
 LAYERS: dict[str, tuple[str, ...]] = {
     "pure": (
         *("errors", "flags", "host", "child", "elf", "versions", "plugins", "faults"),
+        *("model_files", "manifest"),
         *("topology", "heads", "spec", "configs", "plan", "kinds", "buckets", "cost", "collectives", "hlo"),
         *("hardware", "picture", "forecast", "forecast_view", "tolerance", "corpus"),
     ),

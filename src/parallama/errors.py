@@ -49,8 +49,11 @@ class ProgramError(RunError):
 
 
 def lines(*parts: str) -> str:
-    """Join the (at most three) lines of a message, leaving out empty ones."""
-    kept = [part for part in parts if part]
+    """Join the (at most three) lines of a message, leaving out empty ones.
+
+    What a message repeats of a file (names, say) stays in its line: characters that a terminal would obey are escaped, and a long line is cut.
+    """
+    kept = [_printable(part) for part in parts if part]
     assert len(kept) <= 3, kept
     return "\n".join(kept)
 
@@ -71,3 +74,8 @@ def cause(error: BaseException, limit: int = 200) -> str:
     """What another library's exception says, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _printable(text: str, limit: int = 1000) -> str:
+    text = text if len(text) <= limit else f"{text[:limit]}..."
+    return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
