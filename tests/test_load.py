@@ -196,8 +196,9 @@ def test_a_tensor_of_another_shape_is_an_error_that_names_both_shapes(folder, sh
 
 
 def test_a_tensor_in_two_files_is_an_error_that_names_it(folder):
+    (folder / "model.safetensors").rename(folder / "first.safetensors")
     save_file({Q: torch.zeros(24, 24)}, folder / "second.safetensors")
-    assert refused(folder) == f"second.safetensors: tensor {Q} stands in two files"
+    assert refused(folder) == f"second.safetensors: tensor {Q} stands in two files\nthe other is first.safetensors"
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn], ids=str)

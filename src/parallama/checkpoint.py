@@ -11,12 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from .errors import CheckpointError, cause, lines, listed, shown
-from .locate import read_json
+from . import model_files
+from .errors import CheckpointError, cause, lines, shown
 from .spec import ROPE_TYPES, ModelSpec
-
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_STORED = ("F32", "BF16", "F16", "F64")
+from .weight_files import WeightFiles, check_second_head, survey
 
 
 class Checkpoint(Protocol):
@@ -74,89 +72,29 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.location = folder
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(lines(f"folder {str(folder)!r} has no config.json", "expected a model folder as transformers saves it"))
-        self.config = config_from_dict(read_json(folder / "config.json"), "config.json")
-        generation = folder / "generation_config.json"
-        self.generation: dict[str, Any] = read_json(generation) if generation.is_file() else {}
+        self.config = config_from_dict(model_files.read_config(folder), "config.json")
+        generation = model_files.find(folder, "generation_config.json")
+        self.generation: dict[str, Any] = model_files.read_json(generation) if generation is not None else {}
         if not isinstance(self.generation, dict):
             raise CheckpointError(lines(f"generation_config.json holds a {type(self.generation).__name__}", "expected a JSON object"))
-        self._files = self._find_files()
-
-    def _find_files(self) -> list[Path]:
-        index = self.location / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = read_json(index)
-            weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise CheckpointError(lines(f"{index.name} has no weight_map of names to files"))
-            files = []
-            for name in sorted(set(weight_map.values())):
-                if Path(name).name != name or not name.endswith(".safetensors"):
-                    raise CheckpointError(
-                        lines(f"{index.name} names the file {name!r}", "expected a *.safetensors file in the same folder")
-                    )
-                if not (self.location / name).is_file():
-                    raise CheckpointError(lines(f"{index.name} names {name!r}, which is missing"))
-                files.append(self.location / name)
-            return files
-        files = sorted(self.location.glob("*.safetensors"))
-        if not files:
-            pickles = sorted(path.name for pattern in _PICKLES for path in self.location.glob(pattern))
-            if pickles:
-                raise CheckpointError(
-                    lines(
-                        f"folder {str(self.location)!r} has only pickle weights: {listed(pickles, 2)}",
-                        "expected *.safetensors: pickles can run code and are never loaded",
-                        "convert it with transformers' save_pretrained",
-                    )
-                )
-            raise CheckpointError(
-                lines(f"folder {str(self.location)!r} has no *.safetensors file", "expected model.safetensors, or several with an index")
-            )
-        return files
+        self.spec = ModelSpec.from_config(self.config)
+        self.weights: WeightFiles = survey(folder, self.spec)
 
     def tensors(self, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
         from safetensors import SafetensorError, safe_open
 
-        wanted = dict(spec.parameters())
-        seen: set[str] = set()
-        for file in self._files:
+        assert spec == self.spec
+        check_second_head(self.weights)
+        for file in self.weights.files:
             try:
                 with safe_open(file, framework="pt") as handle:
-                    for name in handle.keys():  # noqa: SIM118 - safe_open has no iterator
-                        if _ignored(name, spec):
-                            continue
-                        if name not in wanted:
-                            raise CheckpointError(
-                                lines(
-                                    f"{file.name}: unexpected tensor {name}",
-                                    f"expected only those of a {spec.model_type} model with this config",
-                                )
-                            )
-                        if name in seen:
-                            raise CheckpointError(lines(f"{file.name}: tensor {name} stands in two files"))
-                        seen.add(name)
-                        shape = tuple(handle.get_slice(name).get_shape())
-                        if shape != wanted[name]:
-                            raise CheckpointError(
-                                lines(
-                                    f"{file.name}: tensor {name} has shape {list(shape)}", f"expected {list(wanted[name])}, from the config"
-                                )
-                            )
-                        kind = handle.get_slice(name).get_dtype()
-                        if kind not in _STORED:
-                            raise CheckpointError(
-                                lines(f"{file.name}: tensor {name} is of dtype {kind}", f"expected one of {', '.join(_STORED)}")
-                            )
-                        yield name, handle.get_tensor(name)
+                    for name, stored in self.weights.parameters.items():
+                        if stored.file == file:
+                            yield name, handle.get_tensor(stored.name)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
                     lines(f"{file.name} is damaged: {cause(error)}", "expected a whole safetensors file; download it again")
                 ) from None
-        missing = [name for name in wanted if name not in seen]
-        if missing:
-            raise CheckpointError(lines(f"missing tensors: {listed(missing)}", f"expected {len(wanted)} in {len(self._files)} file(s)"))
 
     def tokenizer(self) -> Any | None:
         if not any((self.location / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
@@ -167,9 +105,3 @@ class SafetensorsFolder:
             return AutoTokenizer.from_pretrained(str(self.location), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raise bare Exception
             raise CheckpointError(lines(f"the tokenizer in {str(self.location)!r} cannot be read: {cause(error)}")) from None
-
-
-def _ignored(name: str, spec: ModelSpec) -> bool:
-    """Tensors that a checkpoint may hold and a model doesn't need: a tied head stored twice, rotary tables of old Llamas (they follow from
-    the config)."""
-    return name.endswith("rotary_emb.inv_freq") or (spec.tied and name == "lm_head.weight")

@@ -8,7 +8,9 @@ from typing import Any
 
 from . import configs
 from .errors import CheckpointError, cause, lines, shown
-from .locate import locate, read_json
+from .locate import locate
+from .model_files import read_config as read_folder
+from .model_files import read_json
 
 
 def read_config(model: str) -> Mapping[str, Any]:
@@ -37,9 +39,7 @@ def read_config(model: str) -> Mapping[str, Any]:
     if located.kind == "hub":
         return read_json(_config_from_hub(located.hub_id))
     if located.kind == "folder":
-        if not (located.path / "config.json").is_file():
-            raise CheckpointError(lines(f"folder {model!r} has no config.json", "expected a model folder as transformers saves it"))
-        return read_json(located.path / "config.json")
+        return read_folder(located.path)
     if located.path.suffix == ".gguf":
         from . import backends
 

