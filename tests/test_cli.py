@@ -203,7 +203,7 @@ def documents(folders: Folders) -> tuple[dict[str, Any], dict[str, Any], Run]:
 def test_json_is_one_document_with_the_documented_keys_and_nothing_else(documents: tuple[dict[str, Any], dict[str, Any], Run]) -> None:
     document, _, run = documents
     assert run.out.endswith("}\n") and run.out.count("\n") == 1
-    assert set(document) == {"model", "backend", "mesh", "dtype", "outputs", "stats"}
+    assert set(document) == {"model", "backend", "mesh", "dtype", "outputs", "ignored", "stats"}
     assert document["backend"] == "cpu" and document["mesh"] == {"data": 1, "model": 3} and document["dtype"] == "float32"
     assert document["model"].endswith("chatty")
     assert [output["prompt"] for output in document["outputs"]] == ["Once upon a time", [5, 6, 7]]

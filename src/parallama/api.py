@@ -9,7 +9,7 @@ from typing import Any
 
 from . import loading
 from .errors import UsageError, lines
-from .llm import LLM, Progress
+from .llm import LLM, Progress, eos_ids
 from .mesh import DeviceMesh
 from .plan import make_plan, read_overrides
 from .plugins import OptionValue
@@ -28,6 +28,7 @@ def load(
     plan: str | Path | Mapping[str, Any] | None = None,
     dtype: str = "auto",
     max_model_len: int | None = None,
+    allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> LLM:
     """Load a model onto a mesh.
@@ -41,6 +42,7 @@ def load(
         plan: overrides as a mapping from parameter-name pattern to style or axes, or a YAML/JSON file of them.
         dtype: `auto`, `float32` or `bfloat16`; `auto` is the checkpoint's, but float32 on the CPU backend.
         max_model_len: most tokens of prompt and answer together; the model's own maximum if None.
+        allow_nonfinite: load weights that hold NaN or infinity, too.
         progress: called while tensors are put on the devices and programs compiled.
 
     Raises:
@@ -60,14 +62,17 @@ def load(
     made = make_plan(spec, shape, overrides)
     to = loading.resolve_dtype(dtype, source.config, mesh.backend.name)
     tokenizer = source.tokenizer()
+    generation = {"eos_token_id": getattr(source.config, "eos_token_id", None)} | source.generation
+    eos_ids(generation["eos_token_id"], tokenizer, spec.vocab)
     report = (lambda done, total: progress("loading", done, total)) if progress is not None else None
-    loaded = loading.to_devices(source, made, mesh, to, report)
+    loaded = loading.to_devices(source, made, mesh, to, report, allow_nonfinite=allow_nonfinite)
     return LLM(
         name=str(model),
         steps=Steps(loaded.skeleton, loaded.weights, to),
         tokenizer=tokenizer,
-        generation={"eos_token_id": getattr(source.config, "eos_token_id", None)} | source.generation,
+        generation=generation,
         max_model_len=max_model_len or spec.max_positions,
+        ignored=source.ignored,
         load_s=time.perf_counter() - began,
         progress=progress,
     )

@@ -5,24 +5,31 @@ Nothing is unpickled, and no code of a checkpoint is run: the config is read as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from . import model_files
+from . import model_files, tokenizer_files
+from .config_checks import check_config, check_generation, declared
 from .errors import CheckpointError, cause, lines, shown
 from .spec import ROPE_TYPES, ModelSpec
 from .weight_files import WeightFiles, check_second_head, survey
 
 
 class Checkpoint(Protocol):
-    """A source of one model's config, tokenizer and tensors."""
+    """A source of one model's config, tokenizer and tensors.
+
+    Attributes:
+        ignored: tensors and files that are not read -> why.
+    """
 
     location: Path
     config: Any
     generation: dict[str, Any]
+    ignored: Mapping[str, str]
 
     def tensors(self, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter of `spec.parameters()`, once, by transformers' name.
@@ -30,6 +37,10 @@ class Checkpoint(Protocol):
         Raises:
             CheckpointError: a tensor is missing or unexpected, with its name.
         """
+        ...
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds a parameter."""
         ...
 
     def tokenizer(self) -> Any | None:
@@ -45,11 +56,12 @@ def config_from_dict(document: Any, origin: str) -> Any:
     """
     if not isinstance(document, dict):
         raise CheckpointError(lines(f"{origin} holds a {type(document).__name__}", "expected a JSON object"))
-    ModelSpec.from_config(document)
+    check_config(document, origin, ModelSpec.from_config(document).vocab)
     from transformers import CONFIG_MAPPING
 
+    made = CONFIG_MAPPING[document["model_type"]]
     try:
-        config = CONFIG_MAPPING[document["model_type"]].from_dict({key: value for key, value in document.items() if key != "auto_map"})
+        config = made.from_dict(declared(document, {field.name for field in fields(made)}))
     except Exception as error:  # transformers validates with several exception types
         raise CheckpointError(lines(f"{origin}: transformers refuses it: {cause(error)}")) from None
     if document.get("quantization_config") is not None:
@@ -73,12 +85,15 @@ class SafetensorsFolder:
     def __init__(self, folder: Path) -> None:
         self.location = folder
         self.config = config_from_dict(model_files.read_config(folder), "config.json")
+        self.spec = ModelSpec.from_config(self.config)
         generation = model_files.find(folder, "generation_config.json")
         self.generation: dict[str, Any] = model_files.read_json(generation) if generation is not None else {}
-        if not isinstance(self.generation, dict):
-            raise CheckpointError(lines(f"generation_config.json holds a {type(self.generation).__name__}", "expected a JSON object"))
-        self.spec = ModelSpec.from_config(self.config)
+        check_generation(self.generation, "generation_config.json", self.spec.vocab)
         self.weights: WeightFiles = survey(folder, self.spec)
+        self.ignored: Mapping[str, str] = self.weights.ignored
+
+    def file_of(self, name: str) -> str:
+        return self.weights.parameters[name].file.name
 
     def tensors(self, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
         from safetensors import SafetensorError, safe_open
@@ -97,11 +112,4 @@ class SafetensorsFolder:
                 ) from None
 
     def tokenizer(self) -> Any | None:
-        if not any((self.location / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-            return None
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(str(self.location), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # tokenizers raise bare Exception
-            raise CheckpointError(lines(f"the tokenizer in {str(self.location)!r} cannot be read: {cause(error)}")) from None
+        return tokenizer_files.read(self.location, self.spec.model_type)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from .config_checks import check_config
 from .errors import CheckpointError, UsageError, lines, shown
 from .spec import ROPE_TYPES, ModelSpec
 
@@ -170,6 +171,7 @@ def spec_of(document: Any, origin: str) -> ModelSpec:
     if not isinstance(document, Mapping):
         raise CheckpointError(lines(f"{origin} holds a {type(document).__name__}", "expected a JSON object"))
     spec = ModelSpec.from_config(document)
+    check_config(document, origin, spec.vocab)
     if document.get("quantization_config") is not None:
         raise CheckpointError(lines(f"{origin} has a quantization_config", "expected plain weights: float32, bfloat16 or float16"))
     rope = document.get("rope_parameters") or document.get("rope_scaling") or {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class GgufFile:
         from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 
         self.location = path
+        self.ignored: Mapping[str, str] = {}
         try:
             metadata, _ = read_gguf_metadata(str(path))
             header = GgufHeader.from_file(str(path))
@@ -65,6 +66,10 @@ class GgufFile:
             if f"tokenizer.ggml.{ours}" in metadata
         }
         self.config = config_from_dict(document | self.generation, path.name)
+
+    def file_of(self, name: str) -> str:
+        """The file itself: it holds all."""
+        return self.location.name
 
     def tensors(self, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter of `spec.parameters()`, fp32 where it was quantized; see `Checkpoint.tensors`."""

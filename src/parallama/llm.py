@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 
 from .buckets import CHUNK, chunk_size
-from .errors import CheckpointError, UsageError, lines, shown
+from .config_checks import end_ids
+from .errors import UsageError, lines, shown
 from .generate import RunStats, Session, make_programs
 from .mesh import DeviceMesh
 from .plan import Plan
@@ -89,6 +90,7 @@ class LLM:
         tokenizer: of transformers, or None.
         max_model_len: most tokens of prompt and answer together.
         eos_ids: ids that end a text.
+        ignored: tensors and files of the checkpoint that were not read -> why.
         stats: of the last run.
     """
 
@@ -100,6 +102,7 @@ class LLM:
         tokenizer: Any | None,
         generation: Mapping[str, Any],
         max_model_len: int,
+        ignored: Mapping[str, str] | None = None,
         load_s: float,
         progress: Progress | None = None,
     ) -> None:
@@ -109,10 +112,11 @@ class LLM:
         self.mesh: DeviceMesh = steps.mesh
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
+        self.ignored: Mapping[str, str] = ignored or {}
         self.load_s = load_s
         self.stats = RunStats()
         self.kv_bytes_per_device: list[int] = [0] * self.mesh.shape.devices
-        self.eos_ids = _eos_ids(generation.get("eos_token_id"), tokenizer, steps.plan.model.vocab)
+        self.eos_ids = eos_ids(generation.get("eos_token_id"), tokenizer, steps.plan.model.vocab)
         self._generation = generation
         self._progress = progress
         self.programs = make_programs(steps)
@@ -370,14 +374,12 @@ class LLM:
         return self.steps.weights.bytes_per_device()
 
 
-def _eos_ids(named: Any, tokenizer: Any | None, vocab: int) -> list[int]:
+def eos_ids(named: Any, tokenizer: Any | None, vocab: int) -> list[int]:
     """Ids that end a text: those of the generation config or the config, else the tokenizer's.
 
     Raises:
         CheckpointError: they are no ids of the vocabulary.
     """
-    named = getattr(tokenizer, "eos_token_id", None) if named is None else named
-    ids = [] if named is None else list(named) if isinstance(named, (list, tuple)) else [named]
-    if not all(type(token) is int and 0 <= token < vocab for token in ids):
-        raise CheckpointError(lines(f"eos_token_id is {shown(named)}", f"expected ids from 0 to {vocab - 1}, the model's vocabulary"))
-    return ids
+    if named is not None:
+        return end_ids(named, "the model", vocab)
+    return end_ids(getattr(tokenizer, "eos_token_id", None), "the tokenizer", vocab)

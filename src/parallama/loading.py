@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import finite
 from .checkpoint import Checkpoint, SafetensorsFolder
 from .errors import CheckpointError, UsageError, cause, lines
 from .gguf_file import GgufFile
@@ -98,13 +99,20 @@ def resolve_dtype(name: str, config: Any, backend: str) -> torch.dtype:
 
 
 def make_skeleton(config: Any) -> Any:
-    """The transformers causal LM on the meta device, except for its rotary table, which is computed."""
+    """The transformers causal LM on the meta device, except for its rotary table, which is computed.
+
+    Raises:
+        CheckpointError: no model can be built of the config.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    skeleton.eval()
-    skeleton.model.rotary_emb = type(skeleton.model.rotary_emb)(config=config)
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton.eval()
+        skeleton.model.rotary_emb = type(skeleton.model.rotary_emb)(config=config)
+    except Exception as error:  # what modules raise at values that transformers' config lets pass
+        raise CheckpointError(lines(f"config: transformers builds no model of it: {type(error).__name__}: {cause(error)}")) from None
     return skeleton
 
 
@@ -121,9 +129,22 @@ def to_host(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 
 def to_devices(
-    checkpoint: Checkpoint, plan: Plan, mesh: DeviceMesh, dtype: torch.dtype, progress: Callable[[int, int], None] | None = None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> Loaded:
-    """Read a checkpoint's tensors and put each on the devices as the plan says."""
+    """Read a checkpoint's tensors and put each on the devices as the plan says.
+
+    Raises:
+        CheckpointError: a tensor is damaged, or holds NaN or infinity where that isn't allowed.
+    """
+    tensors = checkpoint.tensors(plan.model)
+    tensors = tensors if allow_nonfinite else finite.finite_only(tensors, checkpoint.file_of)
+    skeleton = make_skeleton(checkpoint.config)  # first: it costs little, and may refuse the config
     with lean_host_memory():
-        weights = put_parameters(checkpoint.tensors(plan.model), plan, mesh, dtype, progress)
-    return Loaded(skeleton=make_skeleton(checkpoint.config), weights=weights, dtype=dtype)
+        weights = put_parameters(tensors, plan, mesh, dtype, progress)
+    return Loaded(skeleton=skeleton, weights=weights, dtype=dtype)

@@ -28,15 +28,18 @@ _KINDS = (
 )
 
 
-def find(folder: Path, name: str) -> Path | None:
+def find(folder: Path, name: str, inside: str = "") -> Path | None:
     """The path of a file in a model folder, or None if there is none of this name.
+
+    Args:
+        inside: a folder in the model folder that the file lies in.
 
     Raises:
         CheckpointError: the name is no plain file name, or what it names is no regular file, or lies outside of the folder.
     """
     if not is_plain(name):
         raise CheckpointError(lines(f"file name {shown(name)} leads out of the model folder", "expected the plain name of a file in it"))
-    path = folder / name
+    path = folder / inside / name
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

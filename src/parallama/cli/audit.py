@@ -34,6 +34,7 @@ def audit(
     backend_option: options.BackendOptions = None,
     plan: options.PlanFile = None,
     dtype: options.Dtype = "auto",
+    allow_nonfinite: options.AllowNonfinite = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -62,6 +63,7 @@ def audit(
             plan=plan,
             dtype=dtype,
             max_model_len=None,
+            allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
         if seq + 1 > llm.max_model_len:

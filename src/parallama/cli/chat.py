@@ -21,6 +21,7 @@ def chat(
     backend_option: options.BackendOptions = None,
     plan: options.PlanFile = None,
     dtype: options.Dtype = "auto",
+    allow_nonfinite: options.AllowNonfinite = False,
     max_model_len: options.MaxModelLen = None,
     max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = None,
@@ -43,6 +44,7 @@ def chat(
             plan=plan,
             dtype=dtype,
             max_model_len=max_model_len,
+            allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
         from ..chat import Chat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,7 @@ def generate(
     backend_option: options.BackendOptions = None,
     plan: options.PlanFile = None,
     dtype: options.Dtype = "auto",
+    allow_nonfinite: options.AllowNonfinite = False,
     max_model_len: options.MaxModelLen = None,
     max_new_tokens: options.MaxNewTokens = None,
     temperature: options.Temperature = None,
@@ -58,6 +60,7 @@ def generate(
             plan=plan,
             dtype=dtype,
             max_model_len=max_model_len,
+            allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
         if chat:
@@ -137,6 +140,7 @@ def _document(llm: LLM, outputs: list[Completion]) -> dict[str, Any]:
             }
             for output in outputs
         ],
+        "ignored": [{"name": name, "reason": reason} for name, reason in llm.ignored.items()],
         "stats": {
             "load_s": llm.load_s,
             "compile_s": stats.compile_s,
@@ -160,3 +164,5 @@ def _figures(llm: LLM) -> None:
         f"[{llm.mesh.shape} {llm.mesh.backend.name}; load {llm.load_s:.1f} s, compile {stats.compile_s:.1f} s "
         f"({stats.programs_compiled} programs, {stats.programs_after_warmup} after warm-up), first token {stats.ttft_s:.2f} s{speed}]"
     )
+    for reason, count in Counter(llm.ignored.values()).items():
+        options.say(f"[not read of the checkpoint, {count}: {reason}]")

@@ -44,6 +44,7 @@ def inspect(
     backend_option: options.BackendOptions = None,
     plan: options.PlanFile = None,
     dtype: options.Dtype = "auto",
+    allow_nonfinite: options.AllowNonfinite = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -72,6 +73,7 @@ def inspect(
             plan=plan,
             dtype=dtype,
             max_model_len=max_model_len,
+            allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
         length = min(_DEFAULT_LENGTH, llm.max_model_len) if max_model_len is None else max_model_len

@@ -37,6 +37,7 @@ TopP = Annotated[float | None, typer.Option("--top-p", help="Sample from the bes
 MinP = Annotated[float | None, typer.Option("--min-p", help="Drop tokens below this share of the best one's probability.")]
 RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same text, on every mesh.")]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Load weights that hold NaN or infinity, too.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no figures on standard error.")]
 
 
@@ -101,6 +102,7 @@ def load_model(
     plan: Path | None,
     dtype: str,
     max_model_len: int | None,
+    allow_nonfinite: bool,
     progress: Progress | None,
 ) -> LLM:
     """`parallama.load` with a command's options."""
@@ -117,6 +119,7 @@ def load_model(
         plan=plan,
         dtype=dtype,
         max_model_len=max_model_len,
+        allow_nonfinite=allow_nonfinite,
         progress=progress,
     )
 

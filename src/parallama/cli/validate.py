@@ -41,6 +41,7 @@ def validate(
     backend_option: options.BackendOptions = None,
     plan: options.PlanFile = None,
     dtype: options.Dtype = "auto",
+    allow_nonfinite: options.AllowNonfinite = False,
     seed: Annotated[int, typer.Option("--seed", help="For token ids drawn where there is no tokenizer.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
     quiet: options.Quiet = False,
@@ -58,6 +59,7 @@ def validate(
             plan=plan,
             dtype=dtype,
             max_model_len=None,
+            allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
         from ..validation import validate as run
