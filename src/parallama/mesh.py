@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import backends
 from .errors import FitError, lines
@@ -112,6 +112,29 @@ class DeviceMesh:
         import torch
 
         return self._spmd.disable_manual_sharding(tensor, tuple(axes), torch.Size(shape), mesh=self._mesh).global_tensor
+
+    def groups(self, *axes: str) -> list[list[int]]:
+        """The devices that take part together in a collective along these axes."""
+        together: dict[tuple[int, ...], list[int]] = {}
+        for device in range(self.shape.devices):
+            coordinates = self.shape.coordinates(device)
+            together.setdefault(tuple(coordinates[axis] for axis in AXES if axis not in axes), []).append(device)
+        return list(together.values())
+
+    def all_reduce(self, tensor: torch.Tensor, *axes: str, kind: Literal["sum", "max"] = "sum") -> torch.Tensor:
+        """Within a manually partitioned region: the sum or maximum of every device's tensor along these axes, on each of them."""
+        axes = tuple(axis for axis in axes if self.shape.size(axis) > 1)
+        return self._xla._XLAC._xla_spmd_all_reduce(kind, tensor, 1.0, self.groups(*axes)) if axes else tensor
+
+    def all_gather(self, tensor: torch.Tensor, axis: str, dim: int) -> torch.Tensor:
+        """Within a manually partitioned region: every device's part along an axis, put together along a dim."""
+        parts = self.shape.size(axis)
+        return self._xla._XLAC._xla_all_gather(tensor, dim, parts, self.groups(axis), False, 1, True) if parts > 1 else tensor
+
+    def reduce_scatter(self, tensor: torch.Tensor, axis: str, dim: int) -> torch.Tensor:
+        """Within a manually partitioned region: each device's part, along a dim, of the sum of all tensors along an axis."""
+        parts = self.shape.size(axis)
+        return self._xla._XLAC._xla_spmd_reduce_scatter("sum", tensor, 1.0, dim, parts, self.groups(axis)) if parts > 1 else tensor
 
     def local_shards(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Each device's part, on the host, in device order; compiles nothing."""

@@ -34,6 +34,15 @@ def optimization_barrier(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def barrier_together(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors themselves, none of which XLA computes with before all are there; nothing behind is found equal to what stood before."""
+    import torch_xla
+
+    held = [tensor.detach().clone() for tensor in tensors]
+    torch_xla._XLAC._xla_optimization_barrier_(held)
+    return tuple(held)
+
+
 @contextmanager
 def scope(name: str) -> Iterator[None]:
     """What is traced within carries this name into the HLO, if torch-xla's debug metadata is on (`backends.dump_programs`)."""

@@ -1,0 +1,136 @@
+"""How what is trained lies on a mesh: a plan, with parameters split over "data" too, and with adapters. Pure.
+
+An adapter of a linear `[O, E]` is `lora_A` `[R, E]` and `lora_B` `[O, R]`. Each lies as its weight does where it has the weight's dim, padded and repeated heads included, and is whole elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from ..errors import PlanError, lines
+from ..plan import Blocks, Placement, Plan
+from ..topology import DATA, MODEL
+from .options import LoraOptions
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj"), ("mlp", ("gate_proj", "up_proj"), "down_proj"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan(Plan):
+    """A plan of a training run.
+
+    Attributes:
+        adapters: parameter names of adapters: part of `parameters`, in the order of their weights.
+    """
+
+    adapters: Mapping[str, Blocks | None] = field(default_factory=dict)
+
+    def blocks(self, name: str) -> Blocks | None:
+        return self.adapters[name] if name in self.adapters else super().blocks(name)
+
+    @property
+    def trained(self) -> tuple[Placement, ...]:
+        """What gets gradients: the adapters if there are any, else every parameter."""
+        return tuple(each for each in self.parameters if each.name in self.adapters) if self.adapters else self.parameters
+
+    def split(self, module: str) -> bool:
+        """Whether a layer's `self_attn` or `mlp`, the embedding or the head is split over "model"."""
+        name = {"embed_tokens": _EMBEDDING, "lm_head": self.head}.get(module)
+        if name is None:
+            name = f"{module}.{'o_proj' if module.endswith('self_attn') else 'down_proj'}.weight"
+            return self[name].axes[1] == MODEL
+        return self[name].axes[0] == MODEL
+
+    @property
+    def head(self) -> str:
+        """The parameter that scores the vocabulary."""
+        return _EMBEDDING if self.model.tied else _HEAD
+
+
+def training_plan(plan: Plan, *, fsdp: bool, lora: LoraOptions | None) -> TrainingPlan:
+    """The plan of a training run on the plan's mesh.
+
+    Raises:
+        PlanError: the plan is not one that training follows: attention and MLP, embedding and head each split the way of Megatron-LM over "model", or whole.
+    """
+    _check(plan)
+    placements = [_over_data(each, plan, plan.blocks(each.name)) if fsdp and each.kind == "parameter" else each for each in plan.placements]
+    adapters: dict[str, Blocks | None] = {}
+    if lora is not None:
+        made = []
+        for placement in placements:
+            made.append(placement)
+            target = placement.name.removesuffix(".weight").rpartition(".")[2]
+            if placement.kind == "parameter" and placement.name.endswith(".weight") and target in lora.targets:
+                for adapter, blocks in _adapters(placement, plan, lora.rank):
+                    adapter = _over_data(adapter, plan, blocks) if fsdp else adapter
+                    made.append(adapter)
+                    adapters[adapter.name] = blocks
+        placements = made
+    return TrainingPlan(model=plan.model, mesh=plan.mesh, head_layout=plan.head_layout, placements=tuple(placements), adapters=adapters)
+
+
+def _over_data(placement: Placement, plan: Plan, blocks: Blocks | None) -> Placement:
+    """The same, split over "data" along the last whole dim of a matrix that divides, but never through heads; vectors stay as they are."""
+    parts = plan.mesh.data
+    if parts == 1 or DATA in placement.axes or len(placement.shape) < 2:
+        return placement
+    for dim in reversed(range(len(placement.shape))):
+        through_heads = blocks is not None and blocks.heads is not None and blocks.dim == dim
+        if placement.axes[dim] is None and not through_heads and int(placement.shape[dim]) % parts == 0:
+            axes = tuple(DATA if at == dim else axis for at, axis in enumerate(placement.axes))
+            return replace(placement, axes=axes, reason=f"{placement.reason}; dim {dim} over data (fsdp)")
+    return replace(placement, reason=f"{placement.reason}; no whole dim divides over data ({parts} devices)")
+
+
+def _adapters(weight: Placement, plan: Plan, rank: int) -> list[tuple[Placement, Blocks | None]]:
+    blocks = plan.blocks(weight.name)
+    base = weight.name.removesuffix(".weight")
+    found = []
+    for letter, dim in (("A", 1), ("B", 0)):
+        axis = weight.axes[dim] if weight.axes[dim] == MODEL else None
+        whole = (rank, weight.shape[1]) if letter == "A" else (weight.shape[0], rank)
+        source = (rank, weight.source_shape[1]) if letter == "A" else (weight.source_shape[0], rank)
+        placement = Placement(
+            name=f"{base}.lora_{letter}.weight",
+            kind="parameter",
+            source_shape=source,
+            shape=whole,
+            axes=(None, axis) if letter == "A" else (axis, None),
+            style="adapter",
+            reason=f"adapter of {base}: lies as dim {dim} of its weight",
+        )
+        found.append((placement, blocks if blocks is not None and blocks.dim == dim else None))
+    return found
+
+
+def _check(plan: Plan) -> None:
+    """Raise `PlanError` for a plan whose modules don't fit together."""
+
+    def model_axes(name: str) -> tuple[str | None, ...]:
+        return tuple(axis if axis == MODEL else None for axis in plan[name].axes)
+
+    def refuse(name: str, wanted: str) -> None:
+        raise PlanError(lines(f"{name} lies as {list(plan[name].axes)}", f"training expects {wanted}", "leave it to the default plan"))
+
+    for layer in range(plan.model.layers):
+        for part, firsts, last in _GROUPS:
+            prefix = f"model.layers.{layer}.{part}"
+            split = model_axes(f"{prefix}.{last}.weight") == (None, MODEL)
+            for first in firsts:
+                if model_axes(f"{prefix}.{first}.weight") != ((MODEL, None) if split else (None, None)):
+                    refuse(f"{prefix}.{first}.weight", f"it split on its outputs, and {last} on its inputs, or both whole over 'model'")
+            if not split and MODEL in model_axes(f"{prefix}.{last}.weight"):
+                refuse(f"{prefix}.{last}.weight", "it split on its inputs, or whole over 'model'")
+    for name in (_EMBEDDING, *((_HEAD,) if not plan.model.tied else ())):
+        if model_axes(name) == (None, MODEL):
+            refuse(name, "it split over the vocabulary, or whole over 'model'")
+    for placement in plan.parameters:
+        split_vector = len(placement.axes) == 1 and placement.axes[0] is not None
+        like = placement.name.removesuffix(".bias") + ".weight"
+        if split_vector and not (placement.name.endswith(".bias") and placement.axes[0] == MODEL and model_axes(like)[0] == MODEL):
+            refuse(placement.name, "vectors whole, but for biases that lie as their weight")
+        if placement.name.endswith(".bias") and not split_vector and model_axes(like)[0] == MODEL:
+            refuse(placement.name, f"it as {like}, split over 'model'")

@@ -1,0 +1,66 @@
+"""An optimizer step on a mesh is that of one device: gradients, losses, and what stays as it is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import train_data
+from conftest import Workers
+from reference import TinyModels, relative_l2
+
+REPEATED = {"heads": 4, "kv_heads": 2, "layers": 1}  # on four devices, each KV head stands in two slots
+PADDED = {"heads": 9, "kv_heads": 3, "tied": True, "layers": 2}  # on two and four devices, a slot of zeros
+BIASED = {"family": "qwen2", "heads": 6, "kv_heads": 2, "layers": 1}
+NORMED = {"family": "qwen3", "heads": 4, "kv_heads": 2, "layers": 1}
+
+GRADIENTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("1x1", PADDED, {}),
+    ("1x2", PADDED, {"remat": "full"}),
+    ("2x2", PADDED, {"fsdp": True, "grad_accum": 2, "sequence_parallel": True, "remat": 2}),
+    ("1x4", REPEATED, {"sequence_parallel": True}),
+    ("2x4", REPEATED, {"fsdp": True}),
+    ("1x4", BIASED, {}),
+    ("1x4", NORMED, {"sequence_parallel": True}),
+]
+
+
+def devices(mesh: str) -> int:
+    data, model = mesh.split("x")
+    return int(data) * int(model)
+
+
+@pytest.mark.parametrize(("mesh", "sizes", "options"), GRADIENTS)
+def test_every_gradient_is_that_of_one_device(
+    workers: Workers, models: TinyModels, mesh: str, sizes: dict[str, Any], options: dict[str, Any]
+) -> None:
+    tiny = models(**sizes)
+    options = {"batch_size": 4, "seq_len": 12} | options
+    batch = train_data.random_batch((options.get("grad_accum", 1), 4, 12), tiny.vocab)
+    found = workers[devices(mesh)].call("train_cases:gradients", model=tiny.folder, mesh=mesh, options=options, arrays=batch)
+    wanted = train_data.gradients(copy.deepcopy(tiny.model).double(), batch)
+    assert found.keys() == wanted.keys()
+    far = {name: relative_l2(found[name], wanted[name]) for name in wanted}
+    assert max(far.values()) < 1e-5, far
+
+
+@pytest.mark.parametrize(("mesh", "options"), [("1x1", {}), ("2x2", {"fsdp": True, "remat": "full"})])
+def test_losses_and_norms_are_those_of_a_plain_torch_loop_and_nothing_is_compiled_on_the_way(
+    workers: Workers, models: TinyModels, mesh: str, options: dict[str, Any]
+) -> None:
+    tiny = models(**PADDED)
+    options = {"batch_size": 4, "seq_len": 12, "grad_accum": 2, "weight_decay": 0.1, "betas": (0.9, 0.95)} | options
+    batches = [train_data.random_batch((2, 4, 12), tiny.vocab, seed) for seed in range(6)]
+    found = workers[devices(mesh)].call(
+        "train_cases:run", model=tiny.folder, mesh=mesh, options=options, batches=batches, lr=1e-3, final=True
+    )
+    plain = copy.deepcopy(tiny.model)
+    optimizer = torch.optim.AdamW(train_data.without_decay(plain, 0.1), lr=1e-3, betas=(0.9, 0.95))
+    wanted = train_data.losses(plain, batches, optimizer)
+    assert found["losses"] == pytest.approx([loss for loss, _ in wanted], rel=1e-5)
+    assert found["norms"] == pytest.approx([norm for _, norm in wanted], rel=1e-4)
+    assert all(found["finite"]) and found["compiled_later"] == 0
+    for name, parameter in plain.named_parameters():
+        assert relative_l2(found["parameters"][name], parameter.detach()) < 1e-4, name

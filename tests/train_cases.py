@@ -1,0 +1,56 @@
+"""What the tests of training run in a worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from parallama import loading
+from parallama.mesh import DeviceMesh
+from parallama.plan import make_plan
+from parallama.program import compiled_programs
+from parallama.spec import ModelSpec
+from parallama.train.batch import Batch
+from parallama.train.options import LoraOptions, StepOptions
+from parallama.train.step import Trainer
+
+
+def trainer(model: str, mesh: str, options: dict[str, Any], *, plan: dict[str, Any] | None = None, seed: int = 0) -> Trainer:
+    options = dict(options)
+    if options.get("lora"):
+        options["lora"] = LoraOptions(**options["lora"])
+    checkpoint = loading.find(model)
+    device_mesh = DeviceMesh(mesh)
+    made = None if plan is None else make_plan(ModelSpec.from_config(checkpoint.config), device_mesh.shape, plan)
+    return Trainer(checkpoint, device_mesh, StepOptions(**options), plan=made, seed=seed)
+
+
+def batch_of(arrays: dict[str, np.ndarray]) -> Batch:
+    return Batch(**arrays)
+
+
+def gradients(model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], **more: Any) -> dict[str, torch.Tensor]:
+    state = more.pop("state", None)
+    made = trainer(model, mesh, options, **more)
+    if state:
+        made.load(made.state_on_host() | state)
+    return dict(made.gradients(batch_of(arrays)))
+
+
+def run(
+    model: str, mesh: str, options: dict[str, Any], batches: list[dict[str, np.ndarray]], lr: float, *, final: bool = False, **more: Any
+) -> dict[str, Any]:
+    """Some steps: every step's result, the parameters at the end if asked for, and how many programs were compiled after the first step."""
+    made = trainer(model, mesh, options, **more)
+    made.compile()
+    compiled = compiled_programs()
+    results = [made.step(batch_of(arrays), lr) for arrays in batches]
+    return {
+        "losses": [each.loss for each in results],
+        "norms": [each.grad_norm for each in results],
+        "finite": [each.finite for each in results],
+        "compiled_later": compiled_programs() - compiled,
+        "parameters": dict(made.host_parameters()) if final else {},
+    }
