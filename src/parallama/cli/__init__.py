@@ -12,6 +12,7 @@ from .generate import generate
 from .inspect import inspect
 from .options import show_version
 from .plan import plan
+from .report import report
 from .validate import validate
 
 app = typer.Typer(
@@ -39,4 +40,5 @@ app.command()(bench)
 app.command()(doctor)
 app.command()(inspect)
 app.command()(plan)
+app.command()(report)
 app.command()(validate)

@@ -1,0 +1,272 @@
+"""Training data: what becomes of records, and what is said of those that are wrong. With the real tokenizer of SmolLM2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parallama.errors import ParallamaError
+from parallama.train import packing, records, tokens
+from parallama.train.batch import IGNORED, PADDING
+from parallama.train.packing import Position, Rows, make_batch, make_row, plan_rows
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from parallama import backends, loading
+
+    backends.expect_none()
+    return loading.find("smollm2").tokenizer()
+
+
+def jsonl(folder: Path, *rows: Any, name: str = "data.jsonl") -> str:
+    file = folder / name
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def prepare(tokenizer: Any, source: str | list[str], folder: Path, **more: Any) -> tokens.Corpus:
+    sources = [source] if isinstance(source, str) else source
+    return tokens.prepare(sources, tokenizer, cache=folder / "cache", **({"seq_len": 128} | more))
+
+
+def chat(*turns: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user" if at % 2 == 0 else "assistant", "content": turn} for at, turn in enumerate(turns)]}
+
+
+def trained(tokenizer: Any, record: Any) -> list[str]:
+    """The stretches of text that are trained on."""
+    encoded = tokens.encode(records.parse(record, "here"), tokenizer)
+    stretches: list[list[int]] = [[]]
+    for token, counts in zip(encoded.ids, encoded.trained, strict=True):
+        if counts:
+            stretches[-1].append(token)
+        elif stretches[-1]:
+            stretches.append([])
+    return [tokenizer.decode(stretch) for stretch in stretches if stretch]
+
+
+def test_of_a_conversation_only_the_assistants_words_are_trained_on(tokenizer: Any) -> None:
+    record = chat("Hi <|im_end|> there", "Hello.\n", "Bye", "Good\n\nbye ")
+    assert trained(tokenizer, record) == ["Hello.\n<|im_end|>", "Good\n\nbye <|im_end|>"]
+    encoded = tokens.encode(records.parse(record, "here"), tokenizer)
+    assert encoded.ids == tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=False)
+    opening = {"messages": [{"role": "assistant", "content": "Welcome."}, {"role": "user", "content": "Hi"}]}
+    assert trained(tokenizer, opening) == ["Welcome.<|im_end|>"]
+
+
+def test_of_prompt_and_completion_the_completion_is_trained_on_and_of_a_text_everything(tokenizer: Any) -> None:
+    assert trained(tokenizer, {"prompt": "The sky is", "completion": " blue", "id": 7}) == [" blue<|im_end|>"]
+    assert trained(tokenizer, {"prompt": "", "completion": "Blue sky"}) == ["Blue sky<|im_end|>"]
+    assert trained(tokenizer, {"text": "The sky is blue"}) == ["The sky is blue<|im_end|>"]
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
+    with pytest.raises(ParallamaError, match="writes message 2 differently when others follow it"):
+        tokens.encode(records.parse(chat("a", "b", "c", "d"), "here"), other)
+    other.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(ParallamaError, match="data here: the chat template refuses it: no system here"):
+        tokens.encode(records.parse(chat("a", "b"), "here"), other)
+
+
+def test_a_long_text_becomes_pieces_in_which_every_token_is_predicted_once(tokenizer: Any, tmp_path: Path) -> None:
+    corpus = prepare(tokenizer, "shipped:text", tmp_path, seq_len=64)
+    text = records.find_files("shipped:text")[0].read_text(encoding="utf-8")
+    whole = [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
+    predicted: list[int] = []
+    for index in range(len(corpus.lengths)):
+        ids, mask = corpus.document(index)
+        assert 2 <= len(ids) <= 64 and mask.all()
+        predicted += ids[1:].tolist()
+    assert predicted == whole[1:]
+
+
+def test_a_folder_is_read_in_order_and_what_is_no_data_in_it_left_alone(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    jsonl(tmp_path / "in", {"text": "second"}, "", {"text": "third"}, name="b.jsonl")
+    (tmp_path / "in" / "a.txt").write_text("first")
+    jsonl(tmp_path / "in" / "deep", {"text": "fourth"}, name="c.jsonl")
+    (tmp_path / "in" / "README.md").write_text("words")
+    corpus = prepare(tokenizer, str(tmp_path / "in"), tmp_path)
+    assert [tokenizer.decode(corpus.document(index)[0][:-1]) for index in range(4)] == ["first", "second", "third", "fourth"]
+
+
+def test_tokenized_data_come_from_the_cache_until_data_or_settings_change(tokenizer: Any, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    source = jsonl(tmp_path, {"text": "one two three"}, {"text": "four"})
+    first = prepare(tokenizer, source, tmp_path, progress=lambda done, total: calls.append((done, total)))
+    size = Path(source).stat().st_size
+    assert calls == sorted(calls) and calls[-1] == (size, size) and len(calls) == 3
+    again = prepare(tokenizer, source, tmp_path, progress=lambda done, total: calls.append((done, total)))
+    assert len(calls) == 3 and again.fingerprint == first.fingerprint
+    assert all((again.document(i)[0] == first.document(i)[0]).all() for i in range(2))
+    assert prepare(tokenizer, source, tmp_path, seq_len=64).fingerprint != first.fingerprint
+    jsonl(tmp_path, {"text": "one two three"}, {"text": "five"})
+    assert prepare(tokenizer, source, tmp_path).fingerprint != first.fingerprint
+    assert len(list((tmp_path / "cache").iterdir())) == 3  # and nothing half made
+    damaged = tmp_path / "cache" / first.fingerprint / "tokens.bin"
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    jsonl(tmp_path, {"text": "one two three"}, {"text": "four"})
+    with pytest.raises(ParallamaError, match="are damaged: files of the wrong length\nremove that folder"):
+        prepare(tokenizer, source, tmp_path)
+
+
+LONG = " ".join(["word"] * 200)
+WRONG: dict[str, tuple[list[Any], str]] = {
+    "an empty file": ([], "it is empty\nexpected a line for each record"),
+    "a file of empty lines": (["", "  "], "it is empty"),
+    "a line that is not JSON": ([{"text": "fine"}, "{'text': 1}"], ":2: it is not JSON: Expecting property name"),
+    "a line that is no object": (['"text"'], ":1: it is 'text'\nexpected a JSON object"),
+    "no known key": ([{"content": "x"}], "it has none of messages, prompt and text (keys: content)"),
+    "no key": ([{}], "(keys: none)"),
+    "two forms at once": ([{"text": "x", "prompt": "y", "completion": "z"}], "it has several of messages, prompt and text"),
+    "messages that are no list": ([{"messages": "hi"}], "'messages' is 'hi'\nexpected a list of"),
+    "no messages": ([{"messages": []}], "'messages' is []"),
+    "a message that is no object": ([{"messages": ["hi"]}], "message 1 is 'hi'"),
+    "an unknown role": (
+        [{"messages": [{"role": "bot", "content": "x"}]}],
+        "message 1 has role 'bot'\nexpected a role of system, user, assistant, tool",
+    ),
+    "content that is no text": ([{"messages": [{"role": "user", "content": 3}]}], "message 1 has content 3\nexpected text"),
+    "no assistant turn": ([{"messages": [{"role": "user", "content": "x"}]}], "no message has role assistant"),
+    "a prompt that is no text": ([{"prompt": ["x"], "completion": "y"}], "'prompt' is ['x']"),
+    "a prompt without completion": ([{"prompt": "x"}], "'completion' is None\nexpected text that isn't empty"),
+    "an empty text": ([{"text": ""}], "'text' is ''"),
+    "an answer longer than the sequence": (
+        [{"prompt": "x", "completion": LONG}],
+        "tokens, and seq_len is 128\nraise seq_len, or set too_long",
+    ),
+    "a conversation longer than the sequence": ([chat("x", LONG)], "tokens, and seq_len is 128\nraise seq_len, or set too_long"),
+}
+
+
+@pytest.mark.parametrize(("rows", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_data_say_where_and_what_was_expected(rows: list[Any], message: str, tokenizer: Any, tmp_path: Path) -> None:
+    source = jsonl(tmp_path, *rows)
+    with pytest.raises(ParallamaError) as caught:
+        prepare(tokenizer, source, tmp_path)
+    said = str(caught.value)
+    assert said.startswith(f"data {source}") and message in said and said.count("\n") <= 2 and caught.value.exit_code == 2
+    assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
+
+
+def test_data_that_are_not_there_say_so(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    for source, message in (
+        ("none.jsonl", "data 'none.jsonl' is not there"),
+        (str(tmp_path / "empty"), "has no files ending in .jsonl or .txt"),
+        (str(tmp_path / "a.csv"), "is of no known kind"),
+        (str(tmp_path / "bad.txt"), "it is not UTF-8"),
+        (str(tmp_path / "bad.jsonl"), "bad.jsonl:1: it is not UTF-8"),
+        ("shipped:cat", "expected a .jsonl or .txt file, a folder of them, shipped:chat, shipped:text, or hf:NAME"),
+        ("x\0y", "data"),
+    ):
+        with pytest.raises(ParallamaError) as caught:
+            prepare(tokenizer, source, tmp_path)
+        assert message in str(caught.value), source
+
+
+def test_without_tokenizer_or_template_it_says_so(tokenizer: Any, tmp_path: Path) -> None:
+    import copy
+
+    with pytest.raises(ParallamaError, match=r"the model has no tokenizer\.json"):
+        prepare(None, "shipped:chat", tmp_path)
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(ParallamaError, match=r"chat\.jsonl:1 is a conversation, but the model has no chat template"):
+        prepare(bare, "shipped:chat", tmp_path)
+
+
+def test_records_that_are_too_long_are_dropped_or_cut_when_asked(tokenizer: Any, tmp_path: Path) -> None:
+    source = jsonl(tmp_path, {"prompt": "x", "completion": LONG}, {"prompt": "y", "completion": "z"}, {"prompt": LONG, "completion": "z"})
+    dropped = prepare(tokenizer, source, tmp_path, too_long="drop")
+    assert (len(dropped.lengths), dropped.dropped, dropped.truncated) == (1, 2, 0)
+    cut = prepare(tokenizer, source, tmp_path, too_long="truncate")  # of the third nothing would be left to train on
+    assert (cut.lengths.tolist()[0], len(cut.lengths), cut.dropped, cut.truncated) == (128, 2, 1, 1)
+    with pytest.raises(ParallamaError, match=r"no token to train on \(1 records were dropped"):
+        prepare(tokenizer, jsonl(tmp_path, {"prompt": LONG, "completion": "z"}, name="b.jsonl"), tmp_path, too_long="drop")
+
+
+def test_the_shipped_data_are_fit_to_train_on(tokenizer: Any, tmp_path: Path) -> None:
+    corpus = prepare(tokenizer, ["shipped:chat", "shipped:text"], tmp_path, seq_len=128)
+    assert len(corpus.lengths) > 64 and corpus.dropped == corpus.truncated == 0
+
+
+class Lengths:
+    """Documents of given lengths whose tokens say which document they are of, and where in it."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = np.asarray(lengths)
+
+    def document(self, index: int) -> tuple[Any, Any]:
+        length = int(self.lengths[index])
+        return 1000 * (index + 1) + np.arange(length), np.arange(length) % 3 != 0
+
+
+LENGTHS = st.lists(st.integers(2, 24), min_size=1, max_size=40)
+
+
+@given(LENGTHS, st.integers(0, 3), st.integers(0, 3), st.booleans(), st.booleans())
+def test_every_document_is_in_one_row_of_an_epoch_and_every_row_has_room(
+    lengths: list[int], seed: int, epoch: int, pack: bool, shuffle: bool
+) -> None:
+    rows = plan_rows(np.asarray(lengths), 24, seed, epoch, packing=pack, shuffle=shuffle)
+    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert all(sum(lengths[index] for index in row) <= 24 for row in rows)
+    assert pack or all(len(row) == 1 for row in rows)
+    assert rows == plan_rows(np.asarray(lengths), 24, seed, epoch, packing=pack, shuffle=shuffle)
+    if pack:  # best fit: no two rows would fit into one
+        left = sorted(sum(lengths[index] for index in row) for row in rows)
+        assert len(left) < 2 or left[0] + left[1] > 24
+
+
+@given(LENGTHS)
+def test_a_row_keeps_its_documents_apart(lengths: list[int]) -> None:
+    documents = Lengths(lengths)
+    for members in plan_rows(documents.lengths, 24, 0, 0):
+        row = make_row(documents, members, 24)
+        assert (row.ids[row.documents == PADDING] == 0).all() and (row.labels[row.documents == PADDING] == IGNORED).all()
+        for number, index in enumerate(members):
+            ids, mask = documents.document(index)
+            here = row.documents == number
+            assert (row.ids[here] == ids).all() and (row.positions[here] == np.arange(len(ids))).all()
+            assert (row.labels[here] == np.where(mask & (np.arange(len(ids)) > 0), ids, IGNORED)).all()
+
+
+@settings(max_examples=50)
+@given(LENGTHS, st.integers(0, 100), st.integers(1, 30))
+def test_rows_from_a_position_are_those_that_would_have_come(lengths: list[int], skipped: int, count: int) -> None:
+    whole = Rows(Lengths(lengths), 24, seed=5)
+    whole.take(skipped)
+    rest = Rows(Lengths(lengths), 24, seed=5, position=Position(epoch=whole.position.epoch, row=whole.position.row))
+    ours, theirs = rest.take(count), whole.take(count)
+    assert all((a.ids == b.ids).all() and (a.labels == b.labels).all() for a, b in zip(ours, theirs, strict=True))
+    assert rest.position == whole.position
+
+
+def test_another_seed_or_epoch_is_another_order() -> None:
+    lengths = np.full(64, 10)
+    orders = {str(plan_rows(lengths, 24, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4
+
+
+def test_two_micro_steps_of_two_see_what_one_of_four_sees() -> None:
+    rows = Rows(Lengths([20] * 9), 24, seed=1).take(4)
+    two, one = make_batch(rows, 2), make_batch(rows, 1)
+    assert two.shape == (2, 2, 24) and one.shape == (1, 4, 24)
+    assert (two.ids.reshape(-1) == one.ids.reshape(-1)).all()
+    padded = make_batch([*rows[:1], packing.empty_row(24)], 1)
+    assert padded.target_tokens == make_batch(rows[:1], 1).target_tokens
