@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_cases import laid_out, snapshot, state
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kill_cases import counting
 
@@ -74,6 +74,7 @@ def test_what_was_written_on_any_mesh_is_read_as_the_models_own_tensors(mesh: st
     assert held < whole + 1000 * MeshShape.parse(mesh).devices  # nothing stands there twice but headers
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(-1, 6), min_size=1, max_size=20))
 def test_runs_of_blocks_are_the_blocks(sources: list[int]) -> None:
     blocks = Blocks(dim=1, block=3, sources=tuple(heads.EMPTY if source < 0 else source for source in sources))

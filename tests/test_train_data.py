@@ -219,6 +219,7 @@ class Lengths:
 LENGTHS = st.lists(st.integers(2, 24), min_size=1, max_size=40)
 
 
+@settings(deadline=None, max_examples=60)
 @given(LENGTHS, st.integers(0, 3), st.integers(0, 3), st.booleans(), st.booleans())
 def test_every_document_is_in_one_row_of_an_epoch_and_every_row_has_room(
     lengths: list[int], seed: int, epoch: int, pack: bool, shuffle: bool
@@ -233,6 +234,7 @@ def test_every_document_is_in_one_row_of_an_epoch_and_every_row_has_room(
         assert len(left) < 2 or left[0] + left[1] > 24
 
 
+@settings(deadline=None, max_examples=60)
 @given(LENGTHS)
 def test_a_row_keeps_its_documents_apart(lengths: list[int]) -> None:
     documents = Lengths(lengths)
@@ -246,7 +248,7 @@ def test_a_row_keeps_its_documents_apart(lengths: list[int]) -> None:
             assert (row.labels[here] == np.where(mask & (np.arange(len(ids)) > 0), ids, IGNORED)).all()
 
 
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=60)
 @given(LENGTHS, st.integers(0, 100), st.integers(1, 30))
 def test_rows_from_a_position_are_those_that_would_have_come(lengths: list[int], skipped: int, count: int) -> None:
     whole = Rows(Lengths(lengths), 24, seed=5)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallama.errors import ParallamaError
@@ -43,6 +43,7 @@ def options(**keys: Any) -> list[str]:
     return [part for key, value in (LEAST | keys).items() for part in (f"--{key}", str(value))]
 
 
+@settings(deadline=None, max_examples=60)
 @given(DOCUMENTS)
 def test_what_dump_config_writes_is_read_back_the_same(document: dict[str, Any]) -> None:
     settings = settings_of.make(document)
@@ -139,6 +140,7 @@ def test_every_key_has_a_description() -> None:
     assert all(field.description for field in TrainSettings.model_fields.values())
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 500), st.integers(0, 100), st.floats(0, 1), st.sampled_from(["cosine", "linear", "constant"]))
 def test_the_learning_rate_rises_to_its_peak_and_never_again(steps: int, warmup: int, floor: float, kind: Any) -> None:
     schedule = Schedule(kind=kind, peak=3e-4, steps=steps, warmup=min(warmup, steps), floor=floor)
