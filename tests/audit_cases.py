@@ -15,12 +15,13 @@ from parallama import cache, hlo
 from parallama.audit import audit, collectives_of, differences, step_key
 from parallama.checkpoint import SafetensorsFolder
 from parallama.collectives import expected
-from parallama.generate import make_programs
+from parallama.generate import Session, make_programs
 from parallama.loading import to_devices
 from parallama.mesh import DeviceMesh
 from parallama.ops import name_scopes
 from parallama.plan import make_plan
 from parallama.program import Program, ProgramSet
+from parallama.sampling import SamplingParams
 from parallama.spec import ModelSpec
 from parallama.steps import StepKey, Steps
 from parallama.topology import DATA, MODEL
@@ -53,6 +54,25 @@ def judged(
     steps = Steps(model.skeleton, model.weights, model.dtype)
     programs = PROGRAM_FAULTS[fault](steps) if fault in PROGRAM_FAULTS else make_programs(steps)
     return audit(steps, programs, Path(dump), phase, step_key(phase, batch, positions), accept_plan=accept_plan).to_dict()
+
+
+def audited_run(folder: str, mesh: str, dump: str, prompts: list[list[int]], steps: int) -> dict[str, Any]:
+    """Both phases' audits, and what a session on the very programs that were audited continues the prompts with."""
+    model = model_of(folder, mesh, None, "float32")
+    made = Steps(model.skeleton, model.weights, model.dtype)
+    programs = make_programs(made)
+    longest = max(len(prompt) for prompt in prompts)
+    phases: tuple[Any, ...] = ("prefill", "decode")
+    audits = {phase: audit(made, programs, Path(dump), phase, step_key(phase, len(prompts), longest)).to_dict() for phase in phases}
+    session = Session(made, programs, [SamplingParams()] * len(prompts), capacity=longest + steps, longest_prompt=longest)
+    assert session.stats.programs_compiled == 0
+    taken = [session.prefill(prompts), *session.decode(steps - 1)]
+    return {
+        "audits": audits,
+        "tokens": [[choices[row].token for choices in taken] for row in range(len(prompts))],
+        "logprobs": [[choices[row].logprob for choices in taken] for row in range(len(prompts))],
+        "after_warmup": session.stats.programs_after_warmup,
+    }
 
 
 # -- faults of what lies on the devices

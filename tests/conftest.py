@@ -1,7 +1,8 @@
-"""Fixtures: `workers[n]` is a process with `n` virtual devices, `models` makes tiny random models."""
+"""Fixtures: `workers[n]` is a process with `n` virtual devices, `auditors` are such processes whose programs are dumped, `models` makes tiny random models."""
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import subprocess
@@ -122,10 +123,38 @@ class Workers:
             worker.stop()
 
 
+class Auditors:
+    """A worker for each device count whose programs XLA dumps: it reads that flag once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._workers: dict[int, Worker] = {}
+
+    def __call__(self, case: str, folder: str, mesh: str, **arguments: Any) -> Any:
+        devices = math.prod(int(size) for size in mesh.split("x"))
+        dump = self._root / str(devices)
+        if devices not in self._workers:
+            flags = {"XLA_FLAGS": f"--xla_dump_to={dump} --xla_dump_hlo_as_text", "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1"}
+            self._workers[devices] = Worker(devices, self._root / f"{devices}.log", **flags)
+        return self._workers[devices].call(f"audit_cases:{case}", folder=folder, mesh=mesh, dump=str(dump), **arguments)
+
+    def stop(self) -> None:
+        for worker in self._workers.values():
+            worker.stop()
+
+
 @pytest.fixture(scope="session")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     """`workers[8].call("device_cases:forward", mesh="1x8", ...)`."""
     made = Workers(tmp_path_factory.mktemp("workers"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="session")
+def auditors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Auditors]:
+    """`auditors("judged", folder, "1x8", ...)` runs a function of `audit_cases`."""
+    made = Auditors(tmp_path_factory.mktemp("audits"))
     yield made
     made.stop()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import parallama
 from parallama import sampling
 from parallama.checkpoint import SafetensorsFolder
 from parallama.errors import ProgramError
@@ -124,6 +125,12 @@ def frozen_rows(folder: str, mesh: str, prompts: list[list[int]], eos: int, step
     ends = [tokens.index(eos) + repeats if eos in tokens else len(tokens) for tokens in first]
     texts = [prompt + tokens[:end] + added for prompt, tokens, end in zip(prompts, first, ends, strict=True)]
     return {"first": first, "texts": texts, "next": [choice.token for choice in session.prefill(texts)]}
+
+
+def logits_of(folder: str, mesh: str, texts: list[list[int]]) -> list[torch.Tensor]:
+    """Logits of every position of some texts, each run at once."""
+    llm = parallama.load(folder, mesh=mesh)
+    return [llm.logits(text) for text in texts]
 
 
 def gradients(folder: str, mesh: str, ids: torch.Tensor) -> dict[str, Any]:

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+from transformers import CONFIG_MAPPING
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,13 @@ def make_model(
     intermediate: int = 37,
     vocab: int = 101,
     layers: int = 2,
+    positions: int = 2048,
     tied: bool = False,
     seed: int = 0,
     **more: Any,
 ) -> Any:
     """A causal LM with random weights, biases and norms, large enough that every part of it shows in the logits."""
-    config = CONFIGS[family](
+    config = CONFIG_MAPPING[family](
         hidden_size=heads * -(-32 // heads) if hidden is None else hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -65,7 +64,7 @@ def make_model(
         head_dim=head_dim,
         intermediate_size=intermediate,
         vocab_size=vocab,
-        max_position_embeddings=2048,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         pad_token_id=None,
         bos_token_id=None,
@@ -120,6 +119,32 @@ def greedy(model: Any, prompt: Sequence[int], steps: int) -> tuple[list[int], li
     )
     tokens = out.sequences[0, len(prompt) :].tolist()
     return tokens, [float(torch.log_softmax(step[0].float(), -1)[token]) for step, token in zip(out.logits, tokens, strict=True)]
+
+
+def greedy_batch(model: Any, prompts: Sequence[Sequence[int]], steps: int) -> list[tuple[list[int], list[float]]]:
+    """transformers' own greedy continuation of a ragged batch, filled up on the left: as `greedy`, for each row."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=steps, return_dict_in_generate=True, output_logits=True)
+    tokens = out.sequences[:, longest:]
+    logprobs = torch.stack([torch.log_softmax(step.float(), -1) for step in out.logits], 1).gather(2, tokens[..., None])[..., 0]
+    return list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
+
+
+def greedy_turns(model: Any, turns: Sequence[Sequence[int]], steps: int) -> list[list[int]]:
+    """transformers' own greedy answers of a conversation in which the cache is kept: each turn's tokens are run behind what is cached, and so is the answer."""
+    answers, cache, waiting = [], None, []
+    for turn in turns:
+        waiting = [*waiting, *turn]
+        answer = []
+        for _ in range(steps):
+            with torch.no_grad():
+                out = model(torch.tensor([waiting]), past_key_values=cache, use_cache=True)
+            cache, waiting = out.past_key_values, [int(out.logits[0, -1].argmax())]
+            answer += waiting
+        answers.append(answer)
+    return answers
 
 
 def relative_l2(got: torch.Tensor, wanted: torch.Tensor) -> float:

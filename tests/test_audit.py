@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Worker
 
 from parallama.audit import axis_of
 from parallama.topology import MeshShape
@@ -19,33 +17,6 @@ LAYER = "model.layers.*."
 DIVIDES = {"heads": 8, "kv_heads": 4, "intermediate": 48, "vocab": 96}
 SMOL = {"heads": 9, "kv_heads": 3, "tied": True}
 PHASES = ("prefill", "decode")
-
-
-class Auditors:
-    """A worker for each device count whose programs XLA dumps: it reads that flag once."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._workers: dict[int, Worker] = {}
-
-    def __call__(self, case: str, folder: str, mesh: str, **arguments: Any) -> Any:
-        devices = MeshShape.parse(mesh).devices
-        dump = self._root / str(devices)
-        if devices not in self._workers:
-            flags = {"XLA_FLAGS": f"--xla_dump_to={dump} --xla_dump_hlo_as_text", "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1"}
-            self._workers[devices] = Worker(devices, self._root / f"{devices}.log", **flags)
-        return self._workers[devices].call(f"audit_cases:{case}", folder=folder, mesh=mesh, dump=str(dump), **arguments)
-
-    def stop(self) -> None:
-        for worker in self._workers.values():
-            worker.stop()
-
-
-@pytest.fixture(scope="module")
-def auditors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Auditors]:
-    made = Auditors(tmp_path_factory.mktemp("audits"))
-    yield made
-    made.stop()
 
 
 def modules(document: dict[str, Any]) -> set[str]:
@@ -59,7 +30,7 @@ def modules(document: dict[str, Any]) -> set[str]:
 @pytest.mark.parametrize(
     ("sizes", "mesh"), [(DIVIDES, "1x1"), (DIVIDES, "2x2"), (SMOL, "1x2"), (SMOL, "1x3"), (SMOL, "2x4"), (SMOL, "1x8")]
 )
-def test_our_own_steps_are_what_was_predicted_to_the_byte(auditors: Auditors, models: Any, sizes: Any, mesh: str, phase: str) -> None:
+def test_our_own_steps_are_what_was_predicted_to_the_byte(auditors: Any, models: Any, sizes: Any, mesh: str, phase: str) -> None:
     document = auditors("judged", models(**sizes).folder, mesh, phase=phase)
     assert document["findings"] == () and document["passed"]
     shape = MeshShape.parse(mesh)
@@ -80,7 +51,7 @@ def test_our_own_steps_are_what_was_predicted_to_the_byte(auditors: Auditors, mo
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_bf16_is_summed_as_fp32_on_the_cpu(auditors: Auditors, models: Any, phase: str) -> None:
+def test_bf16_is_summed_as_fp32_on_the_cpu(auditors: Any, models: Any, phase: str) -> None:
     tiny = models(**DIVIDES)
     assert auditors("judged", tiny.folder, "1x2", phase=phase, dtype="bfloat16")["findings"] == ()
 
@@ -103,14 +74,14 @@ FAULTS = {
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found_and_its_module_named(auditors: Auditors, models: Any, fault: str, phase: str) -> None:
+def test_a_fault_is_found_and_its_module_named(auditors: Any, models: Any, fault: str, phase: str) -> None:
     mesh, module, what = FAULTS[fault]
     document = auditors("judged", models(**DIVIDES, head_dim=8, hidden=64).folder, mesh, phase=phase, fault=fault)
     assert not document["passed"]
     assert any(finding["module"] == module and what in finding["what"] for finding in document["findings"]), document["findings"]
 
 
-def test_a_cache_that_is_copied_every_step_costs_its_bytes(auditors: Auditors, models: Any) -> None:
+def test_a_cache_that_is_copied_every_step_costs_its_bytes(auditors: Any, models: Any) -> None:
     document = auditors(
         "judged", models(**DIVIDES, head_dim=8, hidden=64).folder, "1x8", phase="decode", fault="cache not donated", batch=2
     )
@@ -119,26 +90,26 @@ def test_a_cache_that_is_copied_every_step_costs_its_bytes(auditors: Auditors, m
     assert {"module": "cache", "what": "4 whole tensors are copied every step", "bytes": size} in list(document["findings"])
 
 
-def test_an_input_that_is_split_by_accident_is_found(auditors: Auditors, models: Any) -> None:
+def test_an_input_that_is_split_by_accident_is_found(auditors: Any, models: Any) -> None:
     document = auditors("judged", models(**DIVIDES).folder, "1x2", phase="prefill", fault="ids split over positions")
     what = "all-gather over 'model', 1 of 512 bytes, which the plan does not need"
     assert document["findings"] == ({"module": "model.embed_tokens", "what": what, "bytes": 512},)
 
 
-def test_a_fault_in_one_layer_names_that_layer_alone(auditors: Auditors, models: Any) -> None:
+def test_a_fault_in_one_layer_names_that_layer_alone(auditors: Any, models: Any) -> None:
     assert modules(auditors("judged", models(**DIVIDES).folder, "1x2", phase="decode", fault="one layer replicated")) == {
         "model.layers.1.mlp.down_proj"
     }
 
 
-def test_the_plain_recipe_gathers_three_tensors_a_layer_where_heads_do_not_divide(auditors: Auditors, models: Any) -> None:
+def test_the_plain_recipe_gathers_three_tensors_a_layer_where_heads_do_not_divide(auditors: Any, models: Any) -> None:
     findings = auditors("recipe", models(heads=9, kv_heads=3, hidden=72, intermediate=48, vocab=96).folder, "1x2")
     gathers = [finding for finding in findings if "all-gather" in finding["what"] and finding["module"] == LAYER + "self_attn"]
     assert sum(int(finding["what"].split(", ")[1].split()[0]) for finding in gathers) == 3 * 2
     assert {finding["module"] for finding in findings} == {LAYER + "self_attn", "sampling"}  # it picks no token
 
 
-def test_the_plain_recipe_is_as_planned_where_heads_divide(auditors: Auditors, models: Any) -> None:
+def test_the_plain_recipe_is_as_planned_where_heads_divide(auditors: Any, models: Any) -> None:
     findings = auditors("recipe", models(**DIVIDES, hidden=64).folder, "2x2")
     assert [finding["module"] for finding in findings] == ["sampling"]
 
@@ -162,7 +133,7 @@ PLANS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mesh", ["1x2", "2x2"])
 @pytest.mark.parametrize("name", PLANS)
-def test_a_plan_of_ones_own_is_carried_out_and_its_cost_named(auditors: Auditors, models: Any, name: str, mesh: str) -> None:
+def test_a_plan_of_ones_own_is_carried_out_and_its_cost_named(auditors: Any, models: Any, name: str, mesh: str) -> None:
     folder = models(**DIVIDES, hidden=64).folder
     accepted = auditors("judged", folder, mesh, phase="decode", plan=PLANS[name], accept_plan=True)
     assert accepted["findings"] == ()
@@ -174,7 +145,7 @@ def test_a_plan_of_ones_own_is_carried_out_and_its_cost_named(auditors: Auditors
 
 
 @pytest.mark.parametrize("part", ["mlp.*", "self_attn.k_proj"])
-def test_a_replicated_weight_that_costs_no_collective_is_no_finding(auditors: Auditors, models: Any, part: str) -> None:
+def test_a_replicated_weight_that_costs_no_collective_is_no_finding(auditors: Any, models: Any, part: str) -> None:
     plan = {f"{LAYER}{part}.weight": "replicate"}
     assert auditors("judged", models(**DIVIDES).folder, "1x2", phase="decode", plan=plan)["passed"]
 

@@ -8,8 +8,9 @@ from transformers import CONFIG_MAPPING
 from parallama.configs import ALIASES, CONFIGS, loaded_dtype, named, spec_of, stored_dtype
 from parallama.cost import parameter_count
 from parallama.errors import CheckpointError, UsageError
+from parallama.families import TP_PLANS
 from parallama.plan import _TRANSFORMERS_STYLES
-from parallama.spec import TP_PLANS, ModelSpec
+from parallama.spec import ModelSpec
 
 # As the hub counts the tensors in each repository's safetensors files.
 PUBLISHED = {
@@ -31,6 +32,7 @@ PUBLISHED = {
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-8b": 8_190_735_360,
 }
+KNOWN = "expected one of llama, ministral, mistral, qwen2, qwen3, seed_oss, smollm3"
 TINY: dict[str, Any] = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -89,7 +91,7 @@ def test_an_alias_stands_for_a_config():
     ("document", "expected"),
     [
         ([1, 2], "the file holds a list\nexpected a JSON object"),
-        (TINY | {"model_type": "gpt2"}, "model_type 'gpt2' is not supported\nexpected one of llama, mistral, qwen2, qwen3"),
+        (TINY | {"model_type": "gpt2"}, "model_type 'gpt2' is not supported: query, key and value are one fused weight\n" + KNOWN),
         (
             TINY | {"model_type": "llama", "quantization_config": {"quant_method": "awq"}},
             "the file has a quantization_config\nexpected plain weights: float32, bfloat16 or float16",
@@ -97,13 +99,13 @@ def test_an_alias_stands_for_a_config():
         *(
             (
                 TINY | {"model_type": "llama", key: value},
-                "the file: rope type 'dynamic' is not supported\nexpected one of default, linear, llama3, yarn",
+                "the file: rope type 'mrope' is not supported\nexpected one of default, linear, dynamic, yarn, llama3, longrope",
             )
             for key, value in (
-                ("rope_scaling", {"rope_type": "dynamic"}),
-                ("rope_scaling", {"type": "dynamic", "factor": 2.0}),
-                ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 10000.0}),
-                ("rope_scaling", "dynamic"),
+                ("rope_scaling", {"rope_type": "mrope"}),
+                ("rope_scaling", {"type": "mrope", "factor": 2.0}),
+                ("rope_parameters", {"rope_type": "mrope", "rope_theta": 10000.0}),
+                ("rope_scaling", "mrope"),
             )
         ),
     ],

@@ -23,6 +23,7 @@ from parallama.spec import ModelSpec
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 INDEX = "model.safetensors.index.json"
+KNOWN = "llama, ministral, mistral, qwen2, qwen3, seed_oss, smollm3"
 
 
 def save_tiny(folder: Path, *, max_shard_size: str = "1GB", **values: Any) -> dict[str, torch.Tensor]:
@@ -306,28 +307,30 @@ def test_a_config_that_is_no_object_is_an_error(folder, content, kind):
     assert refused(folder) == f"config.json holds a {kind}\nexpected a JSON object"
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "../llama", None, 7, ["llama"]], ids=repr)
+@pytest.mark.parametrize("model_type", ["../llama", None, 7, ["llama"]], ids=repr)
 def test_a_config_of_another_model_type_is_an_error_that_names_it(folder, model_type):
     edit_json(folder / "config.json", model_type=model_type)
-    assert refused(folder) == f"model_type {model_type!r} is not supported\nexpected one of llama, mistral, qwen2, qwen3"
+    assert refused(folder) == f"model_type {model_type!r} is not supported\nexpected one of {KNOWN}"
 
 
 @pytest.mark.parametrize("value", [0, -1, "24", 24.5, True, [], 1 << 60], ids=repr)
 def test_a_config_with_an_absurd_size_is_an_error_that_names_it(folder, value):
     edit_json(folder / "config.json", hidden_size=value)
-    assert refused(folder) == f"config: hidden_size is {value!r}\nexpected a whole number from 1 to 1048576"
+    assert refused(folder) == f"config.json: hidden_size is {value!r}\nexpected a whole number from 1 to 1048576"
 
 
-@pytest.mark.parametrize("values", [{"rms_norm_eps": "small"}, {"hidden_act": 7}, {"rope_parameters": {"rope_type": "longrope"}}], ids=str)
+@pytest.mark.parametrize("values", [{"rms_norm_eps": "small"}, {"hidden_act": 7}, {"rms_norm_eps": [1]}], ids=str)
 def test_a_config_that_transformers_refuses_or_we_cannot_run_is_an_error(folder, values):
     edit_json(folder / "config.json", **values)
     assert refused(folder).startswith("config.json: ")
 
 
 def test_an_unsupported_rope_type_is_an_error_that_names_it(folder):
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "proportional", "rope_theta": 10000.0, "factor": 2.0}
     edit_json(folder / "config.json", rope_parameters=rope)
-    assert refused(folder) == "config.json: rope type 'dynamic' is not supported\nexpected one of default, linear, llama3, yarn"
+    assert refused(folder) == (
+        "config.json: rope type 'proportional' is not supported\nexpected one of default, linear, dynamic, yarn, llama3, longrope"
+    )
 
 
 def test_a_config_whose_sizes_are_not_the_tensors_is_an_error(folder):
@@ -570,12 +573,19 @@ def test_a_gguf_that_scales_its_rotary_frequencies_is_an_error(tmp_path):
 
 def test_a_gguf_of_another_architecture_is_an_error_that_names_it(tmp_path):
     write_gguf(tmp_path / "model.gguf", save_tiny(tmp_path / "folder"), architecture="gpt2")
-    assert refused_gguf(tmp_path / "model.gguf") == "model_type 'gpt2' is not supported\nexpected one of llama, mistral, qwen2, qwen3"
+    assert refused_gguf(tmp_path / "model.gguf") == (
+        f"model_type 'gpt2' is not supported: query, key and value are one fused weight\nexpected one of {KNOWN}"
+    )
+
+
+def test_a_gguf_of_a_family_whose_converter_is_not_known_is_an_error(tmp_path):
+    write_gguf(tmp_path / "model.gguf", save_tiny(tmp_path / "folder"), architecture="smollm3")
+    assert refused_gguf(tmp_path / "model.gguf").startswith("model.gguf holds a smollm3 model, which is not supported as GGUF\n")
 
 
 def test_a_gguf_without_a_size_is_an_error_that_names_it(tmp_path):
     write_gguf(tmp_path / "model.gguf", save_tiny(tmp_path / "folder"), leave_out="feed_forward_length")
-    expected = "config: intermediate_size is None\nexpected a whole number from 1 to 16777216"
+    expected = "model.gguf: intermediate_size is None\nexpected a whole number from 1 to 16777216"
     assert refused_gguf(tmp_path / "model.gguf") == expected
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from parallama import heads
 from parallama.errors import PlanError, UsageError
+from parallama.families import TP_PLANS
 from parallama.plan import STYLES, Plan, make_plan, matches, read_overrides
-from parallama.spec import TP_PLANS, ModelSpec
+from parallama.spec import ModelSpec
 from parallama.topology import DATA, MODEL, MeshShape
 
 TINY = ModelSpec(

@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "gpt2.json").write_text(json.dumps(SIZES | {"model_type": "gpt2"}))
     (root / "heads.json").write_text(json.dumps(SIZES | {"num_key_value_heads": 4}))
     (root / "quantized.json").write_text(json.dumps(SIZES | {"quantization_config": {}}))
-    (root / "rope.json").write_text(json.dumps(SIZES | {"rope_scaling": {"type": "dynamic"}}))
+    (root / "rope.json").write_text(json.dumps(SIZES | {"rope_scaling": {"type": "mrope"}}))
     (root / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     (root / "notes.txt").write_text("notes")
     (root / "axes.yaml").write_text(
@@ -274,10 +274,10 @@ REFUSALS: list[tuple[str, list[str], int, str]] = [
     ("no config.json", ["empty"], 3, "folder 'empty' has no config.json\nexpected a model folder"),
     ("no JSON", ["no.json"], 3, "no.json cannot be read: "),
     ("a list", ["list.json"], 3, "the config of list.json holds a list\nexpected a JSON object"),
-    ("another family", ["gpt2.json"], 3, "model_type 'gpt2' is not supported\n"),
+    ("another family", ["gpt2.json"], 3, "model_type 'gpt2' is not supported: query, key and value are one fused weight\n"),
     ("heads", ["heads.json"], 3, "num_attention_heads 6 does not divide by num_key_value_heads 4\n"),
     ("quantized", ["quantized.json"], 3, "has a quantization_config\n"),
-    ("rope", ["rope.json"], 3, "rope type 'dynamic' is not supported\n"),
+    ("rope", ["rope.json"], 3, "rope type 'mrope' is not supported\n"),
     ("a text file", ["notes.txt"], 3, "'notes.txt' is a file of a kind that is not supported\nexpected a config.json, a .gguf file, "),
     ("hub offline", ["someone/else"], 3, "the config.json of 'someone/else' cannot be had from the hub: "),
     ("no hub id", ["a..b/c"], 3, "model 'a..b/c' is no valid hub id: "),

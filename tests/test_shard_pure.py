@@ -4,10 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parallama.families import TP_PLANS
 from parallama.heads import EMPTY
 from parallama.plan import Placement, Plan, make_plan
 from parallama.shard import device_part, take_off, take_off_gradient
-from parallama.spec import TP_PLANS, ModelSpec
+from parallama.spec import ModelSpec
 from parallama.topology import DATA, MODEL, MeshShape
 
 # Splits some weights over both axes; `hidden` below is a multiple of every `data` size.

@@ -7,8 +7,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from parallama.errors import CheckpointError
+from parallama.families import TP_PLANS
 from parallama.plan import _TRANSFORMERS_STYLES
-from parallama.spec import _LIMITS, TP_PLANS, ModelSpec
+from parallama.spec import _LIMITS, ModelSpec
 
 SIZES: dict[str, Any] = {
     "hidden_size": 24,
@@ -19,6 +20,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 50,
     "max_position_embeddings": 64,
 }
+KNOWN = "llama, ministral, mistral, qwen2, qwen3, seed_oss, smollm3"
 # Sizes that every config.json must give; the others have a default.
 REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 FAMILIES = [
@@ -35,6 +37,11 @@ FAMILIES = [
     ("qwen2", {"tie_word_embeddings": True}),
     ("qwen3", {"head_dim": 10}),
     ("qwen3", {"head_dim": 4, "attention_bias": True, "tie_word_embeddings": True}),
+    ("ministral", {"head_dim": 10}),
+    ("smollm3", {"pad_token_id": None}),
+    ("smollm3", {"pad_token_id": None, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "head_dim": 10}),
+    ("seed_oss", {}),
+    ("seed_oss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True, "head_dim": 4}),
 ]
 # Switches of one family's config that transformers' other families don't know.
 FOREIGN_SWITCHES = [
@@ -43,24 +50,12 @@ FOREIGN_SWITCHES = [
     ("qwen2", {"attention_bias": True}),
     ("qwen2", {"mlp_bias": True}),
     ("qwen3", {"head_dim": 4, "mlp_bias": True}),
+    ("ministral", {"head_dim": 4, "attention_bias": True, "mlp_bias": True}),
 ]
 LEFT_OUT = [
-    ("llama", "head_dim"),
-    ("llama", "num_key_value_heads"),
-    ("llama", "max_position_embeddings"),
-    ("llama", "tie_word_embeddings"),
-    ("mistral", "head_dim"),
-    ("mistral", "num_key_value_heads"),
-    ("mistral", "max_position_embeddings"),
-    ("mistral", "tie_word_embeddings"),
-    ("qwen2", "head_dim"),
-    ("qwen2", "num_key_value_heads"),
-    ("qwen2", "max_position_embeddings"),
-    ("qwen2", "tie_word_embeddings"),
-    ("qwen3", "head_dim"),
-    ("qwen3", "num_key_value_heads"),
-    ("qwen3", "max_position_embeddings"),
-    ("qwen3", "tie_word_embeddings"),
+    (model_type, name)
+    for model_type in sorted(TP_PLANS)
+    for name in ("head_dim", "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "attention_bias")
 ]
 
 
@@ -101,8 +96,15 @@ def test_a_size_that_config_json_leaves_out_is_what_transformers_takes_it_for(mo
     raw = SIZES | {"model_type": model_type, "num_attention_heads": 32, "hidden_size": 64, "num_key_value_heads": 4, "head_dim": 8}
     raw.pop(missing, None)
     ours, theirs = ModelSpec.from_config(raw), ModelSpec.from_config(CONFIG_MAPPING[model_type].from_dict(raw))
-    for name in ("kv_heads", "head_dim", "max_positions", "tied"):
+    for name in ("kv_heads", "head_dim", "max_positions", "tied", "qkv_bias", "output_bias", "mlp_bias"):
         assert getattr(ours, name) == getattr(theirs, name), name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "smollm3", "seed_oss"])
+def test_a_size_that_is_null_is_what_transformers_takes_it_for(model_type):
+    raw = SIZES | {"model_type": model_type, "num_key_value_heads": None, "pad_token_id": None}
+    raw |= {"head_dim": None} if model_type in ("llama", "seed_oss") else {}
+    assert dict(ModelSpec.from_config(raw).parameters()) == shapes_by_transformers(CONFIG_MAPPING[model_type].from_dict(raw))
 
 
 @pytest.mark.parametrize("model_type", sorted(TP_PLANS))
@@ -170,11 +172,11 @@ def test_a_long_value_does_not_flood_the_message(value):
     assert len(refused(SIZES | {"model_type": "llama", "hidden_size": value})) < 1000
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mixtral", "Llama", "", None, 7, ["llama"], {"llama": 1}], ids=repr)
+@pytest.mark.parametrize("model_type", ["Llama", "", None, 7, ["llama"], {"llama": 1}], ids=repr)
 def test_another_model_type_is_an_error_that_lists_those_we_know(model_type):
-    expected = f"model_type {model_type!r} is not supported\nexpected one of llama, mistral, qwen2, qwen3"
+    expected = f"model_type {model_type!r} is not supported\nexpected one of {KNOWN}"
     assert refused(SIZES | {"model_type": model_type}) == expected
 
 
 def test_a_config_without_model_type_is_an_error():
-    assert refused(SIZES) == "model_type None is not supported\nexpected one of llama, mistral, qwen2, qwen3"
+    assert refused(SIZES) == f"model_type None is not supported\nexpected one of {KNOWN}"

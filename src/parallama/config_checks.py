@@ -33,12 +33,6 @@ def check_config(document: Mapping[str, Any], origin: str, vocab: int) -> None:
     _number(document, "rms_norm_eps", origin, 0, 1)
     _number(document, "initializer_range", origin, 0, 1e6)
     _number(document, "attention_dropout", origin, 0, 1)
-    _number(document, "rope_theta", origin, 0, 1e18, above=True)
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = document.get(key)
-        if isinstance(rope, Mapping):
-            _number(rope, "factor", f"{origin}: {key}", 0, 1e18, above=True)
-            _number(rope, "rope_theta", f"{origin}: {key}", 0, 1e18, above=True)
     for key in ("dtype", "torch_dtype"):
         value = document.get(key)
         if value is not None and not (isinstance(value, str) and value.removeprefix("torch.") in (*FLOAT_NAMES, "auto")):

@@ -11,8 +11,8 @@ from types import MappingProxyType
 from typing import Any
 
 from .config_checks import check_config
-from .errors import CheckpointError, UsageError, lines, shown
-from .spec import ROPE_TYPES, ModelSpec
+from .errors import CheckpointError, UsageError, lines
+from .spec import ModelSpec
 
 ITEMSIZES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2})
 """What weights, cache and activations can be -> bytes of a number."""
@@ -166,18 +166,12 @@ def spec_of(document: Any, origin: str) -> ModelSpec:
         origin: what to call it in a message.
 
     Raises:
-        CheckpointError: not a JSON object, not a supported model, quantized, or with a rope type that is not supported.
+        CheckpointError: not a JSON object, or not a supported model.
     """
     if not isinstance(document, Mapping):
         raise CheckpointError(lines(f"{origin} holds a {type(document).__name__}", "expected a JSON object"))
-    spec = ModelSpec.from_config(document)
+    spec = ModelSpec.from_config(document, origin)
     check_config(document, origin, spec.vocab)
-    if document.get("quantization_config") is not None:
-        raise CheckpointError(lines(f"{origin} has a quantization_config", "expected plain weights: float32, bfloat16 or float16"))
-    rope = document.get("rope_parameters") or document.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
-    if kind not in ROPE_TYPES:
-        raise CheckpointError(lines(f"{origin}: rope type {shown(kind)} is not supported", f"expected one of {', '.join(ROPE_TYPES)}"))
     return spec
 
 

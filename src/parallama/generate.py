@@ -17,6 +17,7 @@ from . import cache
 from .buckets import CHUNK, cache_buckets, chunk_size, prompt_buckets
 from .errors import UsageError, lines
 from .program import Program, ProgramSet, compiled_programs
+from .rotary import SPAN
 from .sampling import GREEDY, Mode, SamplingParams, host_params
 from .shard import check_ids
 from .steps import STATE_AXES, StepKey, Steps
@@ -66,7 +67,7 @@ def make_programs(steps: Steps) -> ProgramSet:
     def build(key: StepKey) -> Program:
         if key.kind == "logits":
             chunk = _chunk([[0]] * key.batch, [0] * key.batch, key.new, 0)
-            return steps.build(key, _put(steps, {name: chunk[name] for name in ("ids", "start")}))
+            return steps.build(key, _put(steps, {name: chunk[name] for name in ("ids", "start")}) | put_span(steps, 1))
         buffers = _allocate(steps, key.batch, key.length)
         if key.kind == "grow":
             return steps.build(key, buffers)
@@ -188,7 +189,7 @@ class Session:
         news = [list(prompt[start:]) for prompt, start in zip(prompts, starts, strict=True)]
         idle = self._batch - self._count
         done = [row >= self._count for row in range(self._batch)]
-        self._state |= _put(self.steps, {"done": torch.tensor(done)})
+        self._state |= _put(self.steps, {"done": torch.tensor(done)}) | put_span(self.steps, max(len(prompt) for prompt in prompts))
         if self._mode.penalty:
             self._state |= _put(self.steps, {"seen": self._seen(prompts)})
         for index in range(chunks):
@@ -302,6 +303,11 @@ def _put(steps: Steps, host: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {name: steps.mesh.put(tensor, STATE_AXES[name]) for name, tensor in host.items()}
 
 
+def put_span(steps: Steps, longest: int) -> dict[str, torch.Tensor]:
+    """The argument that says how many positions the longest row has, for steps that take it."""
+    return _put(steps, {SPAN: torch.tensor([longest], dtype=torch.int32)}) if steps.follows_span else {}
+
+
 def _allocate(steps: Steps, batch: int, length: int) -> dict[str, torch.Tensor]:
     plan = steps.plan
     return cache.allocate(steps.mesh, plan.model.layers, batch, plan.head_layout.slots, plan.model.head_dim, length, steps.dtype)
@@ -328,7 +334,7 @@ def _blank_state(steps: Steps, batch: int, live: int, mode: Mode) -> dict[str, t
     }
     if mode.penalty:
         host["seen"] = torch.zeros(batch, steps.plan.vocab, dtype=torch.bool)
-    return _put(steps, host)
+    return _put(steps, host) | put_span(steps, 1)
 
 
 def _chunk(news: Sequence[Sequence[int]], starts: Sequence[int], size: int, index: int) -> dict[str, torch.Tensor]:

@@ -10,8 +10,11 @@ import torch
 
 from .checkpoint import config_from_dict
 from .errors import CheckpointError, cause, lines, listed
+from .families import FAMILIES
 from .spec import ModelSpec
 
+_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+"""What is known of the converter: which names, which order of rows."""
 # Architectures whose converter interleaves the two halves of each query and key head.
 _INTERLEAVED = ("llama", "mistral")
 
@@ -42,6 +45,14 @@ class GgufFile:
         if end > path.stat().st_size:
             raise CheckpointError(lines(f"{path.name} is cut short: {path.stat().st_size} bytes", f"expected {end}; download it again"))
         architecture = header.architecture
+        if architecture in FAMILIES and architecture not in _ARCHITECTURES:
+            raise CheckpointError(
+                lines(
+                    f"{path.name} holds a {architecture} model, which is not supported as GGUF",
+                    f"expected one of {', '.join(_ARCHITECTURES)}",
+                    "use the safetensors checkpoint",
+                )
+            )
         names = GGUF_CONFIG_MAPPING.get(architecture, {})
         prefix = f"{architecture}."
         document = {

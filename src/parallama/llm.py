@@ -13,7 +13,7 @@ import torch
 from .buckets import CHUNK, chunk_size
 from .config_checks import end_ids
 from .errors import UsageError, lines, shown
-from .generate import RunStats, Session, make_programs
+from .generate import RunStats, Session, make_programs, put_span
 from .mesh import DeviceMesh
 from .plan import Plan
 from .program import compiled_programs
@@ -350,7 +350,7 @@ class LLM:
         arguments = {
             "ids": self.mesh.put(padded, STATE_AXES["ids"]),
             "start": self.mesh.put(torch.zeros(rows, dtype=torch.int32), STATE_AXES["start"]),
-        }
+        } | put_span(self.steps, length)
         key = StepKey(kind="logits", batch=rows, length=0, new=size, fresh=True)
         before = compiled_programs()
         self.programs.warm_up([key], self.report("compiling"))

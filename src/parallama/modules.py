@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .generate import put_span
 from .metrics import max_abs_diff, relative_l2
 from .points import Point, points, tapped
 from .program import Program
@@ -100,6 +101,7 @@ def _distances(
         return mesh.put(host.expand(rows, *host.shape), STATE_AXES[name] if name in STATE_AXES else by_name[name].axes(plan))
 
     arguments = {"ids": put("ids", torch.tensor(ids)), "start": mesh.put(torch.zeros(rows, dtype=torch.int32), STATE_AXES["start"])}
+    arguments |= put_span(steps, len(ids))
     if replaced:
         for point in watched:
             reference = _laid_out(steps, point, answers.point(point.name))[0].to(steps.dtype)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from . import heads
 from .errors import PlanError, UsageError, cause, lines, listed, shown
 from .heads import HeadLayout
+from .rope import FOLLOWING
 from .spec import ModelSpec
 from .topology import DATA, MODEL, MeshShape, axis_name
 
@@ -360,6 +361,17 @@ def _run_placements(draft: Plan) -> list[Placement]:
         ),
         *(
             (
+                "model.rotary_emb.long_inv_freq",
+                "buffer",
+                (model.head_dim // 2,),
+                (model.head_dim // 2,),
+                (None,),
+                "rotary frequencies for texts longer than the model was trained on",
+            )
+            for _ in range(model.rope == "longrope")
+        ),
+        *(
+            (
                 name,
                 "cache",
                 ("B", model.kv_heads, "T", model.head_dim),
@@ -371,6 +383,10 @@ def _run_placements(draft: Plan) -> list[Placement]:
         ),
         ("input.ids", "input", ("B", "S"), ("B", "S"), (DATA, None), "rows over data"),
         ("input.positions", "input", ("B",), ("B",), rows, "rows over data"),
+        *(
+            ("input.span", "input", (1,), (1,), (None,), "the longest row's length, which rotary frequencies follow")
+            for _ in range(model.rope in FOLLOWING)
+        ),
         (
             "output.logits",
             "output",

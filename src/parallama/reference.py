@@ -73,6 +73,7 @@ def compute(request: Request, folder: Path) -> None:
 
 
 def _logits(model: Any, ids: torch.Tensor, prefill: int) -> dict[str, torch.Tensor]:
+    _forget(model)
     with torch.no_grad():
         out = model(ids[:, :prefill], use_cache=True)
         found = {"prefill": out.logits[0].float()}
@@ -85,6 +86,7 @@ def _logits(model: Any, ids: torch.Tensor, prefill: int) -> dict[str, torch.Tens
 
 def _points(model: Any, ids: torch.Tensor, spec: ModelSpec) -> dict[str, torch.Tensor]:
     """Every point's output, `[S, W]`."""
+    _forget(model)
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str, tensor: torch.Tensor) -> None:
@@ -93,6 +95,11 @@ def _points(model: Any, ids: torch.Tensor, spec: ModelSpec) -> dict[str, torch.T
     with torch.no_grad(), tapped(points(spec), model.get_submodule, keep):
         model(ids, use_cache=False)
     return seen
+
+
+def _forget(model: Any) -> None:
+    """A new rotary embedding: some of them remember the longest text so far, and all would be cast to the model's dtype."""
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
 
 
 class Answers:

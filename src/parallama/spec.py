@@ -7,34 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import CheckpointError, lines, shown
+from .features import check_layers, read_family
+from .rope import read_rope
 
-# transformers' `base_model_tp_plan` of the families we know, for callers that have a config.json and no transformers at hand;
-# a test holds each against the installed transformers.
-_ATTENTION_AND_MLP = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-    "layers.*.mlp.gate_proj": "colwise",
-    "layers.*.mlp.up_proj": "colwise",
-    "layers.*.mlp.down_proj": "rowwise",
-}
-_HEAD_NORMS = {"layers.*.self_attn.q_norm": "replicate", "layers.*.self_attn.k_norm": "replicate"}
-TP_PLANS: dict[str, dict[str, str]] = {
-    "llama": _ATTENTION_AND_MLP,
-    "mistral": _ATTENTION_AND_MLP,
-    "qwen2": _ATTENTION_AND_MLP,
-    "qwen3": _ATTENTION_AND_MLP | _HEAD_NORMS,
-}
-# What a config.json of the family means where it is silent, as in transformers' config classes.
-_DEFAULTS: dict[str, dict[str, int]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
-    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
-    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
-}
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings that are supported, by transformers' names."""
 _LIMITS = {
     "hidden_size": 1 << 20,
     "num_hidden_layers": 4096,
@@ -59,10 +34,11 @@ class ModelSpec:
         head_dim: `D`.
         intermediate: `F`.
         vocab: `V`.
-        max_positions: the longest sequence the model was made for, in tokens.
+        max_positions: the longest sequence the model was made for, in tokens, what its rotary embedding was stretched to included.
         tied: the head shares the embedding's weight.
         qkv_bias, output_bias, mlp_bias: which projections have biases.
         head_norms: queries and keys are normalised per head (Qwen3).
+        rope: the rotary embedding, one of `rope.ROPE_TYPES`.
         tp_plan: transformers' `base_model_tp_plan`: module pattern to style.
     """
 
@@ -80,36 +56,36 @@ class ModelSpec:
     output_bias: bool = False
     mlp_bias: bool = False
     head_norms: bool = False
+    rope: str = "default"
     tp_plan: Mapping[str, str]
 
     @classmethod
-    def from_config(cls, config: Any) -> ModelSpec:
+    def from_config(cls, config: Any, origin: str = "config") -> ModelSpec:
         """Read a transformers config object or the dict of a config.json.
 
+        Args:
+            origin: what to call it in a message.
+
         Raises:
-            CheckpointError: the model type is not supported, or a size is missing or absurd.
+            CheckpointError: the model type, or what the config asks for, is not supported, or a size is missing or absurd.
         """
         values = dict(config) if isinstance(config, Mapping) else config.to_dict()
-        model_type = values.get("model_type")
-        if not isinstance(model_type, str) or model_type not in TP_PLANS:
-            raise CheckpointError(
-                lines(f"model_type {shown(model_type)} is not supported", f"expected one of {', '.join(sorted(TP_PLANS))}")
-            )
+        family = read_family(values, origin)
         own_plan = None if isinstance(config, Mapping) else getattr(config, "base_model_tp_plan", None)
 
-        defaults = _DEFAULTS[model_type]
-
         def size(name: str, default: int | None = None) -> int:
-            value = values.get(name)
-            value = defaults.get(name, default) if value is None else value
+            value = values.get(name, family.defaults.get(name))
+            value = default if value is None else value
             if type(value) is not int or not 1 <= value <= _LIMITS[name]:
-                raise CheckpointError(lines(f"config: {name} is {shown(value)}", f"expected a whole number from 1 to {_LIMITS[name]}"))
+                raise CheckpointError(lines(f"{origin}: {name} is {shown(value)}", f"expected a whole number from 1 to {_LIMITS[name]}"))
             return value
 
-        def switch(name: str) -> bool:
-            value = values.get(name)
+        def switch(name: bool | str) -> bool:
+            if isinstance(name, bool):
+                return name
+            value = values.get(name, family.defaults.get(name))
             if value not in (None, True, False):
-                raise CheckpointError(lines(f"config: {name} is {shown(value)}", "expected true or false"))
+                raise CheckpointError(lines(f"{origin}: {name} is {shown(value)}", "expected true or false"))
             return bool(value)
 
         heads = size("num_attention_heads")
@@ -117,32 +93,41 @@ class ModelSpec:
         if heads % kv_heads:
             raise CheckpointError(
                 lines(
-                    f"config: num_attention_heads {heads} does not divide by num_key_value_heads {kv_heads}",
+                    f"{origin}: num_attention_heads {heads} does not divide by num_key_value_heads {kv_heads}",
                     "expected a multiple: every KV head serves as many query heads",
                 )
             )
-        hidden = size("hidden_size")
+        hidden, layers = size("hidden_size"), size("num_hidden_layers")
         head_dim = size("head_dim", max(1, hidden // heads))
         if head_dim % 2:
-            raise CheckpointError(lines(f"config: head_dim is {head_dim}", "expected an even number: rotary embedding turns pairs"))
-        # Which biases there are is up to the family: transformers reads the switches only where its modules have them.
-        attention_bias = model_type in ("llama", "qwen3") and switch("attention_bias")
+            raise CheckpointError(lines(f"{origin}: head_dim is {head_dim}", "expected an even number: rotary embedding turns pairs"))
+        check_layers(values, family, layers, origin)
+        positions = size("max_position_embeddings")
+        rope = read_rope(values, head_dim=head_dim, positions=positions, origin=origin)
+        reach = max(positions, rope.reach or 0)
+        if reach > _LIMITS["max_position_embeddings"]:
+            raise CheckpointError(
+                lines(
+                    f"{origin}: rope type {rope.kind!r} reaches {reach} positions", f"expected at most {_LIMITS['max_position_embeddings']}"
+                )
+            )
         return cls(
-            model_type=model_type,
+            model_type=values["model_type"],
             hidden=hidden,
-            layers=size("num_hidden_layers"),
+            layers=layers,
             query_heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             intermediate=size("intermediate_size"),
             vocab=size("vocab_size"),
-            max_positions=size("max_position_embeddings"),
+            max_positions=reach,
             tied=switch("tie_word_embeddings"),
-            qkv_bias=attention_bias or model_type == "qwen2",
-            output_bias=attention_bias,
-            mlp_bias=model_type == "llama" and switch("mlp_bias"),
-            head_norms=model_type == "qwen3",
-            tp_plan=dict(own_plan if own_plan is not None else TP_PLANS[model_type]),
+            qkv_bias=switch(family.qkv_bias),
+            output_bias=switch(family.output_bias),
+            mlp_bias=switch(family.mlp_bias),
+            head_norms=family.head_norms,
+            rope=rope.kind,
+            tp_plan=dict(own_plan if own_plan is not None else family.tp_plan),
         )
 
     def parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:

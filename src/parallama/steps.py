@@ -6,6 +6,7 @@ A step maps named device tensors to named device tensors. The state of a batch g
 - `position` `[B]` int32, where the next token will be written; `done` `[B]` bool;
 - `cache.key.L`, `cache.value.L`, see `cache`;
 - `seen` `[B, V]` bool, only where a repetition penalty is used;
+- `span` `[1]` int32, positions of the longest row, only where rotary frequencies follow it (`rotary`);
 - `logits` `[B, V]` fp32, of a decode step, only where they are asked for.
 """
 
@@ -22,6 +23,7 @@ from .mesh import DeviceMesh
 from .ops import name_scopes, scope
 from .products import LinearAxes, LinearForm, linear
 from .program import Program
+from .rotary import SPAN, FollowingRotary, following
 from .sampling import GREEDY, Mode
 from .shard import DeviceWeights
 from .topology import DATA, MODEL
@@ -36,6 +38,7 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "ids": (DATA, None),
     "start": (DATA,),
     "count": (DATA,),
+    SPAN: (None,),
     "final": (DATA,),
     "eos": (None,),
     "temperature": (DATA,),
@@ -84,6 +87,7 @@ class Steps:
 
     Attributes:
         base: the transformers model that every step runs, the causal LM without its head.
+        follows_span: steps take and give `span`.
     """
 
     def __init__(self, skeleton: Any, weights: DeviceWeights, dtype: torch.dtype) -> None:
@@ -94,9 +98,14 @@ class Steps:
         self.dtype = dtype
         self.base = skeleton.model
         self.base.config._attn_implementation = attention.CACHED
+        rotary = self.base.rotary_emb = following(self.base.rotary_emb)
+        self.follows_span = isinstance(rotary, FollowingRotary)
         name_scopes(self.base, "model")
-        inv_freq = self.base.rotary_emb.inv_freq
-        self._buffers = {"rotary_emb.inv_freq": self.mesh.put(inv_freq, (None,) * inv_freq.dim())}
+        self._buffers = {
+            f"rotary_emb.{name}": self.mesh.put(buffer, (None,) * buffer.dim())
+            for name, buffer in rotary.named_buffers()
+            if name.endswith("inv_freq") and name != "original_inv_freq"
+        }
 
     def build(self, key: StepKey, arguments: Mapping[str, torch.Tensor]) -> Program:
         """Trace and compile the program of a key with arguments of its shapes."""
@@ -111,17 +120,19 @@ class Steps:
         return Program(name, self.mesh, lambda given: step(given, key), arguments, donated)
 
     def _hidden(
-        self, ids: torch.Tensor, start: torch.Tensor, buffers: dict[str, torch.Tensor], *, fresh: bool
+        self, ids: torch.Tensor, start: torch.Tensor, buffers: dict[str, torch.Tensor], *, fresh: bool, span: torch.Tensor | None
     ) -> tuple[torch.Tensor, cache.StepCache]:
         """`[B, S]` ids at positions from `start` `[B]` -> final hidden states `[B, S, E]` and the written cache."""
         weights = self.weights.tensors
         step_cache = cache.StepCache(self.mesh, buffers, start, fresh=fresh)
         positions = start[:, None].long() + torch.arange(ids.shape[1], device=ids.device)[None, :]
-        inner = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")}
+        inner = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")} | self._buffers
+        if span is not None:
+            inner[f"rotary_emb.{SPAN}"] = span
         with LinearForm(self.mesh, {id(tensor): self._axes(name) for name, tensor in weights.items() if tensor.dim() == 2}):
             output = torch.func.functional_call(
                 self.base,
-                inner | self._buffers,
+                inner,
                 kwargs={"input_ids": ids, "position_ids": positions, "past_key_values": step_cache, "use_cache": True},
             )
         return output.last_hidden_state, step_cache
@@ -154,7 +165,7 @@ class Steps:
         """Run a chunk of every row's prompt; rows whose prompt ends in it (`final`) choose their first token."""
         ids, start, count, final = given["ids"], given["start"], given["count"], given["final"]
         buffers = {name: tensor for name, tensor in given.items() if name.startswith("cache.")}
-        hidden, step_cache = self._hidden(ids, start, buffers, fresh=key.fresh)
+        hidden, step_cache = self._hidden(ids, start, buffers, fresh=key.fresh, span=given.get(SPAN))
         ends = torch.arange(ids.shape[1], device=ids.device)[None, :] == (count[:, None].long() - 1)
         last = torch.where(ends[..., None], hidden, torch.zeros((), dtype=hidden.dtype, device=ids.device)).sum(1)
         position = start + count
@@ -171,7 +182,8 @@ class Steps:
         """One more token for every row that isn't done; done rows keep their state."""
         buffers = {name: tensor for name, tensor in given.items() if name.startswith("cache.")}
         position, done = given["position"], given["done"]
-        hidden, step_cache = self._hidden(given["token"][:, None], position, buffers, fresh=False)
+        span = given[SPAN] + 1 if self.follows_span else None
+        hidden, step_cache = self._hidden(given["token"][:, None], position, buffers, fresh=False, span=span)
         following = position + 1
         token, logprob, logits = self._choose(hidden[:, 0], given, following, key.mode)
         out = {
@@ -180,6 +192,8 @@ class Steps:
             "position": torch.where(done, position, following),
         }
         out["done"] = done | self._is_end(out["token"], given["eos"])
+        if span is not None:
+            out[SPAN] = span
         if key.scored:
             out["logits"] = logits.float()
         return self._with_state(out, given, step_cache, ~done, key)
@@ -199,5 +213,5 @@ class Steps:
     def logits(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Logits of every position of a sequence that is run at once, `[B, S, V]` fp32."""
         buffers = {name: tensor for name, tensor in given.items() if name.startswith("cache.")}
-        hidden, _ = self._hidden(given["ids"], given["start"], buffers, fresh=True)
+        hidden, _ = self._hidden(given["ids"], given["start"], buffers, fresh=True, span=given.get(SPAN))
         return {"logits": self.mesh.mark(self._head(hidden).float(), (DATA, None, MODEL))}
