@@ -178,14 +178,14 @@ def test_largest_finds_the_last_that_fits(limit, most):
     assert largest(lambda number: number <= limit, most) == (limit if most is None else min(limit, most))
 
 
-@given(longest=st.integers(1, 5000), capacity=st.integers(1, 20_000))
-def test_a_prompts_buckets_hold_its_chunks_and_end_with_the_capacity(longest, capacity):
+@given(longest=st.integers(1, 5000), capacity=st.integers(1, 20_000), rows=st.sampled_from((1, 7, 8, 32)))
+def test_a_prompts_buckets_hold_its_chunks_and_end_with_the_capacity(longest, capacity, rows):
     chunks = math.ceil(longest / chunk_size(longest)) * chunk_size(longest)
-    buckets = prompt_buckets(capacity, longest)
+    buckets = prompt_buckets(capacity, longest, rows=rows)
     assert chunk_size(longest) <= CHUNK
     assert buckets[0] >= chunks >= longest and buckets[-1] >= capacity
     assert buckets == sorted(set(buckets))
-    assert buckets[-1] == cache_buckets(max(capacity, chunks))[-1] < max(capacity, chunks) + 256
+    assert buckets[-1] == cache_buckets(max(capacity, chunks), rows=rows)[-1] < max(capacity, chunks) + (256 if rows < 8 else 64)
 
 
 # -- kinds

@@ -8,15 +8,20 @@ Shapes: `B` rows, `S` new positions, `T` cache length, `H` query heads, `K` KV h
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from .cache import LayerKV
+from .mesh import DeviceMesh
 from .products import mixture, scores
 
 PLAIN = "parallama"
 CACHED = "parallama_cached"
+STRETCH = 128
+"""Queries of a prompt that are taken at a time; see `_stretch`."""
 _HIDDEN = -1e30
 
 
@@ -46,36 +51,74 @@ def cached_attention(
     assert attention_mask is None
     batch, heads, new, dim = query.shape
     kv_heads = key.new.shape[1]
-    group = heads // kv_heads
-    rows = (query * scaling).reshape(batch, kv_heads, group * new, dim)
-
-    among = torch.arange(new, device=query.device)
-    seen = among[None, None, :] <= among[None, :, None]
-    if sliding_window is not None:
-        seen = seen & (among[None, None, :] > among[None, :, None] - sliding_window)
-    scores_new = _masked(torch.einsum("bkmd,bksd->bkms", rows, key.new), seen.expand(batch, new, new), group)
+    by_group = (query * scaling).reshape(batch, kv_heads, heads // kv_heads, new, dim)
     if key.cached is None or value.cached is None:
-        weights = torch.softmax(scores_new, dim=-1).to(query.dtype)
-        out = torch.einsum("bkms,bksd->bkmd", weights, value.new)
+        out = _among_new(key.cache.mesh, by_group, key.new, value.new, sliding_window)
     else:
-        mesh = key.cache.mesh
-        places = torch.arange(key.cached.shape[2], device=query.device)
-        start = position_ids[:, :1, None]
-        visible = places[None, None, :] < start
-        if sliding_window is not None:
-            visible = visible & (places[None, None, :] > position_ids[:, :, None] - sliding_window)
-        else:
-            visible = visible.expand(batch, new, places.shape[0])
-        scores_old = _masked(scores(mesh, rows, key.cached), visible, group)
-        top = torch.maximum(scores_old.amax(-1, keepdim=True), scores_new.amax(-1, keepdim=True))
-        old, fresh = torch.exp(scores_old - top), torch.exp(scores_new - top)
-        total = old.sum(-1, keepdim=True) + fresh.sum(-1, keepdim=True)
-        out = mixture(mesh, old.to(query.dtype), value.cached)
-        out = out + torch.einsum("bkms,bksd->bkmd", fresh.to(query.dtype), value.new)
-        out = (out / total).to(query.dtype)
-    by_head = out.reshape(batch, kv_heads, group, new, dim)
+        out = _with_cached(by_group, key, value, position_ids, sliding_window)
+    by_head = out.to(query.dtype)
     key.cache.write(key.layer, key.new, value.new, after=by_head[:, :, 0])
     return by_head.reshape(batch, heads, new, dim).transpose(1, 2), None
+
+
+def _among_new(mesh: DeviceMesh, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Causal attention of positions over themselves: `[B, K, G, S, D]` scaled queries, `[B, K, S, D]` keys and values -> `[B, K, G, S, D]`."""
+    new = query.shape[3]
+    places = torch.arange(new, device=query.device, dtype=torch.int32)
+    outs = []
+    for first in range(0, new, _stretch(mesh, new)):
+        # Nothing behind the stretch is seen by it, nor what is before the window of its first position.
+        last = min(first + _stretch(mesh, new), new)
+        start = 0 if window is None else max(0, first - window + 1)
+        seen = _causal(places[None, start:last], places[first:last, None], window)
+        part = query[:, :, :, first:last]
+        raw = torch.einsum("bkmd,bktd->bkmt", _merged(part), key[:, :, start:last])
+        weights, total = _exponentials([_masked(raw, seen[None].expand(part.shape[0], -1, -1), part.shape[2])])
+        outs.append((torch.einsum("bkmt,bktd->bkmd", weights[0].to(query.dtype), value[:, :, start:last]) / total).reshape(part.shape))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=3)
+
+
+def _with_cached(query: torch.Tensor, key: LayerKV, value: LayerKV, positions: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Attention of positions `[B, S]` over the cache and themselves; `[B, K, G, S, D]` scaled queries -> the same shape."""
+    assert key.cached is not None and value.cached is not None
+    mesh, rows = key.cache.mesh, _merged(query)
+    batch, _, group, new, _ = query.shape
+    among = torch.arange(new, device=query.device, dtype=torch.int32)
+    places = torch.arange(key.cached.shape[2], device=query.device, dtype=torch.int32)
+    at = positions.int()
+    visible = places[None, None, :] < at[:, :1, None]
+    if window is not None:
+        visible = visible & (places[None, None, :] > at[:, :, None] - window)
+    seen = _causal(among[None, :], among[:, None], window)
+    scores_old = _masked(scores(mesh, rows, key.cached), visible.expand(batch, new, -1), group)
+    scores_new = _masked(torch.einsum("bkmd,bksd->bkms", rows, key.new), seen[None].expand(batch, new, new), group)
+    (old, fresh), total = _exponentials([scores_old, scores_new])
+    out = mixture(mesh, old.to(query.dtype), value.cached) + torch.einsum("bkms,bksd->bkmd", fresh.to(query.dtype), value.new)
+    return (out / total).reshape(query.shape)
+
+
+def _stretch(mesh: DeviceMesh, new: int) -> int:
+    """So many queries at a time: on the CPU, what causal attention need not compute is left out."""
+    return STRETCH if mesh.backend.weights_first else new
+
+
+def _merged(query: torch.Tensor) -> torch.Tensor:
+    """`[B, K, G, S, D]` -> `[B, K, M, D]`."""
+    return query.flatten(2, 3)
+
+
+def _causal(key: torch.Tensor, query: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Whether a key's place may be seen from a query's."""
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def _exponentials(parts: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Softmax over several parts together, not divided yet: fp32 scores `[..., T_i]` -> weights `[..., T_i]`, and their sum `[..., 1]`."""
+    tops = [part.amax(-1, keepdim=True) for part in parts]
+    top = functools.reduce(torch.maximum, tops)
+    weights = [torch.exp(part - top) for part in parts]
+    return weights, functools.reduce(torch.add, [part.sum(-1, keepdim=True) for part in weights])
 
 
 def plain_attention(

@@ -80,9 +80,11 @@ def step_key(phase: Phase, batch: int, positions: int) -> StepKey:
         positions: of the prompt, for prefill; already cached, for decode.
     """
     if phase == "decode":
-        return StepKey(kind="decode", batch=batch, length=cache_buckets(positions + 1)[-1])
+        return StepKey(kind="decode", batch=batch, length=cache_buckets(positions + 1, rows=batch)[-1])
     new = chunk_size(positions)
-    return StepKey(kind="prefill", batch=batch, length=cache_buckets(max(positions, new))[-1], new=new, fresh=positions <= CHUNK)
+    return StepKey(
+        kind="prefill", batch=batch, length=cache_buckets(max(positions, new), rows=batch)[-1], new=new, fresh=positions <= CHUNK
+    )
 
 
 def audit(steps: Steps, programs: ProgramSet, folder: Path, phase: Phase, key: StepKey, *, accept_plan: bool = False) -> Audit:

@@ -74,7 +74,7 @@ def memory(plan: Plan, *, batch: int, prompt: int, max_model_len: int, itemsize:
 
     The cache's lengths and the prefill's chunks are those of `buckets`.
     """
-    lengths = prompt_buckets(max_model_len, prompt)
+    lengths = prompt_buckets(max_model_len, prompt, rows=batch)
     chunk = chunk_size(prompt)
     visible = chunk if prompt <= CHUNK else lengths[0] + chunk
     prefill = activation_bytes(plan, batch, chunk, visible, itemsize)

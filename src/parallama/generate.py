@@ -121,11 +121,11 @@ class Session:
         self._continued = continued
         self._scored = scored
         if continued:
-            self.buckets = cache_buckets(capacity + min(_CONTINUED_CHUNKS), smallest=2048)
+            self.buckets = cache_buckets(capacity + min(_CONTINUED_CHUNKS), smallest=2048, rows=self._batch)
             self._chunks: tuple[int, ...] = tuple(size for size in _CONTINUED_CHUNKS if size <= self.buckets[-1])
         else:
             self._chunks = (chunk_size(longest_prompt),)
-            self.buckets = prompt_buckets(capacity, longest_prompt)
+            self.buckets = prompt_buckets(capacity, longest_prompt, rows=self._batch)
         self._fresh = not continued and longest_prompt <= CHUNK
         self._eos = frozenset(eos)
         self._frozen: set[int] = set()

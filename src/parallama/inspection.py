@@ -142,12 +142,12 @@ class Inspector:
 
     Args:
         batch: rows of the cache over all devices; a multiple of the "data" axis.
-        max_model_len: positions that the cache must hold; it gets what a session of that length would end with, a multiple of 256.
+        max_model_len: positions that the cache must hold; it gets what a session of that length would end with, a multiple of 256, or of 64 for many rows.
     """
 
     def __init__(self, llm: LLM, *, batch: int, max_model_len: int) -> None:
         self.llm, self.batch, self.max_model_len = llm, batch, max_model_len
-        self.positions = cache_buckets(max_model_len)[-1]
+        self.positions = cache_buckets(max_model_len, rows=batch)[-1]
         model, slots = llm.plan.model, llm.plan.head_layout.slots
         self._cache = cache.allocate(llm.mesh, model.layers, batch, slots, model.head_dim, self.positions, llm.steps.dtype)
 

@@ -24,10 +24,13 @@ from .topology import DATA
 
 _plain_linear = torch.nn.functional.linear
 _ELEMENTWISE = {torch.Tensor.mul, torch.Tensor.__mul__, torch.mul, torch.nn.functional.silu, torch.nn.functional.gelu}
+_TRIGONOMETRIC = {torch.Tensor.cos, torch.Tensor.sin, torch.cos, torch.sin}
 MOST_SINGLE_ROWS = 3
 """So many rows are multiplied with a weight one by one; packing costs as much as four passes."""
 MOST_SINGLE_QUERIES = 4
 """The same for query rows of a KV head."""
+LEAST_TURNED = 64
+"""From so many rows on, what goes into a product is turned first, `[E, N]`: Eigen packs that with the grain, too. Products of the same input share it."""
 MOST_KEYS_FIRST = 64
 """For more query rows than these, transposing the scores costs more than packing the keys."""
 
@@ -109,6 +112,9 @@ class LinearForm(TorchFunctionMode):
         if function is torch.nn.functional.embedding:
             embedded = function(*args, **(kwargs or {}))
             return self._mesh.mark(embedded, _rows_whole(embedded))
+        if function in _TRIGONOMETRIC:
+            # Transformers computes these once; fused into what uses them, XLA would again for every head of every layer.
+            return _unfused(function(*args, **(kwargs or {})))
         known = [self._columns.get(id(argument)) for argument in args]
         if function in _ELEMENTWISE and args and all(known) and not (kwargs or {}).get("inplace"):
             return self._rows(function(*(columns.transposed for columns in known if columns)), args[0].shape)
@@ -117,8 +123,12 @@ class LinearForm(TorchFunctionMode):
     def _linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         axes, known = self._axes[id(weight)], self._columns.get(id(input))
         rows = input.numel() // input.shape[-1]
-        if axes.whole:
-            self._mesh.mark(input, _rows_whole(input)) if known is None else self._mesh.mark(known.transposed, (None, DATA))
+        if axes.whole and known is None:
+            self._mesh.mark(input, _rows_whole(input))
+        if known is None and self._mesh.backend.weights_first and rows >= LEAST_TURNED:
+            known = self._columns[id(input)] = _Columns(input, optimization_barrier(input.reshape(rows, -1).t().clone()))
+        if axes.whole and known is not None:
+            self._mesh.mark(known.transposed, (None, DATA))
         if not self._mesh.backend.weights_first or _row_by_row(self._mesh, rows, axes.partial):
             out = linear(self._mesh, input, weight, partial=axes.partial)
             self._mesh.mark(out, (*_rows_whole(out)[:-1], axes.out))
@@ -135,6 +145,11 @@ class LinearForm(TorchFunctionMode):
         tensor = transposed.t().reshape(*like[:-1], transposed.shape[0])
         self._columns[id(tensor)] = _Columns(tensor, transposed)
         return tensor
+
+
+def _unfused(x: torch.Tensor) -> torch.Tensor:
+    """`[..., D]`, itself: a product with the identity, which is exact, is what XLA:CPU does not compute anew in everything that reads it."""
+    return torch.matmul(x, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
 
 
 def _rows_whole(x: torch.Tensor) -> tuple[str | None, ...]:
