@@ -123,12 +123,12 @@ class LinearForm(TorchFunctionMode):
     def _linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         axes, known = self._axes[id(weight)], self._columns.get(id(input))
         rows = input.numel() // input.shape[-1]
-        if axes.whole and known is None:
-            self._mesh.mark(input, _rows_whole(input))
-        if known is None and self._mesh.backend.weights_first and rows >= LEAST_TURNED:
+        if axes.whole:
+            self._mesh.mark(input, _rows_whole(input)) if known is None else self._mesh.mark(known.transposed, (None, DATA))
+        if axes.whole and axes.partial:
+            known = None  # of turned inputs that are whole GSPMD would rather gather the weight
+        elif known is None and self._mesh.backend.weights_first and rows >= LEAST_TURNED:
             known = self._columns[id(input)] = _Columns(input, optimization_barrier(input.reshape(rows, -1).t().clone()))
-        if axes.whole and known is not None:
-            self._mesh.mark(known.transposed, (None, DATA))
         if not self._mesh.backend.weights_first or _row_by_row(self._mesh, rows, axes.partial):
             out = linear(self._mesh, input, weight, partial=axes.partial)
             self._mesh.mark(out, (*_rows_whole(out)[:-1], axes.out))
