@@ -8,6 +8,14 @@ import pytest
 import reference
 import torch
 
+from parallama.errors import FitError
+from parallama.plan import make_plan
+from parallama.spec import ModelSpec
+from parallama.topology import MeshShape
+from parallama.train.layout import training_plan
+from parallama.train.options import StepOptions
+from parallama.train.step import check_fit
+
 MESHES = ("1x1", "1x2", "1x3", "1x8", "2x4")
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -168,3 +176,14 @@ def test_logits_of_a_whole_text_turn_by_its_length_and_not_by_its_padding(worker
     got = workers[2].call("device_cases:logits_of", folder=tiny.folder, mesh="1x2", texts=texts)
     for logits, text in zip(got, texts, strict=True):
         assert reference.relative_l2(logits, reference.logits(as_new(tiny), torch.tensor([text]))[0]) < 1e-5
+
+
+def test_training_does_not_take_what_follows_the_length(models: Any) -> None:
+    spec = ModelSpec.from_config(models(**FOLLOWING["longrope"]).model.config)
+    plan = training_plan(make_plan(spec, MeshShape()), fsdp=False, lora=None)
+    with pytest.raises(FitError) as caught:
+        check_fit(StepOptions(batch_size=1, seq_len=8), plan)
+    assert str(caught.value) == (
+        "rope type 'longrope' is not supported in training: its frequencies follow the length of what is run\n"
+        "expected one of default, linear, yarn, llama3"
+    )

@@ -51,12 +51,14 @@ def assert_greedy(tiny: reference.Tiny, got: dict[str, Any], prompts: list[list[
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
-        *((name, mesh) for name in LLAMAS for mesh in ("1x3", "1x8")),
-        *((name, "1x4") for name in ("4/4", "9/3 tied, attention biases", "5/1 tied")),
-        *((name, "1x2") for name in ("8/2 tied", "7/7 both biases")),
+        # Each once on eight devices, or on the three that most head counts don't divide over; and some on every other shape.
+        *((name, ("1x3", "1x8")[index % 2]) for index, name in enumerate(LLAMAS)),
+        ("7/7 both biases", "1x2"),
+        ("5/1 tied", "1x4"),
         ("12/4", "1x1"),
-        ("7/7 both biases", "2x4"),
-        *(("9/3 tied, attention biases", mesh) for mesh in ("2x4", "4x2", "8x1")),
+        *(("9/3 tied, attention biases", mesh) for mesh in ("2x4", "8x1")),
+        *(pytest.param(name, ("1x8", "1x3")[index % 2], marks=pytest.mark.slow) for index, name in enumerate(LLAMAS)),
+        *(pytest.param(name, mesh, marks=pytest.mark.slow) for name in ("4/4", "9/3 tied, attention biases") for mesh in ("1x4", "4x2")),
     ],
 )
 def test_a_sharded_forward_gives_the_same_logits_and_takes_the_planned_bytes(workers: Any, models: Any, name: str, mesh: str) -> None:
@@ -94,7 +96,7 @@ def test_bf16_logits_follow_the_fp32_model(workers: Any, models: Any, mesh: str)
     assert got["measured"] == got["planned"]
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "1x4", "1x8", "2x4"])
+@pytest.mark.parametrize("mesh", ["1x4", "2x4", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x1", "1x8"))])
 def test_gradients_equal_the_single_device_ones_where_heads_divide(workers: Any, models: Any, mesh: str) -> None:
     tiny = models(**DIVIDES, seed=5)
     ids = reference.random_ids(2, 11, tiny.vocab)
@@ -121,7 +123,9 @@ def test_every_device_holds_an_eighth_of_a_dividing_model_and_the_norms(workers:
 # -- prefill and decode
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "1x2", "1x3", "1x8", "2x4", "4x2", "8x1"])
+@pytest.mark.parametrize(
+    "mesh", ["1x2", "2x4", "8x1", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x1", "1x3", "1x8", "4x2"))]
+)
 def test_a_ragged_batch_continues_as_transformers_does(workers: Any, models: Any, mesh: str) -> None:
     tiny = models(**SMOL)
     prompts = reference.random_prompts([3, 20, 1, 16], tiny.vocab)
@@ -130,7 +134,7 @@ def test_a_ragged_batch_continues_as_transformers_does(workers: Any, models: Any
     assert got["measured"] == got["planned"]
 
 
-@pytest.mark.parametrize("mesh", ["1x2", "4x2"])
+@pytest.mark.parametrize("mesh", ["4x2", pytest.param("1x2", marks=pytest.mark.slow)])
 def test_a_row_of_a_batch_gets_what_it_gets_alone(workers: Any, models: Any, mesh: str) -> None:
     tiny = models(**SMOL)
     prompts = reference.random_prompts([3, 20, 1, 16], tiny.vocab)
@@ -143,7 +147,7 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(workers: Any, models: Any, mes
         assert alone["logprobs"][0] == pytest.approx(together["logprobs"][row], abs=2e-5)
 
 
-@pytest.mark.parametrize("mesh", ["1x3", "2x4"])
+@pytest.mark.parametrize("mesh", ["2x4", pytest.param("1x3", marks=pytest.mark.slow)])
 def test_prompts_longer_than_a_chunk_continue_as_transformers_does(workers: Any, models: Any, mesh: str) -> None:
     tiny = models(**SMOL)
     prompts = reference.random_prompts([700, 5, 513, 512], tiny.vocab)
@@ -152,7 +156,7 @@ def test_prompts_longer_than_a_chunk_continue_as_transformers_does(workers: Any,
     assert_greedy(tiny, got, prompts, 5)
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "4x2"])
+@pytest.mark.parametrize("mesh", ["4x2", pytest.param("1x1", marks=pytest.mark.slow)])
 def test_the_cache_grows_without_a_trace_in_the_text(workers: Any, models: Any, mesh: str) -> None:
     tiny = models(**SMOL)
     prompts = reference.random_prompts([250, 3], tiny.vocab)
@@ -161,7 +165,7 @@ def test_the_cache_grows_without_a_trace_in_the_text(workers: Any, models: Any, 
     assert_greedy(tiny, got, prompts, 12)
 
 
-@pytest.mark.parametrize("mesh", ["1x3", "4x2"])
+@pytest.mark.parametrize("mesh", ["4x2", pytest.param("1x3", marks=pytest.mark.slow)])
 def test_a_continued_session_computes_only_what_is_new_and_answers_the_same(workers: Any, models: Any, mesh: str) -> None:
     tiny = models(**SMOL)
     first, second, third = (reference.random_prompts(lengths, tiny.vocab, seed=n) for n, lengths in enumerate(([9, 40], [4, 1], [70, 3])))
@@ -210,26 +214,23 @@ def test_a_row_past_its_end_is_frozen_and_can_go_on_with_any_text(workers: Any, 
         assert token == reference.greedy(tiny.model, text, 1)[0][0]
 
 
-# -- other families
+# -- other families, as the user built them (tests/test_families.py has their prefill and decode)
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"heads": 6, "kv_heads": 2, "tied": True},
     "qwen3": {"heads": 9, "kv_heads": 3},
     "mistral": {"heads": 4, "kv_heads": 2, "sliding_window": 11},
+    "smollm3": {"heads": 6, "kv_heads": 2, "tied": True, "no_rope_layer_interval": 2},
 }
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "1x4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_other_families_give_the_same_logits_and_text(workers: Any, models: Any, family: str, mesh: str) -> None:
+def test_other_families_give_the_same_logits(workers: Any, models: Any, family: str) -> None:
     tiny = models(family=family, **FAMILIES[family])
     ids = reference.random_ids(2, 40, tiny.vocab)
-    worker = workers[devices(mesh)]
-    got = worker.call("device_cases:forward", folder=tiny.folder, mesh=mesh, inputs=[{"input_ids": ids}])
+    got = workers[4].call("device_cases:forward", folder=tiny.folder, mesh="1x4", inputs=[{"input_ids": ids}])
     assert_equal_logits(got["logits"][0], reference.logits(tiny.model, ids))
-    prompts = reference.random_prompts([30, 5], tiny.vocab)
-    assert_greedy(tiny, worker.call("device_cases:generate", folder=tiny.folder, mesh=mesh, prompts=prompts, steps=10), prompts, 10)
 
 
 @pytest.mark.parametrize("mesh", ["1x1", pytest.param("1x4", marks=pytest.mark.slow)])
@@ -271,7 +272,7 @@ def check_any_sizes(workers: Any, models: Any, mesh: str, drawn: dict[str, Any])
 
 
 @pytest.mark.parametrize("mesh", ["1x2", "1x3", "1x8", "2x4"])
-@settings(max_examples=4, deadline=None, derandomize=True, database=None)
+@settings(max_examples=3, deadline=None, derandomize=True, database=None)
 @given(drawn=sizes())
 def test_models_of_any_sizes_continue_as_transformers_does(workers: Any, models: Any, mesh: str, drawn: dict[str, Any]) -> None:
     check_any_sizes(workers, models, mesh, drawn)

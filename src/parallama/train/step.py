@@ -20,6 +20,7 @@ from ..mesh import DeviceMesh
 from ..ops import name_scopes, scope
 from ..plan import Axes, Blocks, Placement, Plan, make_plan
 from ..program import Program
+from ..rope import FOLLOWING, ROPE_TYPES
 from ..shard import put_parameter, take_off
 from ..spec import ModelSpec
 from ..topology import AXES, DATA, MODEL
@@ -385,8 +386,15 @@ def parameter_of(name: str) -> str:
 
 
 def check_fit(options: StepOptions, plan: TrainingPlan) -> None:
-    """Raise `FitError` unless a batch divides over the mesh."""
+    """Raise `FitError` unless a batch divides over the mesh, and the model is one that a step can train."""
     mesh = plan.mesh
+    if plan.model.rope in FOLLOWING:
+        raise FitError(
+            lines(
+                f"rope type {plan.model.rope!r} is not supported in training: its frequencies follow the length of what is run",
+                f"expected one of {', '.join(kind for kind in ROPE_TYPES if kind not in FOLLOWING)}",
+            )
+        )
     if options.batch_size % mesh.data:
         raise FitError(
             lines(
