@@ -804,7 +804,7 @@ def _chat_cases() -> None:
         "loops for ever": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
         "prints for ever": "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
         "makes a long text": "{{ 'x' * 10**10 }}",
-        "makes a huge number": "{{ 10 ** 10 ** 9 }}",
+        "makes a huge number": "{{ 10 ** (10 ** 9) }}",
         "pads a text": "{{ 'x'.ljust(10**10) }}",
         "formats a wide text": "{{ '%10000000000d' % 1 }}",
         "calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from broken_folders import CASES, Case, make, make_good
 
-from parallama import finite
+from parallama import chat_template, finite
+from parallama.chat_template import Renderer
 from parallama.checkpoint import SafetensorsFolder
-from parallama.errors import CheckpointError
+from parallama.errors import CheckpointError, UsageError
 from parallama.llm import eos_ids
 from parallama.loading import make_skeleton
 
@@ -19,7 +23,9 @@ LIMIT_S = 10
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_good(tmp_path_factory.mktemp("good") / "model")
+    folder = make_good(tmp_path_factory.mktemp("good") / "model")
+    everything(folder)  # what is imported on the way takes its time once
+    return folder
 
 
 def everything(folder: Path) -> SafetensorsFolder:
@@ -61,3 +67,73 @@ def test_a_broken_folder_is_an_error_in_three_lines(name, good, tmp_path):
 def test_a_legal_folder_loads(name, good, tmp_path):
     make(name, tmp_path / "model", good)
     everything(tmp_path / "model")
+
+
+# Chat templates.
+
+HELLO = [{"role": "user", "content": "a b"}]
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Iterator[Renderer]:
+    made = Renderer("{{ eos_token }}", {"eos_token": "</s>"}, "'tiny'")
+    yield made
+    made.close()
+
+
+def render(renderer: Renderer, template: str) -> str:
+    """With another template, in the same process if that is alive."""
+    renderer._given["template"] = template
+    return renderer.render(HELLO)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.where == "chat"])
+def test_a_hostile_chat_template_is_an_error_in_three_lines(name, good, tmp_path, renderer, monkeypatch):
+    monkeypatch.setattr(chat_template, "LIMIT_S", 1.5)
+    make(name, tmp_path / "model", good)
+    tokenizer = SafetensorsFolder(tmp_path / "model").tokenizer()
+    with pytest.raises(UsageError if name == "chat template raises" else CheckpointError) as caught:
+        render(renderer, tokenizer.get_chat_template())
+    message = str(caught.value)
+    assert message.startswith("the chat template of 'tiny' ") and len(message.splitlines()) <= 3 and len(message) < 1000
+    assert "/etc/passwd" not in message or "include" in name or "import" in name
+
+
+def test_a_template_renders_after_a_hostile_one_and_from_any_thread(renderer, monkeypatch):
+    monkeypatch.setattr(chat_template, "LIMIT_S", 1.5)
+    with pytest.raises(CheckpointError, match="does not end within"):
+        render(renderer, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(render(renderer, "{{ messages[0].content }}{{ eos_token }}"))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == ["a b</s>"] * 3
+
+
+def test_a_template_cannot_open_files_and_its_process_ends_with_the_renderer():
+    renderer = Renderer("{{ messages[0].content }}", {}, "'tiny'")
+    assert renderer.render([{"role": "user", "content": "\U0001f600 \u2028 \x00", "name": None}]) == "\U0001f600 \u2028 \x00"
+    process = renderer._process
+    assert isinstance(process, subprocess.Popen) and process.poll() is None
+    limits = Path(f"/proc/{process.pid}/limits").read_text(encoding="utf-8")
+    assert [line.split()[3:5] for line in limits.splitlines() if line.startswith("Max open files")] == [["3", "3"]]
+    del renderer
+    assert process.poll() is not None
+
+
+def test_messages_are_rendered_as_transformers_renders_them(good):
+    template = (
+        "{{ bos_token if bos_token is defined else '' }}{%- for message in messages %}<|{{ message.role }}|>\n"
+        "{{ message['content'] | trim }}{{ message | tojson }}{% generation %}{{ eos_token }}{% endgeneration %}\n"
+        "{%- if loop.last and add_generation_prompt %}<|assistant|>{% endif %}{% endfor %}{% set ns = namespace(x=1) %}{{ ns.x }}{{ tools is none }}"
+    )
+    tokenizer = SafetensorsFolder(good).tokenizer()
+    messages = [{"role": "system", "content": " \u20ac <b> "}, {"role": "user", "content": "x", "name": None}]
+    expected = tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+    renderer = Renderer(template, tokenizer.special_tokens_map, "'tiny'")
+    assert renderer.render(messages) == expected
+    renderer.close()

@@ -24,7 +24,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("sampling", "steps", "points", "metrics", "reference"),
     ),
     "use": (
-        *("generate", "text", "llm", "chat", "audit", "contents", "inspection", "inspection_view"),
+        *("generate", "text", "chat_template", "llm", "chat", "audit", "contents", "inspection", "inspection_view"),
         *("modules", "gradients", "validation", "selftest", "doctor", "train"),
     ),
     "face": ("api", "__init__", "bench", "cli", "__main__"),

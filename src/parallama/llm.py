@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 
 from .buckets import CHUNK, chunk_size
+from .chat_template import Renderer
 from .config_checks import end_ids
-from .errors import UsageError, lines, shown
+from .errors import CheckpointError, UsageError, cause, lines, shown
 from .generate import RunStats, Session, make_programs, put_span
 from .mesh import DeviceMesh
 from .plan import Plan
@@ -119,6 +120,7 @@ class LLM:
         self.eos_ids = eos_ids(generation.get("eos_token_id"), tokenizer, steps.plan.model.vocab)
         self._generation = generation
         self._progress = progress
+        self._renderer: Renderer | None = None
         self.programs = make_programs(steps)
 
     def __repr__(self) -> str:
@@ -363,11 +365,23 @@ class LLM:
         """Token ids of a conversation by the model's chat template, ready for an answer.
 
         Raises:
-            UsageError: there is no tokenizer or no chat template.
+            UsageError: there is no tokenizer or no chat template, or the template refuses the messages.
+            CheckpointError: the template is broken, or takes too long.
         """
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             raise UsageError(lines(f"model {self.name!r} has no chat template", "expected an instruction-tuned model, or a plain prompt"))
-        return list(self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False))
+        if not messages:
+            raise UsageError(lines("the conversation is empty", "expected at least one message"))
+        if self._renderer is None:
+            try:
+                template = self.tokenizer.get_chat_template()
+            except ValueError as error:  # several templates, and none is the default
+                raise CheckpointError(lines(f"model {self.name!r} has no chat template for plain conversations: {cause(error)}")) from None
+            self._renderer = Renderer(template, self.tokenizer.special_tokens_map, repr(self.name))
+        # As apply_chat_template does: the template writes special tokens itself.
+        ids = list(self.tokenizer(self._renderer.render(messages), add_special_tokens=False)["input_ids"])
+        check_ids(ids, self.plan.model.vocab)
+        return ids
 
     def param_bytes_per_device(self) -> list[int]:
         """Bytes of parameters on each device, measured on their shards."""
