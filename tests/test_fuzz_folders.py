@@ -158,7 +158,7 @@ def mutate(document: Any, draw: random.Random, keys: list[str]) -> Any:
         old = parent[last]
         action = draw.randrange(7)
         if action == 0:
-            parent[last] = draw.choice(BAD)
+            parent[last] = copy.deepcopy(draw.choice(BAD))
         elif action == 1 and isinstance(old, int):
             parent[last] = old + draw.choice((-8, -4, -1, 1, 4, 8, 1 << 32)) if draw.random() < 0.7 else -old
         elif action == 2 and isinstance(parent, dict):
@@ -173,7 +173,7 @@ def mutate(document: Any, draw: random.Random, keys: list[str]) -> Any:
         elif action == 5 and isinstance(old, list):
             parent[last] = draw.choice((old[:-1], [*old, *old], [old], list(reversed(old))))
         elif isinstance(parent, dict):
-            parent[draw.choice((*keys, str(last) + "x"))] = draw.choice(BAD)
+            parent[draw.choice((*keys, str(last) + "x"))] = copy.deepcopy(draw.choice(BAD))
         # Swapping a value with one around it would make a circle, which is no JSON.
         if not _is_tree(document):
             return copy.deepcopy(draw.choice(BAD))

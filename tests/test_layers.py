@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "use": (
         *("generate", "text", "chat_template", "llm", "chat", "audit", "contents", "inspection", "inspection_view"),
-        *("modules", "gradients", "validation", "selftest", "doctor", "train"),
+        *("modules", "gradients", "validation", "verification", "selftest", "doctor", "train"),
     ),
     "face": ("api", "__init__", "bench", "cli", "__main__"),
 }

@@ -14,6 +14,7 @@ from .options import show_version
 from .plan import plan
 from .report import report
 from .validate import validate
+from .verify import verify
 
 app = typer.Typer(
     name="parallama",
@@ -42,3 +43,4 @@ app.command()(inspect)
 app.command()(plan)
 app.command()(report)
 app.command()(validate)
+app.command()(verify)

@@ -1,0 +1,55 @@
+"""`parallama verify`: hold a model's files against its config and its manifest, without devices."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import CheckpointError, lines
+from . import options
+
+if TYPE_CHECKING:
+    from ..verification import Verification
+
+_SHOWN = 20
+
+
+def verify(
+    model: options.Model,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Check a model's files: structure, shapes against the config, dtypes, NaN and infinity, tokenizer, manifest. Exit code 0, or 3 if something is wrong."""
+    from .. import backends
+
+    backends.expect_none()
+    from ..verification import verify as run
+
+    with options.progress(quiet) as progress:
+        found = run(model, None if progress is None else lambda done, total: progress("reading", done, total))
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        _show(found)
+    if not found.passed:
+        first = found.findings[0].message
+        if as_json:
+            raise CheckpointError(first)
+        raise CheckpointError(lines(f"{model} is not sound: {len(found.findings)} finding(s)", "see the lines above"))
+
+
+def _show(found: Verification) -> None:
+    typer.echo(f"{found.model}: {'sound' if found.passed else 'NOT SOUND'}")
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items())
+    if found.tensors:
+        typer.echo(f"{found.model_type}, {found.tensors} tensors ({dtypes}), {found.parameters:,} parameters")
+    typer.echo("no manifest" if found.manifest_files is None else f"{found.manifest_files} files held against manifest.json")
+    for name, reason in list(found.ignored.items())[:_SHOWN]:
+        typer.echo(f"not read: {lines(name)} ({reason})")
+    for finding in found.findings[:_SHOWN]:
+        typer.echo(f"- {finding.check}: " + "\n  ".join(finding.message.splitlines()))
+    more = len(found.findings) - _SHOWN
+    if more > 0:
+        typer.echo(f"- and {more} more; --json has all")
