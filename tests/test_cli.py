@@ -133,7 +133,7 @@ def _without_tensor(file: Path, name: str) -> None:
     [
         ["--help"],
         ["-h"],
-        *([command, "--help"] for command in ("generate", "chat", "plan", "inspect", "audit", "validate", "doctor", "bench")),
+        *([command, "--help"] for command in ("generate", "chat", "plan", "inspect", "audit", "validate", "verify", "doctor", "bench")),
     ],
 )
 def test_help_comes_quickly_and_without_torch(arguments: list[str]) -> None:

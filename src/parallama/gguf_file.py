@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import gguf_header
 from .checkpoint import config_from_dict
 from .errors import CheckpointError, cause, lines, listed
 from .families import FAMILIES
@@ -31,6 +33,7 @@ class GgufFile:
         from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 
         self.location = path
+        gguf_header.check(path)
         self.ignored: Mapping[str, str] = {}
         try:
             metadata, _ = read_gguf_metadata(str(path))
@@ -44,6 +47,7 @@ class GgufFile:
             ) from None
         if end > path.stat().st_size:
             raise CheckpointError(lines(f"{path.name} is cut short: {path.stat().st_size} bytes", f"expected {end}; download it again"))
+        _check_apart(path, [(info.offset, info.offset + info.nbytes, info.name) for info in header.tensors])
         architecture = header.architecture
         if architecture in FAMILIES and architecture not in _ARCHITECTURES:
             raise CheckpointError(
@@ -139,3 +143,10 @@ def _split_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Undo llama.cpp's interleaving: rotary pairs `(2i, 2i + 1)` become `(i, i + D / 2)` of each head."""
     half = weight.shape[0] // heads // 2
     return weight.reshape(heads, half, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def _check_apart(path: Path, spans: list[tuple[int, int, str]]) -> None:
+    """Raise `CheckpointError` if two tensors share bytes."""
+    for (_, end, name), (start, _, other) in pairwise(sorted(spans)):
+        if start < end:
+            raise CheckpointError(lines(f"{path.name}: tensor {other} overlaps {name}", "expected every tensor to have bytes of its own"))
