@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -137,3 +138,30 @@ def test_messages_are_rendered_as_transformers_renders_them(good):
     renderer = Renderer(template, tokenizer.special_tokens_map, "'tiny'")
     assert renderer.render(messages) == expected
     renderer.close()
+
+
+# Memory.
+
+
+def test_a_file_of_nothing_but_header_takes_no_more_memory_than_twice_its_size(good, tmp_path):
+    """Lists and braces of a hostile header would become Python objects of twenty times its size."""
+    size = 64 << 20
+    for number, piece in enumerate((b"[],", b'{"a":[]},', b'"x":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},')):
+        folder = tmp_path / str(number)
+        make("as it is", folder, good)
+        header = b'{"x":' + piece * (size // len(piece))
+        (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        del header
+        # VmHWM is this program's own peak; ru_maxrss would be its parent's, too.
+        code = (
+            "import sys; from pathlib import Path; from parallama.configs import spec_of; from parallama.weight_files import survey\n"
+            "from parallama.model_files import read_config; from parallama.errors import CheckpointError\n"
+            "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
+            "folder = Path(sys.argv[1]); spec = spec_of(read_config(folder), 'config.json')\n"
+            "before = peak()\n"
+            "try: survey(folder, spec)\n"
+            "except CheckpointError as error: print(peak() - before, str(error).count('damaged'))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120, check=True)
+        grown, damaged = map(int, done.stdout.split())
+        assert damaged == 1 and size // 2 < grown * 1024 < 2 * size
