@@ -232,3 +232,12 @@ def recipe(folder: str, mesh: str, dump: str, batch: int = 2, positions: int = 1
     text = max(Path(dump).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_mtime_ns).read_text()
     wanted = expected(plan, "prefill", batch=batch, positions=positions, itemsize=4)
     return [asdict(finding) for finding in differences(wanted, collectives_of([hlo.parse(text)], plan))]
+
+
+def trained(folder: str, mesh: str, dump: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The audit of a training step."""
+    from train_cases import trainer
+
+    from parallama.train.audit import audit_training
+
+    return audit_training(trainer(folder, mesh, options), Path(dump)).to_dict()

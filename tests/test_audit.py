@@ -228,7 +228,7 @@ def test_a_failed_audit_says_what_differs_and_exits_with_1(models: Any, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--phase", "generate"], "--phase 'generate' is unknown\nexpected one of prefill, decode, all"),
+        (["--phase", "generate"], "--phase 'generate' is unknown\nexpected one of prefill, decode, train, all"),
         (["--mesh", "2x1", "--batch", "3"], "--batch is 3\nexpected a multiple of 2, the devices along 'data'"),
         (["--seq", "0"], "--seq is 0\nexpected at least 1"),
     ],

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from test_plan import MESHES, TINY, specs
 
 from parallama.collectives import Collective, expected
+from parallama.errors import PlanError
 from parallama.plan import make_plan
 from parallama.topology import DATA, MODEL, MeshShape
+from parallama.train_collectives import TrainStep, expected_in_training
 
 REDUCED = 3 * 5 * 24 * 4  # rows of one device, positions, hidden, bytes
 
@@ -35,23 +37,41 @@ def test_a_decode_step_sums_one_position():
     assert [c.bytes for c in found(MeshShape(data=2, model=2), "decode")] == [3 * 24 * 4] * 3 + [3 * 2 * 5 * 4]
 
 
-def test_training_sums_gradients_over_data_and_inputs_gradients_over_model():
-    by_axis = {axis: [c for c in found(MeshShape(data=2, model=2), "train") if c.axis == axis] for axis in (DATA, MODEL)}
-    assert [(c.module, c.count) for c in by_axis[MODEL]] == [
-        ("model.embed_tokens", 1),
-        ("model.layers.*.self_attn.o_proj", 2),
-        ("model.layers.*.mlp.down_proj", 2),
-        ("loss", 3),
-        ("model.layers.*.self_attn (backward)", 2),
-        ("model.layers.*.mlp (backward)", 2),
-        ("lm_head (backward)", 1),
+def test_training_sums_gradients_once_over_data_and_inputs_gradients_twice_a_layer_over_model():
+    plan = make_plan(TINY, MeshShape(data=2, model=2))
+    training = expected_in_training(plan, TrainStep(batch=6, seq=5, micro_steps=3))
+    assert [(c.module, c.kind, c.count) for c in training if c.axis == MODEL] == [
+        ("model.embed_tokens", "all-reduce", 3),
+        ("model.layers.*.self_attn.o_proj", "all-reduce", 6),
+        ("model.layers.*.self_attn (backward)", "all-reduce", 6),
+        ("model.layers.*.mlp.down_proj", "all-reduce", 6),
+        ("model.layers.*.mlp (backward)", "all-reduce", 6),
+        ("loss", "all-reduce", 3),
+        ("loss", "all-reduce", 3),
+        ("lm_head (backward)", "all-reduce", 3),
     ]
-    gradients = [c for c in by_axis[DATA] if c.module.endswith("(gradient)")]
-    assert sum(c.count * c.bytes for c in gradients) == make_plan(TINY, MeshShape(data=2, model=2)).parameter_bytes(4)[0]
+    gradients = [c for c in training if c.axis == DATA]
+    assert sum(c.count * c.bytes for c in gradients) == plan.parameter_bytes(4)[0]
+
+
+def test_sequence_parallelism_scatters_and_gathers_what_is_summed_without_it():
+    plan = make_plan(TINY, MeshShape(model=2))
+    plain, along = (expected_in_training(plan, TrainStep(batch=2, seq=6, sequence_parallel=on)) for on in (False, True))
+    stream = 2 * 6 * 24 * 4
+    summed = sum(c.count for c in plain if c.bytes == stream)
+    assert {c.kind for c in along if c.bytes == stream} == {"all-gather"}
+    assert sum(c.count for c in along if c.kind == "reduce-scatter" and c.bytes == stream // 2) == summed
+
+
+@pytest.mark.parametrize("overrides", [{"model.layers.1.mlp.up_proj.weight": "replicate"}, {"model.embed_tokens.weight": [None, MODEL]}])
+def test_a_plan_that_training_does_not_follow_is_refused_with_its_name(overrides):
+    with pytest.raises(PlanError, match=next(iter(overrides)).replace(".", r"\.")) as refused:
+        expected_in_training(make_plan(TINY, MeshShape(model=2), overrides), TrainStep(batch=2, seq=6))
+    assert "training expects" in str(refused.value) and len(str(refused.value).splitlines()) <= 3
 
 
 @settings(deadline=None)
-@given(spec=specs(), mesh=MESHES, phase=st.sampled_from(["prefill", "decode", "train"]))
+@given(spec=specs(), mesh=MESHES, phase=st.sampled_from(["prefill", "decode"]))
 def test_an_axis_of_one_device_has_no_collectives(spec, mesh, phase):
     for each in found(mesh, phase, spec=spec):
         assert mesh.size(each.axis) > 1 and each.count > 0 and each.bytes > 0

@@ -26,7 +26,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "gguf_header",
             "config_checks",
         ),
-        *("configs", "plan", "kinds", "buckets", "cost", "collectives", "hlo"),
+        *("configs", "plan", "kinds", "buckets", "cost", "collectives", "train_collectives", "hlo"),
         *("hardware", "picture", "forecast", "forecast_view", "tolerance", "corpus"),
     ),
     "device": ("backends", "mesh", "ops", "products", "program", "cache", "attention", "rotary", "loss", "shard"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,3 +65,31 @@ def test_losses_and_norms_are_those_of_a_plain_torch_loop_and_nothing_is_compile
     assert all(found["finite"]) and found["compiled_later"] == 0
     for name, parameter in plain.named_parameters():
         assert relative_l2(found["parameters"][name], parameter.detach()) < 1e-4, name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's own business
+def test_adapters_on_a_mesh_have_the_gradients_of_one_device_and_peft_loads_what_is_saved(
+    workers: Workers, models: TinyModels, tmp_path: Path
+) -> None:
+    import peft
+
+    tiny = models(**PADDED)
+    lora = {"rank": 2, "alpha": 8.0, "targets": ("q_proj", "v_proj", "o_proj", "down_proj")}
+    options = {"batch_size": 4, "seq_len": 12, "lora": lora}
+    batches = [train_data.random_batch((1, 4, 12), tiny.vocab, seed) for seed in range(3)]
+    found = workers[4].call(
+        "train_cases:adapted", model=tiny.folder, mesh="2x2", options=options, batches=batches, lr=1e-2, folder=str(tmp_path)
+    )
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(tiny.model), tmp_path, is_trainable=True)
+    ids = torch.from_numpy(batches[0]["ids"][0])
+    with torch.no_grad():
+        ours = model(input_ids=ids, use_cache=False).logits
+        merged = copy.deepcopy(tiny.model)
+        merged.load_state_dict(found["merged"], strict=False)
+        assert relative_l2(merged(input_ids=ids, use_cache=False).logits, ours) < 1e-5
+        assert relative_l2(ours, tiny.model(input_ids=ids, use_cache=False).logits) > 1e-3  # something was learnt
+    wanted = train_data.gradients(model.double(), batches[0])
+    assert len(wanted) == len(found["gradients"]) == 2 * 2 * 4
+    for name, gradient in found["gradients"].items():
+        theirs = wanted[f"base_model.model.{name.removesuffix('.weight')}.default.weight"]
+        assert relative_l2(gradient, theirs) < 1e-5, name

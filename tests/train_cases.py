@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from parallama.mesh import DeviceMesh
 from parallama.plan import make_plan
 from parallama.program import compiled_programs
 from parallama.spec import ModelSpec
+from parallama.train import lora
 from parallama.train.batch import Batch
 from parallama.train.options import LoraOptions, StepOptions
 from parallama.train.step import Trainer
@@ -32,11 +34,7 @@ def batch_of(arrays: dict[str, np.ndarray]) -> Batch:
 
 
 def gradients(model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], **more: Any) -> dict[str, torch.Tensor]:
-    state = more.pop("state", None)
-    made = trainer(model, mesh, options, **more)
-    if state:
-        made.load(made.state_on_host() | state)
-    return dict(made.gradients(batch_of(arrays)))
+    return dict(trainer(model, mesh, options, **more).gradients(batch_of(arrays)))
 
 
 def run(
@@ -54,3 +52,13 @@ def run(
         "compiled_later": compiled_programs() - compiled,
         "parameters": dict(made.host_parameters()) if final else {},
     }
+
+
+def adapted(model: str, mesh: str, options: dict[str, Any], batches: list[dict[str, np.ndarray]], lr: float, folder: str) -> dict[str, Any]:
+    """Train adapters for some steps and save them: their gradients afterwards, on the first batch, and the model with them merged."""
+    made = trainer(model, mesh, options)
+    for arrays in batches:
+        made.step(batch_of(arrays), lr)
+    assert made.options.lora is not None
+    lora.save_adapter(Path(folder), made.adapters(), made.options.lora, model)
+    return {"gradients": dict(made.gradients(batch_of(batches[0]))), "merged": dict(made.host_parameters())}

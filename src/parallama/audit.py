@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .program import ProgramSet
 from .steps import StepKey, Steps
 from .topology import DATA, MODEL, MeshShape
 
+ModuleOf = Callable[[hlo.Instruction, hlo.Module, Plan], str]
 _DUMPED = "*after_optimizations.txt"
 
 
@@ -49,7 +50,7 @@ class Audit:
         expected: collectives by the plan.
         found: collectives of the compiled program.
         programs: how many the phase compiled to.
-        aliased: cache tensors whose buffers the program updates in place.
+        aliased: cache tensors, in training tensors of the state, whose buffers the program updates in place.
         cache_tensors: how many there are.
         param_bytes_per_device: measured on the devices.
     """
@@ -118,7 +119,7 @@ def audit(steps: Steps, programs: ProgramSet, folder: Path, phase: Phase, key: S
     if len(modules) != 1:
         findings.append(Finding(module="program", what=f"{len(modules)} programs were compiled for one step", bytes=0))
     if not accept_plan:
-        findings += _over_the_least(wanted, least(plan, phase, **sizes))
+        findings += over_the_least(wanted, least(plan, phase, **sizes))
     return Audit(
         phase=phase,
         expected=wanted,
@@ -133,23 +134,37 @@ def audit(steps: Steps, programs: ProgramSet, folder: Path, phase: Phase, key: S
 
 def optimized_hlo(programs: ProgramSet, folder: Path, phase: Phase, key: StepKey) -> list[str]:
     """Compile one step and read what XLA made of it, one text a program; arguments and errors as for `audit`."""
+    return dumped(folder, phase, lambda: programs.warm_up([key]))
+
+
+def dumped(folder: Path, phase: Phase, make: Callable[[], object]) -> list[str]:
+    """What XLA writes into a folder while a program is made, one text a program.
+
+    Raises:
+        RunError: it wrote nothing.
+    """
     before = set(folder.glob(_DUMPED))
-    programs.warm_up([key])
+    make()
     texts = sorted(set(folder.glob(_DUMPED)) - before)
     if not texts:
         raise RunError(lines(f"XLA wrote no optimized HLO of the {phase} step into {folder}", "expected one file a program"))
     return [text.read_text() for text in texts]
 
 
-def collectives_of(modules: Iterable[hlo.Module], plan: Plan) -> tuple[Collective, ...]:
-    """The collectives of compiled programs, with the modules that they come from."""
+def collectives_of(modules: Iterable[hlo.Module], plan: Plan, module_of: ModuleOf | None = None) -> tuple[Collective, ...]:
+    """The collectives of compiled programs, with the modules that they come from.
+
+    Args:
+        module_of: says whose a collective is; the module it was traced in, or whose product needs it, if None.
+    """
+    module_of = module_of or _module_of
     found = Counter(
         Collective(
             kind=instruction.opcode,
             axis=axis_of(hlo.replica_groups(instruction.text, plan.mesh.devices), plan.mesh),
             count=1,
             bytes=instruction.bytes,
-            module=_module_of(instruction, module, plan),
+            module=module_of(instruction, module, plan),
         )
         for module in modules
         for instruction in module.collectives
@@ -186,7 +201,8 @@ def differences(wanted: Sequence[Collective], found: Sequence[Collective]) -> It
         yield Finding(module=module, what=what, bytes=-count * size)
 
 
-def _over_the_least(wanted: Sequence[Collective], minimum: Sequence[Collective]) -> Iterable[Finding]:
+def over_the_least(wanted: Sequence[Collective], minimum: Sequence[Collective]) -> Iterable[Finding]:
+    """What a plan needs and the least for its mesh doesn't have."""
     for (kind, axis, size, module), count in (_counts(wanted) - _counts(minimum)).items():
         what = f"the plan needs {kind} over {axis!r}, {count} of {size} bytes, which this mesh can do without"
         yield Finding(module=module, what=what, bytes=count * size)

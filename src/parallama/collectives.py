@@ -2,7 +2,7 @@
 
 The steps of inference say how every activation lies (see `products.LinearForm`), so what GSPMD must insert follows from the plan alone: the residual stream is whole on every
 device, a product with a weight that is split on its inputs is summed, and what is split is gathered before a product that needs it whole. `audit` holds compiled programs against this.
-The backward pass is the theory of tensor parallelism (Shoeybi et al., "Megatron-LM", 2019).
+`train_collectives` has those of a training step.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .kinds import kinds, local_elements, ranges, without_layer
+from .kinds import local_elements, ranges, without_layer
 from .plan import Plan, make_plan
 from .topology import DATA, MODEL
 
 Phase = Literal["prefill", "decode", "train"]
+INFERENCE: tuple[Phase, ...] = ("prefill", "decode")
 CANDIDATE_NUMBERS = 5
 """What a device says of its best token, in fp32: see `sampling.choose`."""
 _FP32 = 4
@@ -47,16 +48,14 @@ def expected(
     """What one step needs on a mesh, in the order of the model.
 
     Args:
-        phase: prefill or training step of `positions` positions a row, or decode of one.
+        phase: prefill of `positions` positions a row, or decode of one.
         batch: rows over all devices.
         itemsize: bytes of an activation.
         sum_itemsize: bytes of an activation while it is summed over devices, where the backend widens it; `itemsize` if None.
     """
     rows = -(-batch // plan.mesh.data)
     sizes = _Sizes(rows=rows, tokens=rows * (1 if phase == "decode" else positions), itemsize=itemsize, summed=sum_itemsize or itemsize)
-    found = [*_forward(plan, sizes), *_end(plan, sizes, phase)]
-    if phase == "train":
-        found += _backward(plan, sizes)
+    found = [*_forward(plan, sizes), *_end(plan, sizes)]
     needed = Counter(each for each in found if plan.mesh.size(each.axis) > 1)
     return grouped(needed, plan.model.layers)
 
@@ -142,33 +141,11 @@ def _forward(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
         yield from ending(f"{mlp}.down_proj", inner, split=MODEL in halves)
 
 
-def _end(plan: Plan, sizes: _Sizes, phase: Phase) -> Iterator[Collective]:
-    """From the last hidden states to a token, or to the loss."""
-    axes = plan[_head(plan)].axes
-    scored = sizes.tokens if phase == "train" else sizes.rows
-    if axes[1] == MODEL:
-        yield _one("all-reduce", MODEL, scored * plan.vocab, sizes.summed, "lm_head")
-    if phase == "train":
-        if axes[0] == MODEL:
-            # The largest logit, the sum of exponentials, and the target's own logit.
-            yield replace(_one("all-reduce", MODEL, scored, _FP32, "loss"), count=3)
-    else:
-        yield _one("all-gather", MODEL, plan.mesh.model * sizes.rows * CANDIDATE_NUMBERS, _FP32, "sampling")
-
-
-def _backward(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
-    """What a column-parallel product takes in whole, it sums going back; and every gradient is summed over "data"."""
-    hidden = sizes.tokens * plan.model.hidden
-    for layer in range(plan.model.layers):
-        for part, first in (("self_attn", "q_proj"), ("mlp", "up_proj")):
-            if plan[f"model.layers.{layer}.{part}.{first}.weight"].axes[0] == MODEL:
-                yield _one("all-reduce", MODEL, hidden, sizes.summed, f"model.layers.{layer}.{part} (backward)")
-    if plan[_head(plan)].axes[0] == MODEL:
-        yield _one("all-reduce", MODEL, hidden, sizes.summed, "lm_head (backward)")
-    for kind in kinds(plan):
-        local = local_elements(plan, kind.placement)
-        yield replace(_one("all-reduce", DATA, local, sizes.summed, f"{kind.module} (gradient)"), count=kind.count)
-    yield _one("all-reduce", DATA, 1, _FP32, "loss")
+def _end(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
+    """From the last hidden states to a token."""
+    if plan[_head(plan)].axes[1] == MODEL:
+        yield _one("all-reduce", MODEL, sizes.rows * plan.vocab, sizes.summed, "lm_head")
+    yield _one("all-gather", MODEL, plan.mesh.model * sizes.rows * CANDIDATE_NUMBERS, _FP32, "sampling")
 
 
 def _head(plan: Plan) -> str:

@@ -9,15 +9,16 @@ from typing import Any
 
 from . import heads
 from .buckets import chunk_size
-from .collectives import Collective, Phase, expected
+from .collectives import INFERENCE, Collective, Phase, expected
 from .configs import ITEMSIZES
 from .cost import Memory, TrainMemory, memory, parameter_count, shown_bytes, train_memory
-from .errors import FitError, UsageError, lines
+from .errors import FitError, PlanError, UsageError, lines
 from .hardware import Hardware
 from .kinds import Kind, kinds, local_elements
 from .plan import Plan, make_plan
 from .spec import ModelSpec
 from .topology import MeshShape
+from .train_collectives import TrainStep, expected_in_training
 
 MOST_DEVICES = 64
 DEFAULT_PROMPT = 512
@@ -209,10 +210,11 @@ def forecast(name: str, plan: Plan, request: Request) -> Forecast:
         UsageError: a number of the request is out of range.
     """
     _check(plan.model, request)
-    phases: dict[Phase, tuple[Collective, ...]] = {"prefill": (), "decode": (), "train": ()}
-    for phase in phases:
+    phases: dict[Phase, tuple[Collective, ...]] = {}
+    for phase in INFERENCE:
         positions = chunk_size(request.seq) if phase == "prefill" else request.seq
         phases[phase] = expected(plan, phase, batch=request.batch, positions=positions, itemsize=request.itemsize)
+    phases["train"] = _train_collectives(plan, request)
     return Forecast(
         name=name,
         plan=plan,
@@ -278,6 +280,14 @@ def _check(model: ModelSpec, request: Request) -> None:
 
 def _memory(plan: Plan, request: Request) -> Memory:
     return memory(plan, batch=request.batch, prompt=request.seq, max_model_len=request.max_model_len, itemsize=request.itemsize)
+
+
+def _train_collectives(plan: Plan, request: Request) -> tuple[Collective, ...]:
+    """Empty for a plan of a user's own that training refuses."""
+    try:
+        return expected_in_training(plan, TrainStep(batch=request.batch, seq=request.seq, itemsize=request.itemsize))
+    except PlanError:
+        return ()
 
 
 def _train(plan: Plan, request: Request) -> TrainMemory:

@@ -129,7 +129,11 @@ class DeviceMesh:
     def all_gather(self, tensor: torch.Tensor, axis: str, dim: int) -> torch.Tensor:
         """Within a manually partitioned region: every device's part along an axis, put together along a dim."""
         parts = self.shape.size(axis)
-        return self._xla._XLAC._xla_all_gather(tensor, dim, parts, self.groups(axis), False, 1, True) if parts > 1 else tensor
+        if parts == 1:
+            return tensor
+        # torch-xla orders all-gathers by a token: each would wait for the one before, and keep it alive when nobody needs it.
+        self._xla._XLAC._set_all_reduce_token(str(self.device), None)
+        return self._xla._XLAC._xla_all_gather(tensor, dim, parts, self.groups(axis), False, 1, True)
 
     def reduce_scatter(self, tensor: torch.Tensor, axis: str, dim: int) -> torch.Tensor:
         """Within a manually partitioned region: each device's part, along a dim, of the sum of all tensors along an axis."""

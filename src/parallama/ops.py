@@ -43,6 +43,14 @@ def barrier_together(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(held)
 
 
+def held_until(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`x`, which XLA doesn't have before `other` is there, and doesn't take for the same as `x` anywhere else. Both must be finite, or the result isn't.
+
+    A barrier is gone before XLA looks for equal values for the last time; a product with 0 is not simplified away, since it might be no number.
+    """
+    return x + other.detach().flatten()[:1].to(x.dtype) * 0
+
+
 @contextmanager
 def scope(name: str) -> Iterator[None]:
     """What is traced within carries this name into the HLO, if torch-xla's debug metadata is on (`backends.dump_programs`)."""

@@ -5,25 +5,33 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..collectives import Phase
+from ..collectives import INFERENCE, Phase
 from ..errors import UsageError, lines
+from ..plugins import parse_options
+from ..topology import MeshShape
 from . import options
 
 if TYPE_CHECKING:
     from ..audit import Audit
 
-_PHASES: tuple[Phase, ...] = ("prefill", "decode")
+_PHASES: tuple[Phase, ...] = ("prefill", "decode", "train")
 
 
 def audit(
     model: options.Model,
-    phase: Annotated[str, typer.Option("--phase", help="prefill, decode or all.")] = "decode",
+    phase: Annotated[str, typer.Option("--phase", help="prefill, decode, train or all (the first two).")] = "decode",
     batch: Annotated[int, typer.Option("--batch", help="Rows over all devices.", show_default="one on each")] = 0,
-    seq: Annotated[int, typer.Option("--seq", help="Tokens of each prompt; for decode, tokens already cached.")] = 64,
+    seq: Annotated[int, typer.Option("--seq", help="Tokens of each prompt or training row; for decode, tokens already cached.")] = 64,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="train: weights and their state split over data, too.")] = False,
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel", help="train: norms and residuals split along the sequence.")
+    ] = False,
+    grad_accum: Annotated[int, typer.Option("--grad-accum", help="train: micro-steps of a step.")] = 1,
+    remat: Annotated[str, typer.Option("--remat", help="train: none, full, or n for every n-th layer.")] = "none",
     accept_plan: Annotated[
         bool, typer.Option("--accept-plan", help="Judge the program against the plan only, not the plan against the least.")
     ] = False,
@@ -47,6 +55,21 @@ def audit(
         raise UsageError(lines(f"--batch is {batch}", f"expected a multiple of {shape.data}, the devices along 'data'"))
     if seq < 1:
         raise UsageError(lines(f"--seq is {seq}", "expected at least 1"))
+    if phase == "train":
+        step: dict[str, Any] = {
+            "batch_size": batch,
+            "seq_len": seq,
+            "fsdp": fsdp,
+            "sequence_parallel": sequence_parallel,
+            "grad_accum": grad_accum,
+        }
+        step |= {"remat": int(remat) if remat.isdigit() else remat, "dtype": "float32" if dtype == "auto" else dtype}
+        chosen = options.mesh_shape(mesh, tensor_parallel_size), devices, backend, backend_option, plan
+        found = _train(model, step, *chosen, accept_plan=accept_plan, quiet=quiet)
+        typer.echo(json.dumps(found.to_dict())) if as_json else _show(found, f"{model} on {shape}, batch {batch}, {seq} tokens")
+        if not found.passed:
+            raise typer.Exit(1)
+        return
     from .. import backends
     from ..audit import audit as judge
     from ..audit import step_key
@@ -70,7 +93,7 @@ def audit(
             raise UsageError(lines(f"--seq is {seq}", f"expected less than {llm.max_model_len}, the model's positions"))
         audits = [
             judge(llm.steps, llm.programs, Path(folder), each, step_key(each, batch, seq), accept_plan=accept_plan)
-            for each in _PHASES
+            for each in INFERENCE
             if phase in (each, "all")
         ]
     if as_json:
@@ -82,6 +105,37 @@ def audit(
             _show(each, f"{model} on {shape}, batch {batch}, {seq} tokens")
     if not all(each.passed for each in audits):
         raise typer.Exit(1)
+
+
+def _train(
+    model: str,
+    step: dict[str, Any],
+    shape: MeshShape,
+    devices: int | None,
+    backend: str,
+    backend_options: list[str] | None,
+    plan: Path | None,
+    *,
+    accept_plan: bool,
+    quiet: bool,
+) -> Audit:
+    """Audit a training step."""
+    from .. import backends, loading
+    from ..mesh import DeviceMesh
+    from ..plan import make_plan, read_overrides
+    from ..spec import ModelSpec
+    from ..train.audit import audit_training
+    from ..train.options import StepOptions
+    from ..train.step import Trainer
+
+    chosen = StepOptions(**step)
+    with tempfile.TemporaryDirectory(prefix="parallama-audit-") as folder, options.progress(quiet) as progress:
+        backends.dump_programs(Path(folder))
+        checkpoint = loading.find(model)
+        mesh = DeviceMesh(shape, backend=backend, backend_options=parse_options(backend_options or []), devices=devices)
+        made = make_plan(ModelSpec.from_config(checkpoint.config), shape, read_overrides(plan) if plan is not None else None)
+        report = None if progress is None else lambda done, of: progress("loading", done, of)
+        return audit_training(Trainer(checkpoint, mesh, chosen, plan=made, progress=report), Path(folder), accept_plan=accept_plan)
 
 
 def _show(audit: Audit, title: str) -> None:
@@ -111,7 +165,11 @@ def _show(audit: Audit, title: str) -> None:
         console.print(table)
     else:
         console.print(Text("no collectives, planned or found"))
-    console.print(Text(f"{audit.programs} program; {audit.aliased} of {audit.cache_tensors} cache tensors updated in place"))
+    console.print(
+        Text(
+            f"{audit.programs} program; {audit.aliased} of {audit.cache_tensors} {'tensors of the state' if audit.phase == 'train' else 'cache tensors'} updated in place"
+        )
+    )
     console.print(Text(f"parameters on each device, measured: {_bytes(audit.param_bytes_per_device)}"))
     for finding in audit.findings:
         console.print(Text(f"- {finding.module}: {finding.what} ({finding.bytes:+,} bytes)"))

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from ..errors import PlanError, lines
 from ..plan import Blocks, Placement, Plan
 from ..topology import DATA, MODEL
+from ..train_collectives import ADAPTER, check_trainable, trained_parameters
 from .options import LoraOptions
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj"), ("mlp", ("gate_proj", "up_proj"), "down_proj"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ class TrainingPlan(Plan):
     @property
     def trained(self) -> tuple[Placement, ...]:
         """What gets gradients: the adapters if there are any, else every parameter."""
-        return tuple(each for each in self.parameters if each.name in self.adapters) if self.adapters else self.parameters
+        return trained_parameters(self)
 
     def split(self, module: str) -> bool:
         """Whether a layer's `self_attn` or `mlp`, the embedding or the head is split over "model"."""
@@ -55,7 +54,7 @@ def training_plan(plan: Plan, *, fsdp: bool, lora: LoraOptions | None) -> Traini
     Raises:
         PlanError: the plan is not one that training follows: attention and MLP, embedding and head each split the way of Megatron-LM over "model", or whole.
     """
-    _check(plan)
+    check_trainable(plan)
     placements = [_over_data(each, plan, plan.blocks(each.name)) if fsdp and each.kind == "parameter" else each for each in plan.placements]
     adapters: dict[str, Blocks | None] = {}
     if lora is not None:
@@ -99,38 +98,8 @@ def _adapters(weight: Placement, plan: Plan, rank: int) -> list[tuple[Placement,
             source_shape=source,
             shape=whole,
             axes=(None, axis) if letter == "A" else (axis, None),
-            style="adapter",
+            style=ADAPTER,
             reason=f"adapter of {base}: lies as dim {dim} of its weight",
         )
         found.append((placement, blocks if blocks is not None and blocks.dim == dim else None))
     return found
-
-
-def _check(plan: Plan) -> None:
-    """Raise `PlanError` for a plan whose modules don't fit together."""
-
-    def model_axes(name: str) -> tuple[str | None, ...]:
-        return tuple(axis if axis == MODEL else None for axis in plan[name].axes)
-
-    def refuse(name: str, wanted: str) -> None:
-        raise PlanError(lines(f"{name} lies as {list(plan[name].axes)}", f"training expects {wanted}", "leave it to the default plan"))
-
-    for layer in range(plan.model.layers):
-        for part, firsts, last in _GROUPS:
-            prefix = f"model.layers.{layer}.{part}"
-            split = model_axes(f"{prefix}.{last}.weight") == (None, MODEL)
-            for first in firsts:
-                if model_axes(f"{prefix}.{first}.weight") != ((MODEL, None) if split else (None, None)):
-                    refuse(f"{prefix}.{first}.weight", f"it split on its outputs, and {last} on its inputs, or both whole over 'model'")
-            if not split and MODEL in model_axes(f"{prefix}.{last}.weight"):
-                refuse(f"{prefix}.{last}.weight", "it split on its inputs, or whole over 'model'")
-    for name in (_EMBEDDING, *((_HEAD,) if not plan.model.tied else ())):
-        if model_axes(name) == (None, MODEL):
-            refuse(name, "it split over the vocabulary, or whole over 'model'")
-    for placement in plan.parameters:
-        split_vector = len(placement.axes) == 1 and placement.axes[0] is not None
-        like = placement.name.removesuffix(".bias") + ".weight"
-        if split_vector and not (placement.name.endswith(".bias") and placement.axes[0] == MODEL and model_axes(like)[0] == MODEL):
-            refuse(placement.name, "vectors whole, but for biases that lie as their weight")
-        if placement.name.endswith(".bias") and not split_vector and model_axes(like)[0] == MODEL:
-            refuse(placement.name, f"it as {like}, split over 'model'")

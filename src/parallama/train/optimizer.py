@@ -15,23 +15,12 @@ import torch
 
 from .. import heads
 from ..mesh import DeviceMesh
-from ..plan import Blocks, Placement
+from ..ops import barrier_together, scope
+from ..plan import Placement
 from ..topology import AXES, DATA, MODEL
+from ..train_collectives import GRADIENT, TOGETHER, copies, partial_over_model, summed_together
 from .layout import TrainingPlan
 from .options import StepOptions
-
-
-def partial_over_model(plan: TrainingPlan, placement: Placement, *, sequence_parallel: bool) -> bool:
-    """Whether each device along "model" has only a part of a gradient that is to be whole there: of a parameter that is not split over "model", but used on what is."""
-    if plan.mesh.model == 1 or MODEL in placement.axes:
-        return False
-    if placement.name in plan.adapters:
-        base = placement.name.removesuffix(".weight").rpartition(".")[0]
-        return MODEL in plan[f"{base}.weight"].axes
-    module = placement.name.rpartition(".")[0]
-    if module.endswith(("q_norm", "k_norm")):
-        return plan.split(module.rpartition(".")[0])
-    return len(placement.shape) == 1 and sequence_parallel
 
 
 class Reduction:
@@ -49,16 +38,13 @@ class Reduction:
         """Each device's part of every gradient, of the sum over all devices, in the plan's order."""
         plan = self._plan
         found = {placement.name: sums[placement.name] for placement in plan.trained}
-        small = [
-            placement.name
-            for placement in plan.trained
-            if len(placement.shape) == 1 or (placement.name in plan.adapters and DATA not in placement.axes)
-        ]
+        small = [placement.name for placement in plan.trained if summed_together(placement)]
         for placement in plan.trained:
-            if DATA in placement.axes:
-                found[placement.name] = self._mesh.reduce_scatter(found[placement.name], DATA, placement.axes.index(DATA))
-            elif placement.name not in small:
-                found[placement.name] = self._mesh.all_reduce(found[placement.name], DATA)
+            with scope(f"{placement.name}{GRADIENT}"):
+                if DATA in placement.axes:
+                    found[placement.name] = self._mesh.reduce_scatter(found[placement.name], DATA, placement.axes.index(DATA))
+                elif not summed_together(placement):
+                    found[placement.name] = self._mesh.all_reduce(found[placement.name], DATA)
         self._together(found, small, DATA)
         partial = [each.name for each in plan.trained if partial_over_model(plan, each, sequence_parallel=self._sequence_parallel)]
         self._together(found, partial, MODEL)
@@ -69,7 +55,8 @@ class Reduction:
         """Sum small gradients in one collective."""
         if not names or self._mesh.shape.size(axis) == 1:
             return
-        flat = self._mesh.all_reduce(torch.cat([found[name].flatten() for name in names]), axis)
+        with scope(TOGETHER):
+            flat = self._mesh.all_reduce(torch.cat([found[name].flatten() for name in names]), axis)
         for name, part in zip(names, flat.split([found[name].numel() for name in names]), strict=True):
             found[name] = part.reshape(found[name].shape)
 
@@ -85,7 +72,7 @@ class Reduction:
                 real = (self._index[name] != heads.EMPTY).reshape(-1, *(1,) * (parts.dim() - 1))
                 parts = torch.where(real, parts, torch.zeros((), device=parts.device))
                 found[name] = parts.movedim(0, blocks.dim).flatten(blocks.dim, blocks.dim + 1)
-            if repeated(blocks):
+            if copies(self._plan, placement):
                 # `[sources, block, ...]`: the sum of the device's copies of each.
                 copied[name] = torch.stack(
                     [
@@ -118,7 +105,7 @@ class Reduction:
         shares: dict[tuple[str, ...], list[torch.Tensor]] = {}
         for name, gradient in gradients.items():
             blocks, squares = self._plan.blocks(name), gradient.square()
-            if blocks is not None and repeated(blocks):
+            if blocks is not None and copies(self._plan, self._plan[name]):
                 counted = first[name].reshape(*(1,) * blocks.dim, -1, 1, *(1,) * (gradient.dim() - blocks.dim - 1))
                 squares = torch.where(counted, squares.unflatten(blocks.dim, (-1, blocks.block)), torch.zeros((), device=squares.device))
             whole = tuple(axis for axis in AXES if axis not in self._plan[name].axes and self._mesh.shape.size(axis) > 1)
@@ -130,12 +117,6 @@ class Reduction:
                 share = torch.where(ranks[axis] == 0, share, torch.zeros_like(share))
             total = total + share
         return total
-
-
-def repeated(blocks: Blocks) -> bool:
-    """Whether something of the checkpoint stands in several places."""
-    held = [source for source in blocks.sources if source != heads.EMPTY]
-    return len(held) != len(set(held))
 
 
 def slots(options: StepOptions) -> tuple[str, ...]:
@@ -158,30 +139,38 @@ def update(
     kept: tuple[torch.Tensor, ...],
     lr: torch.Tensor,
     step: torch.Tensor,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """One parameter's update, as `torch.optim.AdamW` and `torch.optim.SGD` do it.
+    finite: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """One parameter's update, as `torch.optim.AdamW` and `torch.optim.SGD` do it: the new parameter, and what is kept of it.
 
     Args:
         kept: what `slots` names.
         lr: `[1]` fp32.
         step: `[1]` fp32, the number of this step, from 1.
+        finite: `[1]` bool; where it is false everything stays as it was.
     """
     decay = options.weight_decay if decayed(placement) else 0.0
     if options.optimizer == "sgd":
-        gradient = gradient + decay * parameter if decay else gradient
+        change = gradient + decay * parameter if decay else gradient
         if not kept:
-            return parameter - lr * gradient, ()
+            return (torch.where(finite, parameter - lr * change, parameter),)
         # torch begins with the gradient itself, and so does a momentum of zeros.
-        momentum = options.momentum * kept[0] + gradient
-        return parameter - lr * momentum, (momentum,)
+        (momentum,) = _settled(torch.where(finite, options.momentum * kept[0] + change, kept[0]))
+        return torch.where(finite, parameter - lr * momentum, parameter), momentum
     beta1, beta2 = options.betas
     mean, square = kept
-    if decay:
-        parameter = parameter * (1 - lr * decay)
-    mean = mean + (gradient - mean) * (1 - beta1)
-    square = square * beta2 + gradient * gradient * (1 - beta2)
+    mean, square = _settled(
+        torch.where(finite, mean + (gradient - mean) * (1 - beta1), mean),
+        torch.where(finite, square * beta2 + gradient * gradient * (1 - beta2), square),
+    )
     denominator = square.sqrt() / _correction(beta2, step).sqrt() + options.eps
-    return parameter - (lr / _correction(beta1, step)) * (mean / denominator), (mean, square)
+    shrunk = parameter * (1 - lr * decay) if decay else parameter
+    return torch.where(finite, shrunk - (lr / _correction(beta1, step)) * (mean / denominator), parameter), mean, square
+
+
+def _settled(*kept: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What is kept, done before the parameter is: XLA would compute it a second time from the old buffers for that, and copy them first to have them."""
+    return barrier_together(*kept)
 
 
 def _correction(beta: float, step: torch.Tensor) -> torch.Tensor:

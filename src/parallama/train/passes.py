@@ -19,8 +19,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..mesh import DeviceMesh
-from ..ops import barrier_together, optimization_barrier, scope
+from ..ops import held_until, optimization_barrier, scope
 from ..topology import DATA, MODEL
+from ..train_collectives import BACKWARD
 from . import regions
 from .layout import TrainingPlan
 from .objective import token_losses
@@ -62,10 +63,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (x,), weight, (gradient,) = ctx.saved_tensors, ctx.weight, gradients
-        with scope(f"{weight.module}{regions.BACKWARD}"):
+        with scope(f"{weight.module}{BACKWARD}"):
             if weight.sink is not None:
                 weight.sink(torch.einsum("no,ne->oe", gradient, x))
-            return (gradient @ weight.whole(again=True) if ctx.needs_input_grad[0] else None), None, None
+            return (gradient @ weight.whole(gradient) if ctx.needs_input_grad[0] else None), None, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,18 +90,18 @@ class Weight:
     sink: Callable[[torch.Tensor], None] | None
     anchor: torch.Tensor
 
-    def whole(self, *, again: bool = False) -> torch.Tensor:
+    def whole(self, after: torch.Tensor) -> torch.Tensor:
+        """The weight put together over "data", not before `after` is there: XLA would find the same all-gather in every pass, and keep the first one's result through the step."""
         part = self.part.to(self.dtype)
         if self.gather is None or self.mesh.shape.size(DATA) == 1:
             return part
-        # Behind a barrier, or XLA would find the same all-gather twice and keep the first one's result.
-        return self.mesh.all_gather(barrier_together(part)[0] if again else part, DATA, self.gather)
+        return self.mesh.all_gather(held_until(part, after), DATA, self.gather)
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """`[N, E]` -> `[N, O]`."""
         if self.mesh.backend.weights_first:
-            return optimization_barrier(torch.einsum("oe,ne->on", self.whole(), x)).t()
-        return x @ self.whole().t()
+            return optimization_barrier(torch.einsum("oe,ne->on", self.whole(x), x)).t()
+        return x @ self.whole(x).t()
 
 
 def product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -179,7 +180,7 @@ class Passes:
 
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
         """`[B, S]` -> `[B, S, E]`, or the device's part of `S`. Its gradient is added by `_backward`."""
-        table = self._weights["model.embed_tokens.weight"].whole()
+        table = self._weights["model.embed_tokens.weight"].whole(ids)
         if not self.plan.split("embed_tokens"):
             return torch.nn.functional.embedding(ids, table)
         own, place = self._own_rows(ids, table.shape[0])
@@ -217,11 +218,11 @@ class Passes:
                 return
             names = {name: vector for name, vector in self._vectors.items() if name.startswith(f"model.layers.{layer}.")}
             if self.options.rematerialized(layer):
-                run, gradient = run.again(gradient)
+                run = run.again(gradient)
             gradient = self._grad(run.output, gradient, run.input, names)
         name = "model.embed_tokens.weight"
         if gradient is not None and name in self._trained:
-            with scope("model.embed_tokens"):
+            with scope(f"model.embed_tokens{BACKWARD}"):
                 self.gradients.add(name, self._embedding_gradient(gradient.detach(), name))
 
     def _grad(
@@ -305,11 +306,11 @@ class _Run:
     following: torch.Tensor
     call: Callable[[torch.Tensor], torch.Tensor]
 
-    def again(self, gradient: torch.Tensor) -> tuple[_Run, torch.Tensor]:
-        """The layer run once more for its backward pass, and the gradient of its output: behind one barrier, or XLA would find the same values twice and keep the first ones."""
-        input, gradient = barrier_together(self.input, gradient)
+    def again(self, gradient: torch.Tensor) -> _Run:
+        """The layer run once more for its backward pass, when that has come to it. XLA must not see that it is the same again, or it would keep the first run's values."""
+        input = held_until(self.input.detach(), gradient)
         input.requires_grad_(self.input.requires_grad)
-        return _Run(input=input, output=self.call(input), following=self.following, call=self.call), gradient
+        return _Run(input=input, output=self.call(input), following=self.following, call=self.call)
 
 
 class _Layer:

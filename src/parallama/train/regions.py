@@ -14,9 +14,8 @@ import torch
 from ..mesh import DeviceMesh
 from ..ops import scope
 from ..topology import MODEL
+from ..train_collectives import BACKWARD
 
-BACKWARD = " (backward)"
-"""Behind the name of a module: what is traced going back through it."""
 _SEQUENCE = 1
 
 

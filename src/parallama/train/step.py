@@ -24,6 +24,7 @@ from ..rope import FOLLOWING, ROPE_TYPES
 from ..shard import put_parameter, take_off
 from ..spec import ModelSpec
 from ..topology import AXES, DATA, MODEL
+from ..train_collectives import TOGETHER
 from . import lora, optimizer, packed
 from .batch import Batch
 from .layout import TrainingPlan, training_plan
@@ -285,7 +286,7 @@ class Trainer:
     def _trace_step(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         own = self._enter(given)
         losses, sums = self._run(own, backward=True)
-        with scope("gradients"):
+        with scope(TOGETHER):
             gradients = self._reduction(own)(sums)
             square = self._reduction(own).square_norm(
                 gradients, {name: own[f"first.{key}"] for name, key in self._heads.items()}, self._ranks(own)
@@ -314,9 +315,8 @@ class Trainer:
             names = [PARAMETER + placement.name, *(f"{slot}.{placement.name}" for slot in optimizer.slots(options))]
             before = [own[name] for name in names]
             gradient = gradients[placement.name] if clip is None else gradients[placement.name] * clip
-            parameter, kept = optimizer.update(options, placement, before[0], gradient, tuple(before[1:]), lr, step)
-            for name, new, old in zip(names, (parameter, *kept), before, strict=True):
-                out[name] = torch.where(finite, new, old)
+            after = optimizer.update(options, placement, before[0], gradient, tuple(before[1:]), lr, step, finite)
+            out |= dict(zip(names, after, strict=True))
         return out
 
     def _trace_evaluate(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,105 @@
+"""Hold a compiled training step against its plan: collectives to the byte, what the devices store, and whether the state is updated in place."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from .. import hlo
+from ..audit import Audit, Finding, collectives_of, differences, dumped, over_the_least
+from ..kinds import without_layer
+from ..plan import Plan, make_plan
+from ..train_collectives import TrainStep, expected_in_training
+from .layout import training_plan
+from .options import StepOptions
+from .step import Trainer
+
+
+def train_step(options: StepOptions, layers: int, backend: str) -> TrainStep:
+    """What of a step's options decides about its collectives."""
+    itemsize = 2 if options.dtype == "bfloat16" else 4
+    return TrainStep(
+        batch=options.batch_size,
+        seq=options.seq_len,
+        micro_steps=options.grad_accum,
+        rematerialized=frozenset(layer for layer in range(layers) if options.rematerialized(layer)),
+        sequence_parallel=options.sequence_parallel,
+        itemsize=itemsize,
+        sum_itemsize=4 if backend == "cpu" else None,  # XLA:CPU sums 16-bit numbers as fp32
+    )
+
+
+def audit_training(trainer: Trainer, folder: Path, *, accept_plan: bool = False) -> Audit:
+    """Compile the step of a trainer that hasn't yet, and judge it.
+
+    Args:
+        folder: where `backends.dump_programs` has XLA write what it compiles.
+        accept_plan: only judge the program against the plan.
+
+    Raises:
+        RunError: XLA wrote no optimized HLO.
+    """
+    plan, options = trainer.plan, trainer.options
+    modules = [hlo.parse(text) for text in dumped(folder, "train", trainer.compile)]
+    step = train_step(options, plan.model.layers, trainer.mesh.backend.name)
+    wanted, found = expected_in_training(plan, step), collectives_of(modules, plan, _traced_in)
+    findings = [*differences(wanted, found), *_stored(trainer)]
+    changing = trainer.changing()
+    aliased = sum(len(module.aliases) for module in modules)
+    copies = list(_copies(trainer, modules))
+    if aliased != len(changing):
+        findings.append(
+            Finding(
+                module="state",
+                what=f"{len(changing) - aliased} of {len(changing)} tensors are not updated in place: each step writes them anew",
+                bytes=0,
+            )
+        )
+    if copies:
+        findings.append(Finding(module="state", what=f"{len(copies)} whole tensors are copied every step", bytes=sum(copies)))
+    if len(modules) != 1:
+        findings.append(Finding(module="program", what=f"{len(modules)} programs were compiled for one step", bytes=0))
+    if not accept_plan:
+        own = training_plan(make_plan(plan.model, plan.mesh), fsdp=options.fsdp, lora=options.lora)
+        findings += over_the_least(wanted, expected_in_training(own, step))
+    return Audit(
+        phase="train",
+        expected=wanted,
+        found=found,
+        findings=tuple(findings),
+        programs=len(modules),
+        aliased=aliased,
+        cache_tensors=len(changing),
+        param_bytes_per_device=tuple(trainer.bytes_per_device()["params"]),
+    )
+
+
+def _traced_in(instruction: hlo.Instruction, _module: hlo.Module, _plan: Plan) -> str:
+    """Every collective is asked for by name: see `regions`."""
+    return instruction.scope or "input"
+
+
+def _stored(trainer: Trainer) -> Iterator[Finding]:
+    """Tensors of the state that lie otherwise than planned, on any device."""
+    wrong: Counter[tuple[str, str, str]] = Counter()
+    cost: Counter[tuple[str, str, str]] = Counter()
+    for name, tensor in trainer.state.items():
+        planned = trainer.layout(name).local_shape(trainer.plan.mesh)
+        for shape in dict.fromkeys(trainer.mesh.local_shapes(tensor)):
+            if shape != planned:
+                key = (without_layer(name)[0], str(list(shape)), str(list(planned)))
+                wrong[key] += 1
+                cost[key] += (math.prod(shape) - math.prod(planned)) * tensor.element_size()
+    for key, count in wrong.items():
+        yield Finding(module=key[0], what=f"{count} tensor(s) lie as {key[1]} on a device, planned {key[2]}", bytes=cost[key])
+
+
+def _copies(trainer: Trainer, modules: list[hlo.Module]) -> Iterator[int]:
+    """Bytes of every copy of a whole tensor of the state, read from or written over its buffer."""
+    for module in modules:
+        aliased = {module.parameters[number].name for number in module.aliases.values() if number in module.parameters}
+        for each in module.of("copy"):
+            if each.entry and aliased.intersection(each.operands) and each.bytes > 64:
+                yield each.bytes
