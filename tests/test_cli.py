@@ -21,6 +21,11 @@ COMMAND = str(Path(sys.executable).with_name("parallama"))
 LIMIT_S = 240
 STATS = {
     "load_s",
+    "load_bytes_read",
+    "load_bytes_per_s",
+    "load_baseline_rss_bytes",
+    "load_peak_rss_bytes",
+    "largest_tensor_bytes",
     "compile_s",
     "ttft_s",
     "prefill_tokens_per_s",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .api import load as load
     from .chat import Chat as Chat
     from .errors import ParallamaError as ParallamaError
+    from .export import export_weights as export_weights
     from .heads import HeadLayout as HeadLayout
     from .llm import LLM as LLM
     from .llm import Chunk as Chunk
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .mesh import DeviceMesh as DeviceMesh
     from .plan import Plan as Plan
     from .plan import make_plan as make_plan
+    from .reshard import Resharding as Resharding
+    from .reshard import reshard_model as reshard_model
     from .sampling import SamplingParams as SamplingParams
     from .shard import shard_model as shard_model
     from .spec import ModelSpec as ModelSpec
@@ -44,6 +47,9 @@ _HOMES = {
     "DeviceMesh": "mesh",
     "Plan": "plan",
     "make_plan": "plan",
+    "Resharding": "reshard",
+    "reshard_model": "reshard",
+    "export_weights": "export",
     "SamplingParams": "sampling",
     "shard_model": "shard",
     "ModelSpec": "spec",

@@ -74,5 +74,8 @@ def load(
         max_model_len=max_model_len or spec.max_positions,
         ignored=source.ignored,
         load_s=time.perf_counter() - began,
+        load_stats=loaded.stats,
+        overrides=overrides,
+        source=source,
         progress=progress,
     )

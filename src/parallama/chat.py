@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from .errors import UsageError, lines
-from .generate import Session
 from .llm import DEFAULT_NEW_TOKENS, LLM, Chunk, Row
 from .text import TextStream
 
@@ -34,14 +33,11 @@ class Chat:
             raise UsageError(lines(f"max_model_len is {max_model_len}", f"expected 1 to {llm.max_model_len}, the model's limit"))
         self.max_model_len = max_model_len or min(DEFAULT_CHAT_LENGTH, llm.max_model_len)
         llm.render_chat([{"role": "user", "content": "?"}])
-        self._session = Session(
-            llm.steps,
-            llm.programs,
+        self._session = llm.session(
             [llm.sampling_params(**sampling)],
             capacity=self.max_model_len,
             eos=llm.eos_ids,
             continued=True,
-            progress=llm.report("compiling"),
         )
         self.stats = self._session.stats
 

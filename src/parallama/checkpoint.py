@@ -5,7 +5,7 @@ Nothing is unpickled, and no code of a checkpoint is run: the config is read as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from . import model_files, tokenizer_files
 from .config_checks import check_config, check_generation, declared
 from .errors import CheckpointError, cause, lines, shown
 from .spec import ModelSpec
+from .tensor_source import TensorSource, mapped
 from .weight_files import WeightFiles, check_second_head, survey
 
 
@@ -31,13 +32,18 @@ class Checkpoint(Protocol):
     generation: dict[str, Any]
     ignored: Mapping[str, str]
 
-    def tensors(self, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter of `spec.parameters()`, once, by transformers' name.
+    def sources(self, spec: ModelSpec) -> Sequence[TensorSource]:
+        """Every parameter of `spec.parameters()`, once, not yet read.
 
         Raises:
             CheckpointError: a tensor is missing or unexpected, with its name.
         """
         ...
+
+    def tensors(self, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same by name, whole and on the host."""
+        for source in self.sources(spec):
+            yield source.name, source.read()
 
     def file_of(self, name: str) -> str:
         """The name of the file that holds a parameter."""
@@ -75,7 +81,7 @@ def config_from_dict(document: Any, origin: str) -> Any:
     return config
 
 
-class SafetensorsFolder:
+class SafetensorsFolder(Checkpoint):
     """A folder as transformers saves it: config.json, one or several safetensors files, a tokenizer."""
 
     def __init__(self, folder: Path) -> None:
@@ -91,21 +97,10 @@ class SafetensorsFolder:
     def file_of(self, name: str) -> str:
         return self.weights.parameters[name].file.name
 
-    def tensors(self, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
-        from safetensors import SafetensorError, safe_open
-
+    def sources(self, spec: ModelSpec) -> Sequence[TensorSource]:
         assert spec == self.spec
         check_second_head(self.weights)
-        for file in self.weights.files:
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    for name, stored in self.weights.parameters.items():
-                        if stored.file == file:
-                            yield name, handle.get_tensor(stored.name)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    lines(f"{file.name} is damaged: {cause(error)}", "expected a whole safetensors file; download it again")
-                ) from None
+        return mapped(self.weights.parameters)
 
     def tokenizer(self) -> Any | None:
         return tokenizer_files.read(self.location, self.spec.model_type)

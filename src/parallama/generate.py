@@ -16,10 +16,13 @@ import torch
 from . import cache
 from .buckets import CHUNK, cache_buckets, chunk_size, prompt_buckets
 from .errors import UsageError, lines
+from .mesh import DeviceMesh
+from .plan import Plan
 from .program import Program, ProgramSet, compiled_programs
+from .reshard import Mover
 from .rotary import SPAN
 from .sampling import GREEDY, Mode, SamplingParams, host_params
-from .shard import check_ids
+from .shard import Layout, check_ids
 from .steps import STATE_AXES, StepKey, Steps
 from .topology import DATA
 
@@ -114,7 +117,7 @@ class Session:
         self.stats = RunStats()
         self._programs = programs
         self._count = len(rows)
-        self._batch = math.ceil(len(rows) / self.mesh.shape.data) * self.mesh.shape.data
+        self._batch = _filled(len(rows), self.mesh)
         self._mode = GREEDY
         for row in rows:
             self._mode = self._mode | row.mode
@@ -127,18 +130,22 @@ class Session:
             self._chunks = (chunk_size(longest_prompt),)
             self.buckets = prompt_buckets(capacity, longest_prompt, rows=self._batch)
         self._fresh = not continued and longest_prompt <= CHUNK
-        self._eos = frozenset(eos)
+        self._rows, self._eos = tuple(rows), tuple(eos)
         self._frozen: set[int] = set()
         self._cached: list[list[int]] = [[] for _ in rows]
         self._length = self.buckets[0]
         self._constants = _constants(steps, [*rows, *[SamplingParams()] * (self._batch - self._count)], self._mode, eos)
         self._state: dict[str, torch.Tensor] = {}
-        before, traced, began = compiled_programs(), programs.trace_s, time.perf_counter()
-        programs.warm_up(self._keys(), progress)
-        self.stats.trace_s = programs.trace_s - traced
-        self.stats.compile_s = time.perf_counter() - began
+        self._late = 0
+        self._warm_up(progress)
+
+    def _warm_up(self, progress: Callable[[int, int], None] | None) -> None:
+        before, traced, began = compiled_programs(), self._programs.trace_s, time.perf_counter()
+        self._programs.warm_up(self._keys(), progress)
+        self.stats.trace_s += self._programs.trace_s - traced
+        self.stats.compile_s += time.perf_counter() - began
         self._compiled = compiled_programs()
-        self.stats.programs_compiled = self._compiled - before
+        self.stats.programs_compiled += self._compiled - before
 
     def _keys(self) -> list[StepKey]:
         """Every program this session can ever need."""
@@ -156,6 +163,43 @@ class Session:
 
     def _grow_key(self, short: int, long: int) -> StepKey:
         return StepKey(kind="grow", batch=self._batch, length=short, new=long)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What it holds on the devices that would move with it."""
+        return list(self._state.values())
+
+    def leave(self) -> None:
+        """Let go of the programs, which hold the model's weights: what follows is `move`."""
+        self._late = self.stats.programs_after_warmup
+        self._programs = make_programs(self.steps)
+
+    def move(self, steps: Steps, programs: ProgramSet, mover: Mover) -> None:
+        """Go on with the same model on another mesh, from the same cache. Compiles nothing yet: see `ready`."""
+        old, new = self.steps.plan, steps.plan
+        self.steps, self.mesh, self._programs = steps, steps.mesh, programs
+        self._batch = _filled(self._count, self.mesh)
+        layouts = {name: _state_layout(name, tuple(tensor.shape), old) for name, tensor in self._state.items()}
+        # Idle rows fill a batch up to the mesh; they go with the old one, and come with the new one.
+        self._state = mover(
+            self._state,
+            layouts.__getitem__,
+            lambda name: _state_layout(name, self._shape(layouts[name]), new),
+            rows=self._count,
+        )
+        if self._state:
+            done = mover.new_mesh.fetch(self._state["done"], STATE_AXES["done"])
+            done[self._count :] = True
+            self._state |= _put(steps, {"done": done})
+        idle = [SamplingParams()] * (self._batch - self._count)
+        self._constants = _constants(steps, [*self._rows, *idle], self._mode, self._eos)
+
+    def _shape(self, before: Layout) -> tuple[int, ...]:
+        """The shape of a tensor of the state now, from that on another mesh."""
+        return (self._batch, *before.shape[1:]) if before.axes[0] == DATA else before.shape
+
+    def ready(self, progress: Callable[[int, int], None] | None) -> None:
+        """Compile what this session can need after a `move`."""
+        self._warm_up(progress)
 
     @property
     def cached(self) -> list[list[int]]:
@@ -296,7 +340,23 @@ class Session:
         return seen
 
     def _count_programs(self) -> None:
-        self.stats.programs_after_warmup = compiled_programs() - self._compiled
+        self.stats.programs_after_warmup = self._late + compiled_programs() - self._compiled
+
+
+def _filled(rows: int, mesh: DeviceMesh) -> int:
+    return math.ceil(rows / mesh.shape.data) * mesh.shape.data
+
+
+def _state_layout(name: str, shape: tuple[int, ...], plan: Plan) -> Layout:
+    """How a tensor of a session's state lies, whose dims but heads and vocabulary are those of `shape`."""
+    axes, blocks = STATE_AXES.get(name, cache.AXES), None
+    if name.startswith("cache."):
+        blocks = plan.cache_blocks()
+    elif name in ("seen", "logits"):
+        blocks = plan.vocab_blocks()
+    if blocks is not None:
+        shape = (shape[0], len(blocks.sources), *shape[2:])
+    return Layout(mesh=plan.mesh, shape=shape, axes=axes, blocks=blocks)
 
 
 def _put(steps: Steps, host: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,18 +10,21 @@ from typing import Any
 import torch
 
 from . import gguf_header
-from .checkpoint import config_from_dict
+from .checkpoint import Checkpoint, config_from_dict
 from .errors import CheckpointError, cause, lines, listed
 from .families import FAMILIES
 from .spec import ModelSpec
+from .tensor_source import Slices, TensorSource
 
 _ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """What is known of the converter: which names, which order of rows."""
 # Architectures whose converter interleaves the two halves of each query and key head.
+# GGML's numbers of the types that hold plain values.
+_PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 _INTERLEAVED = ("llama", "mistral")
 
 
-class GgufFile:
+class GgufFile(Checkpoint):
     """A `.gguf` checkpoint.
 
     Raises:
@@ -81,18 +84,19 @@ class GgufFile:
             if f"tokenizer.ggml.{ours}" in metadata
         }
         self.config = config_from_dict(document | self.generation, path.name)
+        self.spec = ModelSpec.from_config(self.config)
 
     def file_of(self, name: str) -> str:
         """The file itself: it holds all."""
         return self.location.name
 
-    def tensors(self, spec: ModelSpec) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter of `spec.parameters()`, fp32 where it was quantized; see `Checkpoint.tensors`."""
+    def sources(self, spec: ModelSpec) -> Sequence[TensorSource]:
+        """Every parameter of `spec.parameters()`, fp32 where it was quantized; see `Checkpoint.sources`."""
         import gguf
 
         architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == spec.model_type)
         name_map = gguf.get_tensor_name_map(architecture, spec.layers)
-        unread = set(self._tensors)
+        unread, found = set(self._tensors), []
         for name, shape in spec.parameters():
             theirs = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
             if theirs not in self._tensors:
@@ -100,10 +104,10 @@ class GgufFile:
                     lines(f"{self.location.name}: missing tensor {theirs} ({name})", "expected every parameter of the model")
                 )
             unread.discard(theirs)
-            tensor = self._read(theirs, shape)
-            if spec.model_type in _INTERLEAVED and ("q_proj" in name or "k_proj" in name):
-                tensor = _split_halves(tensor, spec.query_heads if "q_proj" in name else spec.kv_heads)
-            yield name, tensor
+            self._check(theirs, shape)
+            interleaved = spec.model_type in _INTERLEAVED and ("q_proj" in name or "k_proj" in name)
+            heads = (spec.query_heads if "q_proj" in name else spec.kv_heads) if interleaved else None
+            found.append(_GgufTensor(name, self.location.name, shape, self._tensors[theirs], heads))
         if unread:
             raise CheckpointError(
                 lines(
@@ -111,20 +115,14 @@ class GgufFile:
                     f"expected only those of a {spec.model_type} model",
                 )
             )
+        return found
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
-
-        stored = self._tensors[name]
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
         found = tuple(self._shapes[name])
         if found != shape:
             raise CheckpointError(
                 lines(f"{self.location.name}: tensor {name} has shape {list(found)}", f"expected {list(shape)}, from the config")
             )
-        values = stored[...]
-        if stored.ggml_type in GGML_BLOCK:
-            values = dequantize(values, stored.ggml_type)
-        return values.reshape(shape)
 
     def tokenizer(self) -> Any | None:
         """The tokenizer that the file describes."""
@@ -137,6 +135,39 @@ class GgufFile:
             return PreTrainedTokenizerFast(tokenizer_object=backend, **config, **more)
         except Exception as error:  # the converter raises whatever a damaged vocabulary leads it to
             raise CheckpointError(lines(f"the tokenizer in {self.location.name} cannot be read: {cause(error)}")) from None
+
+
+class _GgufTensor(TensorSource):
+    """A tensor of the file: the whole of it is dequantized when a part of it is first asked for.
+
+    Args:
+        stored: as transformers' reader gives it.
+        heads: of a query or key weight whose rotary pairs are interleaved.
+    """
+
+    def __init__(self, name: str, file: str, shape: tuple[int, ...], stored: Any, heads: int | None) -> None:
+        super().__init__(name, file, shape, _PLAIN.get(stored.ggml_type, torch.float32))
+        self._stored = stored
+        self._heads = heads
+        self._whole: torch.Tensor | None = None
+
+    def read(self, slices: Slices | None = None) -> torch.Tensor:
+        if self._whole is None:
+            self._whole = self._dequantized()
+        return self._whole if slices is None else self._whole[slices]
+
+    def release(self) -> None:
+        self._whole = None
+
+    def _dequantized(self) -> torch.Tensor:
+        from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
+
+        values = self._stored[...]
+        self.bytes_read += values.nbytes
+        if self._stored.ggml_type in GGML_BLOCK:
+            values = dequantize(values, self._stored.ggml_type)
+        values = values.reshape(self.shape)
+        return values if self._heads is None else _split_halves(values, self._heads)
 
 
 def _split_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:

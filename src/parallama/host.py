@@ -8,31 +8,35 @@ import platform
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3
+_peak_before = 0
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
 """What of a processor matters for matrix products, as Linux names it."""
 
 
 @contextmanager
 def lean_host_memory() -> Iterator[None]:
-    """While loading: give every freed tensor's memory back to the system at once.
+    """While loading: give a freed tensor's memory back to the system, or to the next tensor.
 
     glibc learns from freed blocks to keep ever larger ones (up to 32 MB) for itself, and a loader that frees a tensor for each that it makes then peaks at almost
-    twice the model. Afterwards the threshold stays at that maximum, which is where running programs' buffers belong.
+    twice the model. Blocks over 8 MB go back at once here; smaller ones are used again, which saves the system from clearing their pages each time, and what is left of
+    them goes back at the end. Afterwards the threshold stays at its maximum, which is where running programs' buffers belong.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        mallopt, trim = libc.mallopt, libc.malloc_trim
     except (OSError, AttributeError):  # not glibc
         yield
         return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    mallopt(_M_MMAP_THRESHOLD, 1 << 23)
     try:
         yield
     finally:
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        trim(0)
 
 
 def usable_cores() -> int:
@@ -42,8 +46,29 @@ def usable_cores() -> int:
 
 def peak_rss_bytes() -> int:
     """The most memory this process has held so far, in bytes."""
+    return max(_peak_before, high_water_bytes())
+
+
+def high_water_bytes() -> int:
+    """The most memory this process has held since `restart_high_water`, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def restart_high_water() -> None:
+    """Count the high water of memory from here on, where the system can (Linux)."""
+    global _peak_before
+    _peak_before = peak_rss_bytes()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def rss_bytes() -> int:
+    """Memory that this process holds now, in bytes; its peak where the system doesn't tell."""
+    for line in _lines(Path("/proc/self/status")):
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return peak_rss_bytes()
 
 
 def memory_bytes() -> tuple[int, int] | None:

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 
 from .buckets import CHUNK, chunk_size
 from .chat_template import Renderer
+from .checkpoint import Checkpoint
 from .config_checks import end_ids
 from .errors import CheckpointError, UsageError, cause, lines, shown
+from .export import Exported, export_weights, resolve
 from .generate import RunStats, Session, make_programs, put_span
+from .loading import make_skeleton
 from .mesh import DeviceMesh
-from .plan import Plan
+from .plan import Overrides, Plan, make_plan, read_overrides
 from .program import compiled_programs
+from .reshard import Mover, Resharding, another_mesh
 from .sampling import SamplingParams
-from .shard import check_ids
+from .shard import DeviceWeights, Layout, check_ids
 from .steps import STATE_AXES, StepKey, Steps
+from .stream import StreamStats
 from .text import TextStream
-from .topology import DATA, MODEL
+from .topology import DATA, MODEL, MeshShape
+from .weight_writer import SHARD_BYTES
 
 DEFAULT_NEW_TOKENS = 256
 FinishReason = Literal["stop", "length"]
@@ -92,6 +101,8 @@ class LLM:
         max_model_len: most tokens of prompt and answer together.
         eos_ids: ids that end a text.
         ignored: tensors and files of the checkpoint that were not read -> why.
+        load_stats: what reading the checkpoint took.
+        source: the checkpoint.
         stats: of the last run.
     """
 
@@ -105,6 +116,9 @@ class LLM:
         max_model_len: int,
         ignored: Mapping[str, str] | None = None,
         load_s: float,
+        load_stats: StreamStats,
+        overrides: Overrides | None = None,
+        source: Checkpoint,
         progress: Progress | None = None,
     ) -> None:
         self.name = name
@@ -115,6 +129,8 @@ class LLM:
         self.max_model_len = max_model_len
         self.ignored: Mapping[str, str] = ignored or {}
         self.load_s = load_s
+        self.load_stats = load_stats
+        self.source = source
         self.stats = RunStats()
         self.kv_bytes_per_device: list[int] = [0] * self.mesh.shape.devices
         self.eos_ids = eos_ids(generation.get("eos_token_id"), tokenizer, steps.plan.model.vocab)
@@ -122,6 +138,8 @@ class LLM:
         self._progress = progress
         self._renderer: Renderer | None = None
         self.programs = make_programs(steps)
+        self._overrides = overrides
+        self._sessions: WeakSet[Session] = WeakSet()
 
     def __repr__(self) -> str:
         return f"LLM({self.name!r}, mesh={self.mesh.shape})"
@@ -282,16 +300,19 @@ class LLM:
     def _run(self, encoded: list[list[int]], rows: list[Row], params: SamplingParams, ignore_eos: bool) -> Iterator[tuple[int, Chunk]]:
         longest = max(len(ids) for ids in encoded)
         limit = max(row.limit for row in rows)
-        session = Session(
-            self.steps,
-            self.programs,
+        session = self.session(
             [params] * len(encoded),
             capacity=longest + limit,
             longest_prompt=longest,
             eos=[] if ignore_eos else self.eos_ids,
-            progress=self.report("compiling"),
         )
         yield from self.drive(session, encoded, rows, ignore_eos)
+
+    def session(self, rows: Sequence[SamplingParams], **options: Any) -> Session:
+        """A session on this model, which moves with it in `reshard`; see `Session` for the options."""
+        made = Session(self.steps, self.programs, rows, progress=self.report("compiling"), **options)
+        self._sessions.add(made)
+        return made
 
     def drive(self, session: Session, encoded: list[list[int]], rows: list[Row], ignore_eos: bool) -> Iterator[tuple[int, Chunk]]:
         """Run a session until every row has ended."""
@@ -382,6 +403,58 @@ class LLM:
         ids = list(self.tokenizer(self._renderer.render(messages), add_special_tokens=False)["input_ids"])
         check_ids(ids, self.plan.model.vocab)
         return ids
+
+    def reshard(
+        self, mesh: str | MeshShape | tuple[int, int] | DeviceMesh | None = None, plan: str | Path | Overrides | None = None
+    ) -> Resharding:
+        """Move the model to another mesh or plan, with the caches of everything that runs on it: chats, and streams that are half read, go on from there.
+
+        Tensors move one by one; the host never holds more than one, and nothing is read again. Programs are then compiled for the new layout.
+
+        Args:
+            mesh: of as many devices; the present one if None.
+            plan: overrides as for `load`; the present ones if None.
+
+        Raises:
+            FitError: the mesh has another number of devices.
+            PlanError: the plan doesn't describe the model; nothing has moved then.
+        """
+        new_mesh = another_mesh(self.mesh, mesh)
+        overrides = self._overrides if plan is None else read_overrides(plan) if isinstance(plan, (str, Path)) else plan
+        made, weights, dtype = make_plan(self.plan.model, new_mesh.shape, overrides), self.steps.weights, self.steps.dtype
+        sessions = list(self._sessions)
+        mover = Mover(
+            self.mesh, new_mesh, chain(weights.tensors.values(), *(session.tensors() for session in sessions)), self.report("moving")
+        )
+        for session in sessions:  # programs hold the weights that they were traced with
+            session.leave()
+        self.programs = make_programs(self.steps)
+        moved = mover(weights.tensors, lambda name: Layout.of(weights.plan, name), lambda name: Layout.of(made, name))
+        self.steps = Steps(make_skeleton(self.source.config), DeviceWeights(plan=made, mesh=new_mesh, tensors=moved), dtype)
+        self.plan, self.mesh, self.programs, self._overrides = made, new_mesh, make_programs(self.steps), overrides
+        for session in sessions:
+            session.move(self.steps, self.programs, mover)
+        began = time.perf_counter()
+        for session in sessions:
+            session.ready(self.report("compiling"))
+        return mover.result(compile_s=time.perf_counter() - began)
+
+    def export(self, folder: str | Path, *, dtype: str = "auto", shard_bytes: int = SHARD_BYTES, allow_nonfinite: bool = False) -> Exported:
+        """Write the weights as they are on the devices, with everything that came with the checkpoint; see `export.export_weights`.
+
+        Args:
+            dtype: `auto` is what they are in on the devices.
+        """
+        weights = self.steps.weights
+        return export_weights(
+            ((name, weights.fetch(name)) for name in weights.tensors),
+            self.source,
+            folder,
+            dtype=self.steps.dtype if dtype == "auto" else resolve(dtype),
+            shard_bytes=shard_bytes,
+            allow_nonfinite=allow_nonfinite,
+            progress=self.report("writing"),
+        )
 
     def param_bytes_per_device(self) -> list[int]:
         """Bytes of parameters on each device, measured on their shards."""

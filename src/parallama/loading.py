@@ -1,6 +1,6 @@
 """From a model's name to a sharded model: a folder, a `.gguf` file, a hub id or a shipped name.
 
-Tensors are read one at a time and go to the devices in parts, so the host never holds a second full copy.
+Tensors go to the devices in parts (see `stream`), so the host never holds a second full copy.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 
-from . import finite
+from . import stream
 from .checkpoint import Checkpoint, SafetensorsFolder
 from .errors import CheckpointError, UsageError, cause, lines
 from .gguf_file import GgufFile
-from .host import lean_host_memory
 from .locate import SHIPPED, locate
 from .mesh import DeviceMesh
 from .plan import Plan
-from .shard import DeviceWeights, put_parameters
+from .shard import DeviceWeights
 from .spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -76,11 +75,13 @@ class Loaded:
 
     Attributes:
         skeleton: transformers' model without weights.
+        stats: what reading it took.
     """
 
     skeleton: Any
     weights: DeviceWeights
     dtype: torch.dtype
+    stats: stream.StreamStats
 
 
 def resolve_dtype(name: str, config: Any, backend: str) -> torch.dtype:
@@ -142,9 +143,7 @@ def to_devices(
     Raises:
         CheckpointError: a tensor is damaged, or holds NaN or infinity where that isn't allowed.
     """
-    tensors = checkpoint.tensors(plan.model)
-    tensors = tensors if allow_nonfinite else finite.finite_only(tensors, checkpoint.file_of)
+    sources = checkpoint.sources(plan.model)
     skeleton = make_skeleton(checkpoint.config)  # first: it costs little, and may refuse the config
-    with lean_host_memory():
-        weights = put_parameters(tensors, plan, mesh, dtype, progress)
-    return Loaded(skeleton=skeleton, weights=weights, dtype=dtype)
+    weights, stats = stream.put(sources, plan, mesh, dtype, progress, allow_nonfinite=allow_nonfinite)
+    return Loaded(skeleton=skeleton, weights=weights, dtype=dtype, stats=stats)

@@ -76,22 +76,17 @@ class DeviceMesh:
         """Make a tensor from each device's own part, without ever holding the whole.
 
         Args:
-            shard: device number to its part on the host, contiguous. Called once for every distinct part.
+            shard: device number to its part on the host, contiguous. Called once for every distinct part, with `MeshShape.holders`.
             axes: mesh axis of every dim.
         """
         if not self.spmd:
-            # A CPU device may take the host buffer as its own: hand it one that nobody writes to again.
-            return shard(0).to(self.device)
-        used = [axis for axis in AXES if axis in axes]
-        parts: dict[tuple[int, ...], torch.Tensor] = {}
-        shards = []
-        for device in range(self.shape.devices):
-            coordinates = self.shape.coordinates(device)
-            key = tuple(coordinates[axis] for axis in used)
-            if key not in parts:
-                parts[key] = shard(device)
-            shards.append(parts[key])
-        return self._xla._XLAC._global_tensor_from_cpu_shards(shards, self._mesh.get_op_sharding(tuple(axes)))
+            # Not `to`, which keeps the host's tensor until the device first needs it.
+            return self._xla._XLAC._xla_tensors_from_aten([shard(0)], [str(self.device)], None)[0]
+        holders = self.shape.holders(tuple(axes))
+        parts = {device: shard(device) for device in dict.fromkeys(holders)}
+        return self._xla._XLAC._global_tensor_from_cpu_shards(
+            [parts[device] for device in holders], self._mesh.get_op_sharding(tuple(axes))
+        )
 
     def mark(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
         """Say how a device tensor lies; inside a traced step this pins an intermediate."""

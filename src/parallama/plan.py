@@ -22,6 +22,8 @@ from .spec import ModelSpec
 from .topology import DATA, MODEL, MeshShape, axis_name
 
 Axes = tuple[str | None, ...]
+Overrides = Mapping[str, str | Sequence[str | None]]
+"""Parameter-name pattern to a style or a list of axes."""
 STYLES = ("colwise", "rowwise", "vocab", "replicate")
 """`colwise` splits a weight `[out, in]` on `out`, `rowwise` on `in`, `vocab` an embedding or head `[V, E]` on `V`."""
 
@@ -147,6 +149,15 @@ class Plan:
         size, full = (self.model.intermediate, self.intermediate) if what == _INTERMEDIATE else (self.model.vocab, self.vocab)
         block = math.gcd(size, full)
         return Blocks(dim=dim, block=block, sources=tuple(range(size // block)) + (heads.EMPTY,) * ((full - size) // block))
+
+    def cache_blocks(self) -> Blocks:
+        """How the heads of the cache's tensors, `[B, slots, T, D]`, are made from those of the checkpoint."""
+        return Blocks(dim=1, block=1, sources=self.head_layout.kv_sources, heads="KV")
+
+    def vocab_blocks(self) -> Blocks:
+        """How the vocabulary of logits and the like, `[B, V]`, is made from the checkpoint's."""
+        empty = (heads.EMPTY,) * (self.vocab - self.model.vocab)
+        return Blocks(dim=1, block=1, sources=(*range(self.model.vocab), *empty))
 
     def parameter_bytes(self, itemsize: int) -> list[int]:
         """Bytes of parameters on each device (every device holds as many)."""

@@ -6,6 +6,7 @@ cut straight from the checkpoint's tensor: the laid-out whole never exists.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,42 @@ from typing import Any
 import torch
 
 from . import attention, heads
-from .errors import CheckpointError, FitError, UsageError, lines, listed
+from .errors import CheckpointError, FitError, UsageError, lines
 from .mesh import DeviceMesh
-from .plan import Blocks, Placement, Plan, make_plan
+from .plan import Axes, Blocks, Placement, Plan, make_plan
 from .spec import ModelSpec
+from .tensor_source import Slices
 from .topology import DATA, MeshShape
+
+Run = tuple[int, int]
+"""Of a dim: a start in the checkpoint's tensor (or `heads.EMPTY`), and a length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a tensor lies on a mesh.
+
+    Attributes:
+        shape: over all devices.
+        axes: for every dim the mesh axis it is split over, or None.
+        blocks: how one dim is made from the checkpoint's; None where the tensor lies as in the checkpoint.
+    """
+
+    mesh: MeshShape
+    shape: tuple[int, ...]
+    axes: Axes
+    blocks: Blocks | None = None
+
+    @classmethod
+    def of(cls, plan: Plan, name: str) -> Layout:
+        """Of a parameter, and of what goes with it number by number (gradient, optimizer state)."""
+        placement = plan[name]
+        return cls(mesh=plan.mesh, shape=tuple(int(size) for size in placement.shape), axes=placement.axes, blocks=plan.blocks(name))
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of each device's part."""
+        return tuple(size // self.mesh.size(axis) for size, axis in zip(self.shape, self.axes, strict=True))
 
 
 def device_part(source: torch.Tensor, plan: Plan, placement: Placement, device: int) -> torch.Tensor:
@@ -29,35 +61,46 @@ def device_part(source: torch.Tensor, plan: Plan, placement: Placement, device: 
     Returns:
         A tensor of shape `placement.local_shape(plan.mesh)`; a view where it can be one.
     """
-    blocks = plan.blocks(placement.name)
-    coordinates = plan.mesh.coordinates(device)
-    part = source
-    for dim, axis in enumerate(placement.axes):
-        size = int(placement.shape[dim])
-        parts = plan.mesh.size(axis)
-        step = size // parts
+    return cut(source.__getitem__, Layout.of(plan, placement.name), device, source.dtype)
+
+
+def cut(read: Callable[[Slices], torch.Tensor], layout: Layout, device: int, dtype: torch.dtype) -> torch.Tensor:
+    """One device's part of a tensor, from slices of the checkpoint's tensor: only those that the part is made of are asked for.
+
+    Args:
+        read: slices of every dim to what lies there, of any dtype.
+
+    Returns:
+        A tensor of `dtype` and of shape `layout.local_shape`: what was read itself, if that is the part as it is; otherwise it is copied, cast and laid out at once.
+    """
+    blocks, coordinates = layout.blocks, layout.mesh.coordinates(device)
+    spans: list[list[Run]] = []
+    for dim, (step, axis) in enumerate(zip(layout.local_shape, layout.axes, strict=True)):
         first = step * (coordinates[axis] if axis is not None else 0)
-        if blocks is None or blocks.dim != dim:
-            part = part.narrow(dim, first, step)
+        laid_out = blocks is not None and blocks.dim == dim
+        spans.append(list(runs(blocks.sources, first, step, blocks.block)) if blocks is not None and laid_out else [(first, step)])
+    if all(len(found) == 1 and found[0][0] != heads.EMPTY for found in spans):
+        part = read(tuple(slice(at, at + length) for ((at, length),) in spans))
+        return part if part.dtype == dtype else torch.empty(part.shape, dtype=dtype).copy_(part)
+    whole = torch.empty(layout.local_shape, dtype=dtype)
+    for pieces in itertools.product(*map(_placed, spans)):
+        target = whole[tuple(slice(place, place + length) for place, _, length in pieces)]
+        if any(at == heads.EMPTY for _, at, _ in pieces):
+            target.zero_()
         else:
-            part = _lay_out(part, dim, first, step, blocks.block, blocks.sources)
-    return part
+            target.copy_(read(tuple(slice(at, at + length) for _, at, length in pieces)))
+    return whole
 
 
-def _lay_out(source: torch.Tensor, dim: int, first: int, count: int, block: int, sources: Sequence[int]) -> torch.Tensor:
-    """Elements `first` to `first + count` of the dim whose block `i` is the source's block `sources[i]`."""
-    pieces = []
-    for at, run in runs(sources, first, count, block):
-        if at == heads.EMPTY:
-            shape = list(source.shape)
-            shape[dim] = run
-            pieces.append(torch.zeros(shape, dtype=source.dtype))
-        else:
-            pieces.append(source.narrow(dim, at, run))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+def _placed(spans: Iterable[Run]) -> Iterator[tuple[int, int, int]]:
+    """Runs with the place in the part where each begins."""
+    place = 0
+    for at, length in spans:
+        yield place, at, length
+        place += length
 
 
-def runs(sources: Sequence[int], first: int, count: int, block: int) -> Iterator[tuple[int, int]]:
+def runs(sources: Sequence[int], first: int, count: int, block: int) -> Iterator[Run]:
     """The longest runs (start in the source or `EMPTY`, length) that make up a stretch of a laid-out dim."""
     position, end = first, first + count
     start, length = 0, 0
@@ -77,13 +120,20 @@ def runs(sources: Sequence[int], first: int, count: int, block: int) -> Iterator
 
 def take_off(laid_out: torch.Tensor, plan: Plan, name: str) -> torch.Tensor:
     """The checkpoint's tensor again, from a whole laid-out one."""
-    blocks = plan.blocks(name)
+    return undo(laid_out, plan.blocks(name))
+
+
+def undo(laid_out: torch.Tensor, blocks: Blocks | None) -> torch.Tensor:
+    """A tensor as in the checkpoint, from a whole laid-out one; a view where it can be one."""
     if blocks is None:
         return laid_out
     first: dict[int, int] = {}
     for place, source in enumerate(blocks.sources):
         first.setdefault(source, place)
-    places = torch.tensor([first[source] for source in range(max(blocks.sources) + 1)])
+    count = max(blocks.sources) + 1
+    places = torch.tensor([first[source] for source in range(count)])
+    if torch.equal(places, torch.arange(count)):  # only padded, or not even that
+        return laid_out.narrow(blocks.dim, 0, count * blocks.block)
     index = (places[:, None] * blocks.block + torch.arange(blocks.block)).flatten()
     return laid_out.index_select(blocks.dim, index)
 
@@ -147,38 +197,13 @@ def put_parameter(source: torch.Tensor, plan: Plan, mesh: DeviceMesh, name: str,
             lines(f"tensor {name} has shape {list(source.shape)}", f"expected {list(placement.source_shape)}, from the config")
         )
 
+    layout = Layout.of(plan, name)
+
     def part(device: int) -> torch.Tensor:
-        local = device_part(source, plan, placement, device)
-        local = local.to(dtype).contiguous()
+        local = cut(source.__getitem__, layout, device, dtype).contiguous()
         return local.clone() if local.data_ptr() == source.data_ptr() else local
 
     return mesh.put_shards(part, placement.axes)
-
-
-def put_parameters(
-    sources: Mapping[str, Callable[[], torch.Tensor]] | Iterator[tuple[str, torch.Tensor]],
-    plan: Plan,
-    mesh: DeviceMesh,
-    dtype: torch.dtype,
-    progress: Callable[[int, int], None] | None = None,
-) -> DeviceWeights:
-    """Move every parameter of a plan to the devices, one at a time.
-
-    Args:
-        sources: name to a function that reads the checkpoint's tensor, or an iterator that gives names and tensors in any order.
-        progress: called with tensors done and their number.
-    """
-    pairs = ((name, read()) for name, read in sources.items()) if isinstance(sources, Mapping) else sources
-    wanted = [placement.name for placement in plan.parameters]
-    tensors: dict[str, torch.Tensor] = {}
-    for name, source in pairs:
-        tensors[name] = put_parameter(source, plan, mesh, name, dtype)
-        if progress is not None:
-            progress(len(tensors), len(wanted))
-    missing = [name for name in wanted if name not in tensors]
-    if missing:
-        raise CheckpointError(lines(f"missing tensors: {listed(missing)}", "expected every parameter of the model"))
-    return DeviceWeights(plan=plan, mesh=mesh, tensors=tensors)
 
 
 def shard_model(model: Any, mesh: DeviceMesh | MeshShape | str, plan: Plan | Mapping[str, Any] | None = None) -> Any:
@@ -208,12 +233,12 @@ def shard_model(model: Any, mesh: DeviceMesh | MeshShape | str, plan: Plan | Map
     if getattr(model, "parallama_plan", None) is not None:
         raise UsageError(lines(f"{type(model).__name__} is sharded already", "expected a model on the CPU"))
     spec = ModelSpec.from_config(model.config)
+    model.parallama_overrides = plan
     parameters = {name: parameter for name, parameter in model.named_parameters()}
     if not isinstance(plan, Plan):
         plan = make_plan(spec, mesh.shape, plan, parameters=[(name, tuple(p.shape)) for name, p in parameters.items()])
     if plan.mesh != mesh.shape:
         raise FitError(lines(f"the plan is for mesh {plan.mesh}, the mesh is {mesh.shape}", "expected the same"))
-    layout = plan.head_layout
     attention.register()
     model.config._attn_implementation = attention.PLAIN
     tied = {id(parameter): name for name, parameter in parameters.items()}
@@ -221,22 +246,30 @@ def shard_model(model: Any, mesh: DeviceMesh | MeshShape | str, plan: Plan | Map
         name: torch.nn.Parameter(put_parameter(parameter.data, plan, mesh, name, parameter.dtype), requires_grad=parameter.requires_grad)
         for name, parameter in parameters.items()
     }
-    for module_name, module in model.named_modules():
+    for module in model.modules():
         for leaf, parameter in list(module._parameters.items()):
             if parameter is not None:
                 module._parameters[leaf] = moved[tied[id(parameter)]]
         for leaf, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[leaf] = mesh.put(buffer, (None,) * buffer.dim())
-        if module_name.endswith("self_attn"):
-            module.num_key_value_groups = layout.group
+    settle(model, plan, mesh)
+    return model
+
+
+def settle(model: Any, plan: Plan, mesh: DeviceMesh) -> None:
+    """Have a model whose parameters lie on a mesh know it: sizes of its modules, how inputs come in and logits go out."""
+    for name, module in model.named_modules():
+        if name.endswith("self_attn"):
+            module.num_key_value_groups = plan.head_layout.group
         if isinstance(module, torch.nn.Linear):
             module.out_features, module.in_features = module.weight.shape
-    model.register_forward_pre_hook(_InputMover(mesh, spec.vocab), with_kwargs=True)
-    if getattr(model, "lm_head", None) is not None and plan.vocab != spec.vocab:
-        model.lm_head.register_forward_hook(lambda _module, _args, logits: logits[..., : spec.vocab])
-    model.parallama_plan, model.parallama_mesh = plan, mesh
-    return model
+    for hook in getattr(model, "parallama_hooks", ()):
+        hook.remove()
+    hooks = [model.register_forward_pre_hook(_InputMover(mesh, plan.model.vocab), with_kwargs=True)]
+    if getattr(model, "lm_head", None) is not None and plan.vocab != plan.model.vocab:
+        hooks.append(model.lm_head.register_forward_hook(lambda _module, _args, logits: logits[..., : plan.model.vocab]))
+    model.parallama_plan, model.parallama_mesh, model.parallama_hooks = plan, mesh, hooks
 
 
 class _InputMover:

@@ -29,13 +29,7 @@ def read(folder: Path, model_type: str) -> Any | None:
     Raises:
         CheckpointError: one of its files is not a regular file of the folder, or cannot be read.
     """
-    found = {name: path for name in (*_PLAIN, _CONFIG) if (path := model_files.find(folder, name)) is not None}
-    templates = _templates(folder)
-    for name, path in (found | templates).items():
-        if path.stat().st_size > _LIMIT_BYTES:
-            raise CheckpointError(
-                lines(f"{name} has {path.stat().st_size} bytes", f"expected at most {_LIMIT_BYTES}, of a tokenizer's file")
-            )
+    found = files(folder)
     if not any(name in found for name in _ANY_OF):
         return None
     with tempfile.TemporaryDirectory(prefix="parallama-tokenizer-") as staged:
@@ -43,13 +37,28 @@ def read(folder: Path, model_type: str) -> Any | None:
         (stage / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
         if _CONFIG in found:
             (stage / _CONFIG).write_text(json.dumps(_read_config(found.pop(_CONFIG))), encoding="utf-8")
-        if templates:
-            (stage / _TEMPLATES).mkdir()
-        for name, path in (found | templates).items():
+        for name, path in found.items():
+            (stage / name).parent.mkdir(exist_ok=True)
             (stage / name).symlink_to(path.resolve())
         tokenizer = _load(stage, folder)
     tokenizer.name_or_path = str(folder)
     return tokenizer
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """A folder's files of its tokenizer and chat templates that are there, by their paths within it.
+
+    Raises:
+        CheckpointError: one of them is not a regular file of the folder, or too large.
+    """
+    found = {name: path for name in (*_PLAIN, _CONFIG) if (path := model_files.find(folder, name)) is not None}
+    found |= _templates(folder)
+    for name, path in found.items():
+        if path.stat().st_size > _LIMIT_BYTES:
+            raise CheckpointError(
+                lines(f"{name} has {path.stat().st_size} bytes", f"expected at most {_LIMIT_BYTES}, of a tokenizer's file")
+            )
+    return found
 
 
 def _load(stage: Path, folder: Path) -> Any:

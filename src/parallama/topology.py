@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .errors import UsageError, lines
@@ -48,6 +49,14 @@ class MeshShape:
 
     def coordinates(self, device: int) -> dict[str, int]:
         return {DATA: device // self.model, MODEL: device % self.model}
+
+    def holders(self, axes: Collection[str | None]) -> tuple[int, ...]:
+        """For every device the first one that holds the same part of a tensor that is split over `axes`."""
+        by_row, by_column = (axis in axes for axis in AXES)
+        return tuple(
+            (device // self.model if by_row else 0) * self.model + (device % self.model if by_column else 0)
+            for device in range(self.devices)
+        )
 
     def __str__(self) -> str:
         return f"{self.data}x{self.model}"

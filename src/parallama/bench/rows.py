@@ -83,6 +83,8 @@ class Start:
     Attributes:
         import_s: Python's imports and starting the devices.
         load_s: reading the checkpoint onto the devices.
+        load_bytes_read: of the checkpoint.
+        load_baseline_rss_bytes, load_peak_rss_bytes: memory of the process before that, and at most until its end.
         trace_s: tracing the programs.
         compile_s: XLA compiling them, where nothing else was going on.
         first_token_s: the prefill itself, the first time.
@@ -99,6 +101,9 @@ class Start:
     cold_ttft_s: float
     warm_ttft_s: float
     programs: int
+    load_bytes_read: int
+    load_baseline_rss_bytes: int
+    load_peak_rss_bytes: int
     param_bytes_per_device: tuple[int, ...]
     peak_rss_bytes: int
 

@@ -41,13 +41,15 @@ SHAPES: Mapping[str, dict[str, object]] = MappingProxyType(
         "smol135": _shape(576, 30, 9, 3, 1536, 49152, tied=True),
         "l200": _shape(1024, 12, 16, 8, 2816, 32000, tied=False),
         "l1b": _shape(2048, 16, 32, 8, 8192, 128256, tied=True),
+        "l1b-bf16": _shape(2048, 16, 32, 8, 8192, 128256, tied=True) | {"dtype": "bfloat16"},
     }
 )
-"""Name -> config.json: a toy, SmolLM2-135M's sizes, 200 M parameters, Llama-3.2-1B's sizes."""
+"""Name -> config.json: a toy, SmolLM2-135M's sizes, 200 M parameters, Llama-3.2-1B's sizes, and the same in bfloat16 (which is written in five files)."""
+_SHARD_BYTES = 550_000_000
 
 
 def make(name: str, folder: Path, seed: int = 0) -> int:
-    """Write a checkpoint of a named shape: config.json and model.safetensors, fp32, no tokenizer.
+    """Write a checkpoint of a named shape: config.json and safetensors (in several files where it is bfloat16), no tokenizer.
 
     Args:
         folder: made if it isn't there; must be empty.
@@ -62,9 +64,10 @@ def make(name: str, folder: Path, seed: int = 0) -> int:
     if name not in SHAPES:
         raise UsageError(lines(f"shape {name!r} is unknown", f"expected one of {', '.join(SHAPES)}"))
     import torch
-    from safetensors.torch import save_file
 
+    from ..loading import DTYPES
     from ..spec import ModelSpec
+    from ..weight_writer import SHARD_BYTES, Kind, write
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,11 +75,13 @@ def make(name: str, folder: Path, seed: int = 0) -> int:
             raise CheckpointError(lines(f"folder {str(folder)!r} is not empty", "expected a new one: nothing is written over"))
         spec = ModelSpec.from_config(SHAPES[name])
         generator = torch.Generator().manual_seed(seed)
-        tensors = {
-            parameter: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02
+        dtype = DTYPES[str(SHAPES[name]["dtype"])]
+        tensors = (
+            (parameter, torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02)
             for parameter, shape in spec.parameters()
-        }
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        )
+        kinds = {parameter: Kind(shape=shape, dtype=dtype) for parameter, shape in spec.parameters()}
+        write(folder, tensors, kinds, _SHARD_BYTES if dtype == torch.bfloat16 else SHARD_BYTES)
         (folder / "config.json").write_text(json.dumps(SHAPES[name], indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(lines(f"folder {str(folder)!r} cannot be written: {error.strerror}", "give another one")) from None

@@ -113,6 +113,9 @@ class Served:
         self.started["start"] = {
             "import_s": imported - given["born"],
             "load_s": loaded - imported,
+            "load_bytes_read": ours.llm.load_stats.bytes_read,
+            "load_baseline_rss_bytes": ours.llm.load_stats.baseline_rss_bytes,
+            "load_peak_rss_bytes": ours.llm.load_stats.peak_rss_bytes,
             "trace_s": ours.stats.trace_s,
             "compile_s": ready - loaded - ours.stats.trace_s,
             "first_token_s": answered - ready,

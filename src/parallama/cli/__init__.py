@@ -8,6 +8,7 @@ from .audit import audit
 from .bench import bench
 from .chat import chat
 from .doctor import doctor
+from .export import export
 from .generate import generate
 from .inspect import inspect
 from .options import show_version
@@ -39,6 +40,7 @@ app.command()(chat)
 app.command()(audit)
 app.command()(bench)
 app.command()(doctor)
+app.command()(export)
 app.command()(inspect)
 app.command()(plan)
 app.command()(report)

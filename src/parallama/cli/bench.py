@@ -19,6 +19,7 @@ from . import options
 def bench(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or a shipped name; with --make the folder to write.")],
     make: Annotated[str | None, typer.Option("--make", help="Write a random-weight checkpoint of this shape (l200, ...) and stop.")] = None,
+    load: Annotated[bool, typer.Option("--load", help="Measure only reading the files onto the first mesh, beside safetensors.")] = False,
     mesh: Annotated[str, typer.Option("--mesh", help="Meshes with commas between them; the first also stands beside the others.")] = "1x1",
     peers: Annotated[
         str, typer.Option("--peers", help="Of hf, hf-compile, hf-tp, recipe, recipe-openxla, with commas; 'all' is every one.")
@@ -44,6 +45,9 @@ def bench(
             json.dumps({"folder": model, "shape": make, "parameters": count}) if as_json else f"{model}: {make}, {count:,} parameters"
         )
         return
+    if load:
+        _load(model, _meshes(mesh)[0], dtype, repeats, as_json, quiet)
+        return
     from ..bench import report as reporting
     from ..bench.run import PEERS, Options, run
 
@@ -62,8 +66,7 @@ def bench(
         backend=backend,
         backend_options=parse_options(backend_option or []),
     )
-    command = "parallama " + shlex.join(argument for argument in sys.argv[1:] if argument != "--debug")
-    measured = run(wanted, command, (lambda _what: None) if quiet else options.say)
+    measured = run(wanted, _command(), (lambda _what: None) if quiet else options.say)
     if as_json:
         typer.echo(json.dumps(measured.to_dict()))
     else:
@@ -72,6 +75,24 @@ def bench(
         reporting.render(measured, Console())
     if plot is not None:
         reporting.plot(measured, plot)
+
+
+def _load(model: str, mesh: MeshShape, dtype: str, repeats: int, as_json: bool, quiet: bool) -> None:
+    from ..bench.load import run
+
+    report = run(
+        model, mesh=str(mesh), dtype=dtype, repeats=repeats, command=_command(), progress=(lambda _what: None) if quiet else options.say
+    )
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    else:
+        typer.echo(
+            f"{report.bytes / 1e9:.2f} GB of files, {report.device_bytes / 1e9:.2f} GB on {report.mesh} in {report.dtype}\n\n{report.table()}"
+        )
+
+
+def _command() -> str:
+    return "parallama " + shlex.join(argument for argument in sys.argv[1:] if argument != "--debug")
 
 
 def _meshes(text: str) -> tuple[MeshShape, ...]:

@@ -143,6 +143,11 @@ def _document(llm: LLM, outputs: list[Completion]) -> dict[str, Any]:
         "ignored": [{"name": name, "reason": reason} for name, reason in llm.ignored.items()],
         "stats": {
             "load_s": llm.load_s,
+            "load_bytes_read": llm.load_stats.bytes_read,
+            "load_bytes_per_s": llm.load_stats.bytes_per_s,
+            "load_baseline_rss_bytes": llm.load_stats.baseline_rss_bytes,
+            "load_peak_rss_bytes": llm.load_stats.peak_rss_bytes,
+            "largest_tensor_bytes": llm.load_stats.largest_tensor_bytes,
             "compile_s": stats.compile_s,
             "ttft_s": stats.ttft_s,
             "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_s,

@@ -41,6 +41,10 @@ AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Load we
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no figures on standard error.")]
 
 
+# What is counted in bytes, where progress is reported; the rest is counted in pieces.
+_IN_BYTES = ("loading", "writing", "moving")
+
+
 def mesh_shape(mesh: str | None, tensor_parallel: int | None) -> MeshShape:
     """The mesh that `--mesh` and `--tensor-parallel-size` ask for together."""
     if mesh is None:
@@ -63,32 +67,28 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
     from rich.progress import Progress as Bars
 
-    bars = Bars(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    tasks: dict[str, Any] = {}
+    running: dict[str, tuple[Bars, Any]] = {}
 
     def report(what: str, done: int, total: int) -> None:
-        if what not in tasks:
+        if what not in running:
+            counts = (DownloadColumn(), TransferSpeedColumn()) if what in _IN_BYTES else (MofNCompleteColumn(),)
+            columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeElapsedColumn())
+            bars = Bars(*columns, console=Console(stderr=True), transient=True)
             bars.start()
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done, total=total)
+            running[what] = bars, bars.add_task(what, total=total)
+        bars, task = running[what]
+        bars.update(task, completed=done, total=total)
         if done >= total:
-            bars.remove_task(tasks.pop(what))
-            bars.stop()
+            running.pop(what)[0].stop()
 
     try:
         yield report
     finally:
-        bars.stop()
+        for bars, _ in running.values():
+            bars.stop()
 
 
 def load_model(

@@ -1,0 +1,161 @@
+"""`parallama bench --load`: reading a folder of safetensors onto the devices, beside safetensors reading the same files into torch tensors.
+
+Every reading is a new process, so that none finds memory that another has already made ready; they take turns, and the files are in the page cache for all of
+them (the first turn, which brings them there, isn't counted). Run as `python -m parallama.bench.load '{...}'` for one reading.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import child
+from ..errors import RunError, UsageError, lines
+from ..host import peak_rss_bytes, rss_bytes
+
+READERS = ("parallama", "safetensors", "safetensors-pread")
+"""Ours onto the devices; safetensors' mapped file, each tensor copied into memory of its own; safetensors' own reading with `backend="pread"`."""
+_LIMIT_S = 900.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One way to read the files.
+
+    Attributes:
+        seconds: median; of the first byte to the last.
+        bytes_per_s: of the files.
+        growth_bytes: how much the process's memory grew at most.
+        ratio: our speed over this one's.
+    """
+
+    reader: str
+    seconds: float
+    bytes_per_s: float
+    growth_bytes: int
+    ratio: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What was measured. The keys of `--json`."""
+
+    command: str
+    model: str
+    mesh: str
+    dtype: str
+    bytes: int
+    device_bytes: int
+    repeats: int
+    readings: tuple[Reading, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> str:
+        """Markdown for people."""
+        rows = ["| reader | GB/s | seconds | memory grew by | parallama is |", "|---|---:|---:|---:|---:|"]
+        for reading in self.readings:
+            ratio = "-" if reading.ratio is None else f"{reading.ratio:.2f}x"
+            rows.append(
+                f"| {reading.reader} | {reading.bytes_per_s / 1e9:.2f} | {reading.seconds:.2f} | {reading.growth_bytes / 1e9:.2f} GB | {ratio} |"
+            )
+        return "\n".join(rows)
+
+
+def run(model: str, *, mesh: str, dtype: str, repeats: int, command: str, progress: Callable[[str], None]) -> LoadReport:
+    """Measure a folder.
+
+    Raises:
+        UsageError: the model is no folder of safetensors.
+        RunError: a reading failed.
+    """
+    if not Path(model).is_dir():
+        raise UsageError(lines(f"model {model!r} is no folder", "expected safetensors: that is what is read side by side"))
+    taken: dict[str, list[dict[str, Any]]] = {reader: [] for reader in READERS}
+    for turn in range(repeats + 1):
+        for reader in READERS:
+            progress(f"{reader}, {'warming up' if turn == 0 else f'{turn} of {repeats}'}")
+            given = json.dumps({"reader": reader, "model": model, "mesh": mesh, "dtype": dtype})
+            ended = child.run_module("parallama.bench.load", given, limit_s=_LIMIT_S)
+            if ended.code != 0:
+                raise RunError(lines(f"{reader} {ended.how}", ended.last_words))
+            if turn:
+                taken[reader].append(json.loads(ended.out.splitlines()[-1]))
+    medians = {reader: statistics.median(answer["seconds"] for answer in answers) for reader, answers in taken.items()}
+    ours = taken["parallama"][0]
+    return LoadReport(
+        command=command,
+        model=model,
+        mesh=mesh,
+        dtype=dtype,
+        bytes=ours["bytes"],
+        device_bytes=ours["device_bytes"],
+        repeats=repeats,
+        readings=tuple(
+            Reading(
+                reader=reader,
+                seconds=medians[reader],
+                bytes_per_s=ours["bytes"] / medians[reader],
+                growth_bytes=max(answer["growth_bytes"] for answer in taken[reader]),
+                ratio=None if reader == "parallama" else medians[reader] / medians["parallama"],
+            )
+            for reader in READERS
+        ),
+    )
+
+
+def read(reader: str, model: str, mesh: str, dtype: str) -> dict[str, Any]:
+    """One reading, in this process."""
+    return _ours(model, mesh, dtype) if reader == "parallama" else _theirs(reader, model)
+
+
+def _ours(model: str, mesh: str, dtype: str) -> dict[str, Any]:
+    import torch
+
+    from .. import stream
+    from ..loading import find, resolve_dtype
+    from ..mesh import DeviceMesh
+    from ..plan import make_plan
+    from ..spec import ModelSpec
+
+    devices = DeviceMesh(mesh)
+    devices.put(torch.zeros(1), (None,))  # what the first transfer makes is not the reading's
+    checkpoint = find(model)
+    spec = ModelSpec.from_config(checkpoint.config)
+    sources = checkpoint.sources(spec)
+    weights, stats = stream.put(sources, make_plan(spec, devices.shape), devices, resolve_dtype(dtype, checkpoint.config, "cpu"))
+    return {
+        "seconds": stats.seconds,
+        "bytes": sum(source.nbytes for source in sources),
+        "device_bytes": sum(weights.bytes_per_device()),
+        "growth_bytes": stats.peak_rss_bytes - stats.baseline_rss_bytes,
+    }
+
+
+def _theirs(reader: str, model: str) -> dict[str, Any]:
+    import torch  # noqa: F401 - its time is not the reading's
+    from safetensors import safe_open
+
+    baseline, held, began = rss_bytes(), [], time.perf_counter()
+    for file in sorted(Path(model).glob("*.safetensors")):
+        if reader == "safetensors-pread":
+            with safe_open(file, framework="pt", backend="pread") as handle:
+                held += [handle.get_tensor(name) for name in handle.keys()]  # noqa: SIM118 - safe_open has no iterator
+        else:
+            with safe_open(file, framework="pt") as handle:
+                held += [handle.get_tensor(name).clone() for name in handle.keys()]  # noqa: SIM118
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "bytes": sum(tensor.nbytes for tensor in held), "growth_bytes": peak_rss_bytes() - baseline}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise RunError(lines("this is started by `parallama bench --load`", "expected one argument, a JSON object"))
+    sys.stdout.write(json.dumps(read(**json.loads(sys.argv[1]))) + "\n")

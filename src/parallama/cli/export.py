@@ -1,0 +1,48 @@
+"""`parallama export`: hand a model back as a folder that transformers loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import options
+
+
+def export(
+    model: options.Model,
+    out: Annotated[Path, typer.Argument(help="The folder to write; a new one, or an empty one.")],
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto (as stored; float32 where quantized), float32, bfloat16 or float16.")
+    ] = "auto",
+    mesh: Annotated[str | None, typer.Option("--mesh", help="Take the weights over devices and back, as 1x8.", show_default="none")] = None,
+    allow_nonfinite: options.AllowNonfinite = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a model as safetensors with config, tokenizer, chat template and a manifest."""
+    from ..export import check_free, export_checkpoint, resolve
+
+    check_free(out)  # now, not after minutes of loading
+    if dtype != "auto":
+        resolve(dtype)
+    with options.progress(quiet) as progress:
+        if mesh is None:
+            from .. import loading
+
+            report = (lambda done, total: progress("writing", done, total)) if progress is not None else None
+            exported = export_checkpoint(loading.find(model), out, dtype=dtype, allow_nonfinite=allow_nonfinite, progress=report)
+        else:
+            from ..api import load
+
+            exported = load(model, mesh=mesh, allow_nonfinite=allow_nonfinite, progress=progress).export(
+                out, dtype=dtype, allow_nonfinite=allow_nonfinite
+            )
+    if as_json:
+        typer.echo(json.dumps({"model": model} | exported.to_dict()))
+    else:
+        typer.echo(
+            f"{exported.folder}: {exported.parameters:,} parameters in {exported.dtype}, {len(exported.files)} files, {exported.bytes:,} bytes"
+        )

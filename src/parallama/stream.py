@@ -1,0 +1,144 @@
+"""A checkpoint's tensors onto the devices, slice by slice: while one is transferred, the next ones are read, cast and laid out.
+
+At no time does the host hold more of the model than its largest single tensor, besides what lies on the devices (on the CPU backend they are host memory, too).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from . import finite
+from .host import lean_host_memory, peak_rss_bytes, rss_bytes
+from .mesh import DeviceMesh
+from .plan import Plan
+from .shard import DeviceWeights, Layout, cut
+from .tensor_source import Slices, TensorSource
+
+_READERS = 2
+_AHEAD = 4
+"""Tensors that are made ready while one is transferred."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamStats:
+    """What a transfer took.
+
+    Attributes:
+        seconds: of wall clock, from the first byte to the last.
+        bytes_read: of the checkpoint: each slice as often as it was read.
+        largest_tensor_bytes: on all devices together, before it is repeated over mesh axes that don't split it.
+        baseline_rss_bytes: memory of the process before.
+        peak_rss_bytes: the most memory that the process has held until then.
+    """
+
+    seconds: float
+    bytes_read: int
+    largest_tensor_bytes: int
+    baseline_rss_bytes: int
+    peak_rss_bytes: int
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Of the checkpoint, as it was read."""
+        return self.bytes_read / self.seconds
+
+
+def parts(
+    source: TensorSource, plan: Plan, dtype: torch.dtype, devices: Collection[int], *, allow_nonfinite: bool = False
+) -> dict[int, torch.Tensor]:
+    """The parts of a tensor that some devices hold, each distinct one once; nothing else of it is read.
+
+    Raises:
+        CheckpointError: what is read holds NaN or infinity, unless that is allowed.
+
+    Returns:
+        Device to part, cast and laid out; views of the source where they can be. The devices are those of `MeshShape.holders`.
+    """
+    layout = Layout.of(plan, source.name)
+    holders = plan.mesh.holders(layout.axes)
+    wanted = dict.fromkeys(holders[device] for device in devices)
+
+    def read(slices: Slices) -> torch.Tensor:
+        part = source.read(slices)
+        if not allow_nonfinite:
+            finite.refuse(source.name, part, source.file)
+        return part
+
+    return {device: cut(read, layout, device, dtype) for device in wanted}
+
+
+def put(
+    sources: Sequence[TensorSource],
+    plan: Plan,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    allow_nonfinite: bool = False,
+) -> tuple[DeviceWeights, StreamStats]:
+    """Move every parameter of a plan to the devices.
+
+    Args:
+        sources: all of them, in any order, with the shapes that the plan expects.
+        progress: called with bytes of the checkpoint done, and all.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity, unless that is allowed.
+    """
+    began, baseline = time.perf_counter(), rss_bytes()
+    # The largest first: what a tensor takes on its way adds to the peak only while little else is there.
+    waiting = deque(sorted(sources, key=lambda source: source.nbytes, reverse=True))
+    done, total = 0, sum(source.nbytes for source in sources)
+    sizes = {source.name: math.prod(int(size) for size in plan[source.name].shape) * dtype.itemsize for source in sources}
+    most, under_way = max(sizes.values(), default=0), 0
+    ready: deque[tuple[TensorSource, Future[dict[int, torch.Tensor]]]] = deque()
+    tensors: dict[str, torch.Tensor] = {}
+    make = functools.partial(parts, plan=plan, dtype=dtype, devices=range(mesh.shape.devices), allow_nonfinite=allow_nonfinite)
+    readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
+    try:
+        with lean_host_memory(), _one_thread_each():
+            while waiting or ready:
+                while waiting and (not ready or (len(ready) < _AHEAD and under_way + sizes[waiting[0].name] <= most)):
+                    source = waiting.popleft()
+                    under_way += sizes[source.name]
+                    ready.append((source, readers.submit(make, source)))
+                source, made = ready.popleft()
+                tensors[source.name] = mesh.put_shards(made.result().__getitem__, plan[source.name].axes)
+                del made
+                source.release()
+                under_way -= sizes[source.name]
+                done += source.nbytes
+                if progress is not None:
+                    progress(done, total)
+            mesh.wait()
+    finally:
+        readers.shutdown(cancel_futures=True)
+    stats = StreamStats(
+        seconds=time.perf_counter() - began,
+        bytes_read=sum(source.bytes_read for source in sources),
+        largest_tensor_bytes=most,
+        baseline_rss_bytes=baseline,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+    ordered = {placement.name: tensors[placement.name] for placement in plan.parameters}
+    return DeviceWeights(plan=plan, mesh=mesh, tensors=ordered), stats
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Within it torch uses one thread for an operation: the readers and the transfer keep the cores busy, and its own threads would wait for each other, spinning."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,144 @@
+"""A model moves to another mesh while it runs: the same numbers, the same tokens, and no second copy of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conftest import CaseError
+from reference import relative_l2
+
+UP = "model.layers.*.mlp.up_proj.weight"
+ROWS: list[dict[str, Any]] = [{"repetition_penalty": 1.3}, {"temperature": 0.9, "top_p": 0.9, "seed": 11}, {}]
+PROMPTS = [[5, 6, 7, 8], [9, 1], [3, 3, 3]]
+
+
+def test_a_batch_goes_on_from_its_cache_on_every_mesh_and_back(models, workers):
+    """(1,8), (2,4), (4,2), (8,1) and back, with 9 query and 3 KV heads, which lie otherwise on each; greedy, sampled, and with a penalty."""
+    tiny = models(heads=9, kv_heads=3, layers=1)
+    meshes = ["1x8", "2x4", "4x2", "8x1", "1x8"]
+    shared = {"folder": tiny.folder, "prompts": PROMPTS, "rows": ROWS}
+    moved = workers[8].call("reshard_cases:journey", meshes=meshes, steps=3, **shared)
+    stayed = workers[8].call("reshard_cases:journey", meshes=["1x8"], steps=3 * len(meshes), **shared)
+    assert moved["tokens"] == stayed["tokens"]
+    assert moved["cached"] == stayed["cached"]
+    assert moved["equal"] == moved["cache_equal"] == [True] * 4
+    assert moved["after_warmup"] == 0
+    assert moved["measured"] == moved["planned"]
+    assert moved["cache_measured"] == moved["cache_planned"]
+    for report, before, after in zip(moved["reports"], meshes, meshes[1:], strict=False):
+        assert [f"{report[side]['data']}x{report[side]['model']}" for side in ("before", "after")] == [before, after]
+        assert report["move_s"] > 0 and report["compile_s"] > 0
+        assert report["tensors"] > 12 and report["bytes"] > 0
+        assert report["peak_rss_bytes"] >= report["baseline_rss_bytes"] > report["largest_tensor_bytes"] > 0
+    # Parameters on (8,1) are whole on every device; on the way back to (1,8) nothing but one tensor at a time is there twice.
+    assert moved["reports"][3]["peak_device_bytes"] < 1.5 * sum(t.nbytes for t in tiny.model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("to", "plan"), [("2x2", None), (None, {UP: "replicate", UP.replace("up_", "gate_"): "replicate"})], ids=["mesh", "plan"]
+)
+def test_a_stream_that_is_half_read_goes_on(models, workers, to, plan):
+    folder = models(heads=9, kv_heads=3, layers=1).folder
+    arguments = {"folder": folder, "prompt": [4, 5, 6], "mesh": "1x4", "new": 9}
+    stayed = workers[4].call("reshard_cases:half_read", to=None, plan=None, **arguments)
+    moved = workers[4].call("reshard_cases:half_read", to=to, plan=plan, **arguments)
+    assert moved["tokens"] == moved["after"] == stayed["tokens"]
+    assert moved["mesh"] == (to or "1x4")
+    assert moved["style"] == ("replicate" if plan else "colwise")
+
+
+def test_training_goes_on_with_parameters_gradients_and_optimizer_state(models, workers):
+    tiny = models(heads=9, kv_heads=3, layers=1)
+    ids = torch.arange(8 * 6).reshape(8, 6) % tiny.vocab
+    moved = workers[4].call("reshard_cases:train", folder=tiny.folder, meshes=["1x4", "2x2", "4x1"], ids=ids, steps=2)
+    stayed = workers[4].call("reshard_cases:train", folder=tiny.folder, meshes=["2x2"], ids=ids, steps=6)
+    assert moved["equal"] == moved["kept"] == [True, True]
+    assert moved["tensors"] == 4 * len(list(tiny.model.parameters()))
+    assert moved["losses"] == pytest.approx(stayed["losses"], rel=1e-5)
+    assert relative_l2(moved["logits"], stayed["logits"]) < 1e-4
+    assert moved["mesh"] == "4x1"
+
+
+def test_a_users_model_computes_the_same_on_every_mesh(models, workers):
+    tiny = models(heads=9, kv_heads=3, layers=1)
+    ids = torch.arange(4 * 5).reshape(4, 5)
+    with torch.no_grad():
+        expected = tiny.model(input_ids=ids, use_cache=False).logits
+    for logits in workers[4].call("reshard_cases:forward_after", folder=tiny.folder, meshes=["1x4", "4x1", "2x2", "1x4"], ids=ids):
+        assert logits.shape == expected.shape
+        assert relative_l2(logits, expected) < 1e-5
+
+
+def test_any_named_tensors_move_bit_equal_and_leave_nothing_behind(models, workers):
+    found = workers[8].call("reshard_cases:named", folder=models(heads=9, kv_heads=3, layers=1).folder, mesh="2x4", to="1x8")
+    assert all(found["equal"].values()) and len(found["equal"]) == 3
+    assert found["left"] == 0
+    assert found["shapes"] == found["planned"]
+    assert found["report"]["tensors"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        (
+            {"to": "1x8"},
+            "FitError",
+            "mesh 1x8 has 8 devices, the model lies on 4\ntorch-xla fixes the device count once per process\n"
+            "use a mesh of as many devices, or another process",
+        ),
+        ({"to": "4"}, None, None),
+        (
+            {"to": "2x2", "plan": {"model.layers.*.mlp.sideways_proj.weight": "colwise"}},
+            "PlanError",
+            "plan pattern 'model.layers.*.mlp.sideways_proj.weight' matches no parameter\nexpected a name such as "
+            "model.layers.0.self_attn.q_proj.weight",
+        ),
+    ],
+    ids=["devices", "the same mesh", "plan"],
+)
+def test_what_cannot_be_is_refused_before_anything_moves(models, workers, options, kind, message):
+    call = {"folder": models(heads=9, kv_heads=3, layers=1).folder, "mesh": "1x4"} | options
+    with pytest.raises(CaseError) as caught:
+        workers[4].call("reshard_cases:refused", **call)
+    assert (caught.value.kind, caught.value.message) == (kind or "AssertionError", message or "nothing was refused")
+
+
+@pytest.mark.slow
+def test_a_conversation_with_a_trained_model_goes_on_from_its_cache(workers):
+    answers = workers[8].call("reshard_cases:chat", to="2x4")
+    stayed, moved = answers[False], answers[True]
+    assert moved["first"] == stayed["first"] and moved["second"] == stayed["second"]
+    assert "Rome" in moved["text"]
+    assert moved["computed"] == stayed["computed"] < 40
+    assert moved["after_warmup"] == 0
+
+
+MOVE = """
+import json, sys
+import parallama
+llm = parallama.load(sys.argv[1], mesh="1x8", dtype="bfloat16")
+found = []
+for mesh in ("2x4", "1x8"):
+    report = llm.reshard(mesh)
+    found.append({"growth": report.peak_rss_bytes - report.baseline_rss_bytes, "largest": report.largest_tensor_bytes,
+        "devices": sum(llm.param_bytes_per_device()), "seconds": report.move_s, "peak_device": report.peak_device_bytes})
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_the_host_never_holds_a_second_copy_of_a_large_model(tmp_path):
+    """1.2 billion parameters in bf16. What grows is what the new mesh repeats, and at most three copies of the largest tensor on its way."""
+    from parallama.bench.shapes import make
+
+    make("l1b-bf16", tmp_path / "l1b")
+    done = subprocess.run([sys.executable, "-c", MOVE, str(tmp_path / "l1b")], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    wide, back = json.loads(done.stdout)
+    assert wide["growth"] < wide["devices"] - back["devices"] + 3 * wide["largest"]
+    assert back["growth"] < 3 * back["largest"] < back["devices"]

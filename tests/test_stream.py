@@ -1,0 +1,178 @@
+"""Loading reads only what the devices hold, each byte once, and never holds more of it than one tensor beside them."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from parallama import stream
+from parallama.checkpoint import SafetensorsFolder
+from parallama.errors import CheckpointError
+from parallama.heads import EMPTY
+from parallama.loading import find
+from parallama.plan import make_plan
+from parallama.topology import MeshShape
+
+DOWN, UP = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"
+
+
+def read_by(folder: str, mesh: str, devices: tuple[int, ...]) -> tuple[dict[str, int], SafetensorsFolder]:
+    """Bytes read of every tensor for some devices of a mesh, whose parts must be what the plan says."""
+    checkpoint = SafetensorsFolder(Path(folder))
+    plan = make_plan(checkpoint.spec, MeshShape.parse(mesh))
+    counts = {}
+    for source in checkpoint.sources(checkpoint.spec):
+        made = stream.parts(source, plan, torch.float32, devices)
+        assert {part.shape for part in made.values()} == {torch.Size(plan[source.name].local_shape(plan.mesh))}
+        counts[source.name] = source.bytes_read
+    return counts, checkpoint
+
+
+@pytest.mark.parametrize(("mesh", "devices"), [("1x8", (3,)), ("1x8", (0, 7)), ("2x4", (1, 5, 6)), ("1x1", (0,))])
+def test_a_process_that_owns_some_devices_reads_only_their_slices(models, mesh, devices):
+    """Heads that divide: a device's slices are plain fractions of the files."""
+    tiny = models(heads=16, kv_heads=8, intermediate=64, vocab=96)
+    counts, checkpoint = read_by(tiny.folder, mesh, devices)
+    shape = MeshShape.parse(mesh)
+    columns = {device % shape.model for device in devices}
+    for name, count in counts.items():
+        size = math.prod(dict(checkpoint.spec.parameters())[name]) * 4
+        split = not name.endswith("norm.weight")
+        assert count == (size * len(columns) // shape.model if split else size), name
+
+
+def test_repeated_heads_are_read_for_every_device_that_holds_them_and_zero_heads_never(models):
+    counts, checkpoint = read_by(models(heads=9, kv_heads=3).folder, "1x8", tuple(range(8)))
+    layout = make_plan(checkpoint.spec, MeshShape.parse("1x8")).head_layout
+    head = checkpoint.spec.head_dim * checkpoint.spec.hidden * 4
+    for name, sources in (("q_proj", layout.query_sources), ("k_proj", layout.kv_sources)):
+        assert EMPTY in sources or len(set(sources)) < len(sources)
+        assert counts[f"model.layers.0.self_attn.{name}.weight"] == head * sum(source != EMPTY for source in sources)
+
+
+def test_a_file_that_only_one_device_needs_is_looked_at_only_where_its_slices_lie(models):
+    """What the process has in memory of a large file, by the kernel's own count."""
+    tiny = models(heads=16, kv_heads=8, intermediate=1 << 18, layers=1)
+    checkpoint = SafetensorsFolder(Path(tiny.folder))
+    plan = make_plan(checkpoint.spec, MeshShape.parse("1x8"))
+    source = next(source for source in checkpoint.sources(checkpoint.spec) if source.name == UP)
+    before = mapped_bytes(tiny.folder)
+    part = stream.parts(source, plan, torch.bfloat16, [2])[2]
+    grown = mapped_bytes(tiny.folder) - before
+    assert part.nbytes * 2 == source.bytes_read == source.nbytes // 8
+    assert source.nbytes // 8 <= grown < source.nbytes // 3  # the kernel maps up to 2 MB at once
+    source.release()
+    assert mapped_bytes(tiny.folder) - before < source.nbytes // 16
+
+
+def mapped_bytes(folder: str) -> int:
+    """Bytes of files of a folder that are in this process's memory."""
+    found, counted = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            counted = words[-1].startswith(str(Path(folder).resolve()))
+        elif counted and words[0] == "Rss:":
+            found += int(words[1]) * 1024
+    return found
+
+
+@pytest.mark.parametrize(("mesh", "dtype"), [("1x8", "bfloat16"), ("2x4", "float32"), ("1x8", "float32")])
+def test_a_model_on_the_devices_is_the_files_to_the_bit_and_each_byte_was_read_once(tmp_path, models, workers, mesh, dtype):
+    tiny = models(heads=16, kv_heads=8, intermediate=64, vocab=96)
+    stored = {name: tensor.bfloat16() for name, tensor in load_file(Path(tiny.folder) / "model.safetensors").items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((Path(tiny.folder) / "config.json").read_bytes())
+    found = workers[8].call("stream_cases:loaded", folder=str(tmp_path), mesh=mesh, dtype=dtype)
+    assert found["tensors"].keys() == stored.keys()
+    for name, tensor in found["tensors"].items():
+        assert torch.equal(tensor, stored[name].to(getattr(torch, dtype))), name
+    total = sum(tensor.nbytes for tensor in stored.values())
+    assert found["bytes_read"] == total
+    assert found["order"] == [name for name, _ in SafetensorsFolder(tmp_path).spec.parameters()]
+    done = [done for done, _ in found["reported"]]
+    assert done == sorted(done) and done[-1] == total and {all_ for _, all_ in found["reported"]} == {total}
+    assert found["threads"] == workers[8].call("torch:get_num_threads")
+
+
+def test_a_tensor_that_the_readers_refuse_ends_the_load(tmp_path, models, workers):
+    tiny = models(heads=16, kv_heads=8, intermediate=64, vocab=96)
+    stored = load_file(Path(tiny.folder) / "model.safetensors")
+    stored[DOWN][0, -1] = float("nan")
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((Path(tiny.folder) / "config.json").read_bytes())
+    with pytest.raises(Exception, match=f"tensor {DOWN} holds NaN or infinity") as caught:
+        workers[8].call("stream_cases:loaded", folder=str(tmp_path), mesh="1x8", dtype="float32")
+    assert caught.value.kind == CheckpointError.__name__
+    assert workers[8].alive
+
+
+def test_a_gguf_tensor_is_dequantized_once_and_forgotten():
+    checkpoint = find("smollm2")
+    source = next(source for source in checkpoint.sources(checkpoint.spec) if source.name == UP)
+    assert source.bytes_read == 0
+    whole = source.read()
+    once = source.bytes_read
+    assert 0 < once < whole.nbytes // 4  # Q4_1: 5 bits a weight
+    assert torch.equal(source.read((slice(3, 9), slice(5, 50))), whole[3:9, 5:50])
+    assert source.bytes_read == once
+    source.release()
+    source.read()
+    assert source.bytes_read == 2 * once
+
+
+LOAD = """
+import json, sys
+from parallama.mesh import DeviceMesh
+mesh = DeviceMesh("1x8")
+import torch, transformers.models.llama.modeling_llama
+from transformers import AutoModelForCausalLM
+from parallama.host import rss_bytes
+import parallama
+llm = parallama.load(sys.argv[1], mesh=mesh, dtype=sys.argv[2])
+stats = llm.load_stats
+print(json.dumps({"baseline": stats.baseline_rss_bytes, "peak": stats.peak_rss_bytes, "devices": sum(llm.param_bytes_per_device()),
+    "largest": stats.largest_tensor_bytes, "read": stats.bytes_read}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_twelve_hundred_million_parameters_load_within_a_quarter_over_their_bytes(tmp_path_factory, dtype):
+    """bf16, five files, on 1x8. On the CPU backend the devices' memory is the process's: what is left for loading is a quarter of it."""
+    from parallama.bench.shapes import make
+
+    folder = tmp_path_factory.getbasetemp() / "l1b-bf16"
+    if not folder.exists():
+        assert make("l1b-bf16", folder) > 1_200_000_000
+    assert len(list(folder.glob("*.safetensors"))) == 5
+    done = subprocess.run([sys.executable, "-c", LOAD, str(folder), dtype], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["read"] == sum(math.prod(shape) * 2 for _, shape in SafetensorsFolder(folder).spec.parameters())
+    assert found["devices"] >= found["read"] * (1 if dtype == "bfloat16" else 2)
+    assert found["peak"] < 1.25 * found["devices"] + found["baseline"]
+    assert found["peak"] < found["devices"] + found["largest"] + found["baseline"]
+
+
+def test_bench_load_measures_ours_and_safetensors_on_the_same_files(models):
+    command = str(Path(sys.executable).with_name("parallama"))
+    folder = models(heads=16, kv_heads=8, intermediate=64, vocab=96).folder
+    arguments = [command, "bench", folder, "--load", "--mesh", "1x2", "--repeats", "1", "--json", "--quiet"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["bytes"] == sum(tensor.nbytes for tensor in load_file(Path(folder) / "model.safetensors").values())
+    ours, *theirs = told["readings"]
+    assert ours["reader"] == "parallama" and ours["ratio"] is None
+    assert [reading["reader"] for reading in theirs] == ["safetensors", "safetensors-pread"]
+    for reading in theirs:
+        assert reading["ratio"] == pytest.approx(reading["seconds"] / ours["seconds"])
+        assert reading["bytes_per_s"] == pytest.approx(told["bytes"] / reading["seconds"])
+    wrong = subprocess.run([command, "bench", "smollm2", "--load"], capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == 2 and "model 'smollm2' is no folder" in wrong.stderr
