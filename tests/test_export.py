@@ -211,6 +211,11 @@ def test_the_command_writes_the_folder_and_says_what_is_in_it(dressed, tmp_path)
     assert sorted(told["files"]) == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert told["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(dressed, dtype=torch.float32))
+    exact = run(str(dressed), str(tmp_path / "exact"), "--mesh", "1x2", "--quiet")
+    assert exact.returncode == 0 and " parameters in mixed, " in exact.stdout
+    expected = load_file(dressed / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "exact" / "model.safetensors").items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
     again = run(str(dressed), str(tmp_path / "out"))
     assert again.returncode == 2 and "is not empty" in again.stderr and "Traceback" not in again.stderr
     wrong = run(str(dressed), str(tmp_path / "other"), "--dtype", "int4")

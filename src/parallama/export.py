@@ -133,9 +133,13 @@ def export_checkpoint(
             yield tensor.name, tensor.read()
             tensor.release()
 
-    own = {tensor.name: tensor.dtype for tensor in found}
-    to = own if dtype == "auto" else resolve(dtype)
+    to = stored_dtypes(source) if dtype == "auto" else resolve(dtype)
     return export_weights(tensors(), source, out, dtype=to, shard_bytes=shard_bytes, allow_nonfinite=allow_nonfinite, progress=progress)
+
+
+def stored_dtypes(source: Checkpoint) -> dict[str, torch.dtype]:
+    """What every parameter of a checkpoint is in, there; float32 where it is quantized."""
+    return {tensor.name: tensor.dtype for tensor in source.sources(ModelSpec.from_config(source.config))}
 
 
 def resolve(name: str) -> torch.dtype:

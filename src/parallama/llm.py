@@ -18,7 +18,7 @@ from .chat_template import Renderer
 from .checkpoint import Checkpoint
 from .config_checks import end_ids
 from .errors import CheckpointError, UsageError, cause, lines, shown
-from .export import Exported, export_weights, resolve
+from .export import Exported, export_weights, resolve, stored_dtypes
 from .generate import RunStats, Session, make_programs, put_span
 from .loading import make_skeleton
 from .mesh import DeviceMesh
@@ -443,14 +443,14 @@ class LLM:
         """Write the weights as they are on the devices, with everything that came with the checkpoint; see `export.export_weights`.
 
         Args:
-            dtype: `auto` is what they are in on the devices.
+            dtype: `auto` is what they are in on the devices, `stored` what they had in the checkpoint; or a name of `export.DTYPES`.
         """
         weights = self.steps.weights
         return export_weights(
             ((name, weights.fetch(name)) for name in weights.tensors),
             self.source,
             folder,
-            dtype=self.steps.dtype if dtype == "auto" else resolve(dtype),
+            dtype=self.steps.dtype if dtype == "auto" else stored_dtypes(self.source) if dtype == "stored" else resolve(dtype),
             shard_bytes=shard_bytes,
             allow_nonfinite=allow_nonfinite,
             progress=self.report("writing"),

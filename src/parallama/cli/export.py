@@ -37,9 +37,9 @@ def export(
         else:
             from ..api import load
 
-            exported = load(model, mesh=mesh, allow_nonfinite=allow_nonfinite, progress=progress).export(
-                out, dtype=dtype, allow_nonfinite=allow_nonfinite
-            )
+            # float32 holds whatever is stored exactly.
+            llm = load(model, mesh=mesh, dtype="float32", allow_nonfinite=allow_nonfinite, progress=progress)
+            exported = llm.export(out, dtype="stored" if dtype == "auto" else dtype, allow_nonfinite=allow_nonfinite)
     if as_json:
         typer.echo(json.dumps({"model": model} | exported.to_dict()))
     else:
