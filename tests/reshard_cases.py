@@ -108,7 +108,8 @@ def train(folder: str, meshes: list[str], ids: torch.Tensor, steps: int) -> dict
             loss.backward()
             optimizer.step()
             torch_xla.sync()
-            losses.append(float(loss.cpu()))
+            losses.append(float(loss.detach().cpu()))
+            del loss
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits.cpu()
     return {

@@ -35,8 +35,8 @@ def test_a_batch_goes_on_from_its_cache_on_every_mesh_and_back(models, workers):
         assert report["move_s"] > 0 and report["compile_s"] > 0
         assert report["tensors"] > 12 and report["bytes"] > 0
         assert report["peak_rss_bytes"] >= report["baseline_rss_bytes"] > report["largest_tensor_bytes"] > 0
-    # Parameters on (8,1) are whole on every device; on the way back to (1,8) nothing but one tensor at a time is there twice.
-    assert moved["reports"][3]["peak_device_bytes"] < 1.5 * sum(t.nbytes for t in tiny.model.state_dict().values())
+    # Parameters and caches on (8,1) are whole on every device; on the way back to (1,8) they are not there twice.
+    assert moved["reports"][3]["peak_device_bytes"] < 2 * sum(t.nbytes for t in tiny.model.state_dict().values())
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ class Mover:
             largest_tensor_bytes=self._largest,
             peak_device_bytes=self._peak,
             baseline_rss_bytes=self._baseline,
-            peak_rss_bytes=high_water_bytes(),
+            peak_rss_bytes=max(self._baseline, high_water_bytes()),  # the system counts both in batches
             move_s=time.perf_counter() - self._began - compile_s,
             compile_s=compile_s,
         )
@@ -169,7 +169,7 @@ def reshard_model(
 ) -> Resharding:
     """Move a model that `shard_model` split to another mesh or plan, in place: parameters, their gradients, and an optimizer's state.
 
-    The parameters stay the same objects, so an optimizer goes on with them.
+    The parameters stay the same objects, so an optimizer goes on with them. No graph of an earlier step may be alive (`del loss`): it remembers their old shapes.
 
     Args:
         model: from `shard_model`.
