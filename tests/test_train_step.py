@@ -93,3 +93,26 @@ def test_adapters_on_a_mesh_have_the_gradients_of_one_device_and_peft_loads_what
     for name, gradient in found["gradients"].items():
         theirs = wanted[f"base_model.model.{name.removesuffix('.weight')}.default.weight"]
         assert relative_l2(gradient, theirs) < 1e-5, name
+
+
+@pytest.mark.parametrize(("mesh", "sizes"), [("1x4", REPEATED), ("2x2", PADDED)])
+def test_after_a_hundred_steps_padding_is_zero_copies_are_equal_and_each_device_holds_its_share(
+    workers: Workers, models: TinyModels, mesh: str, sizes: dict[str, Any]
+) -> None:
+    tiny = models(**sizes)
+    batch = train_data.random_batch((1, 4, 12), tiny.vocab)
+    options = {"batch_size": 4, "seq_len": 12, "weight_decay": 0.1, "fsdp": True}
+    found = workers[4].call("train_cases:hundred_steps", model=tiny.folder, mesh=mesh, options=options, arrays=batch, lr=3e-3, steps=100)
+    # Laying out the checkpoint's numbers puts zeros into padding, and the same into every copy.
+    assert all(found["equal"].values()), [name for name, equal in found["equal"].items() if not equal]
+    assert found["last"] < 3
+    assert found["held"]["params"] == found["planned"]
+    assert found["held"]["optimizer"] == [2 * size + 4 for size in found["planned"]]
+
+
+def test_a_step_whose_loss_is_no_number_leaves_the_state_as_it_was(workers: Workers, models: TinyModels) -> None:
+    tiny = models(**REPEATED)
+    batch = train_data.random_batch((1, 2, 12), tiny.vocab)
+    found = workers[2].call("train_cases:skipped", model=tiny.folder, mesh="1x2", options={"batch_size": 2, "seq_len": 12}, arrays=batch)
+    assert found["finite"] == [True, False]
+    assert all(found["same"].values())

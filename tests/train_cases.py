@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,28 @@ def adapted(model: str, mesh: str, options: dict[str, Any], batches: list[dict[s
     assert made.options.lora is not None
     lora.save_adapter(Path(folder), made.adapters(), made.options.lora, model)
     return {"gradients": dict(made.gradients(batch_of(batches[0]))), "merged": dict(made.host_parameters())}
+
+
+def hundred_steps(model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], lr: float, steps: int) -> dict[str, Any]:
+    """What lies on the devices afterwards, beside the same laid out anew from the checkpoint's own numbers; and what each device holds."""
+    made = trainer(model, mesh, options)
+    for _ in range(steps):
+        last = made.step(batch_of(arrays), lr)
+    before = {name: made.mesh.local_shards(made.state[name]) for name in made.changing()}
+    made.load({name: partial(made.fetch, name) for name in made.changing()})
+    equal = {name: all(map(torch.equal, before[name], made.mesh.local_shards(made.state[name]))) for name in before}
+    return {"last": last.loss, "equal": equal, "held": made.bytes_per_device(), "planned": made.plan.parameter_bytes(4)}
+
+
+def skipped(model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A step with a learning rate, one with a weight that is no number, and whether the state was left as it was."""
+    made = trainer(model, mesh, options)
+    first = made.step(batch_of(arrays), 1e-3)
+    name = "param.model.layers.0.mlp.up_proj.weight"
+    broken = made.fetch(name)
+    broken[1, 2] = float("inf")
+    made.load({each: partial(made.fetch, each) for each in made.changing()} | {name: lambda: broken})
+    before = {each: made.fetch(each) for each in made.changing()}
+    second = made.step(batch_of(arrays), 1e-3)
+    same = {each: torch.equal(made.fetch(each), before[each]) for each in made.changing()}
+    return {"finite": [first.finite, second.finite], "same": same}
