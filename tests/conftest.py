@@ -165,3 +165,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from reference import TinyModels
 
     return TinyModels(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def killer() -> Iterator[Any]:
+    """`killer("train", log, options=[...])` runs a case of `kill_cases` in a process that may be killed."""
+    from kill_cases import Killer
+
+    made = Killer()
+    yield made
+    made.stop()

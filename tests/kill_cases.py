@@ -1,43 +1,62 @@
 """Processes that are killed: this one imports what they need once, and forks a child for each.
 
-    python kill_cases.py DEVICES < jobs
+    python kill_cases.py < jobs
 
-A job is a line of JSON; for each, a line of JSON comes back. A child ends by itself, or by SIGKILL: from its own hook before the k-th operation of the save protocol, or from here
-after so many seconds. No device exists before the fork.
+A job is a line of JSON; for each, its child's exit code comes back when that has ended: by itself, or by a signal that it gives itself, before the k-th operation of the save protocol or some
+time after a step. No device exists before the fork, so a child may have any number of them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
+
+HERE = Path(__file__).parent
+
+
+class Killer:
+    """The process of this module, as tests use it: `killer("save", log, folder=..., step=3)` gives back how the child ended, what it wrote being in the file `log`."""
+
+    def __init__(self) -> None:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))}
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "kill_cases.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kept, cwd=HERE
+        )
+
+    def __call__(self, what: str, log: Path, **arguments: Any) -> int:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"what": what, "log": str(log), "arguments": arguments}) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def stop(self) -> None:
+        self._process.communicate(timeout=30)
 
 
 def main() -> None:
     """Run every job of standard input."""
     from parallama import backends
 
-    devices = int(sys.argv[1])
-    os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices), "XLA_REGISTER_INSTALLED_PLUGINS": "0"}
+    os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1", "XLA_REGISTER_INSTALLED_PLUGINS": "0"}
     backends._set_flags("cpu")
     import torch_xla  # noqa: F401
     import transformers  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
     from parallama import loading  # noqa: F401
-    from parallama.train import checkpoints, tokens  # noqa: F401
+    from parallama.train import checkpoints, loop, tokens  # noqa: F401
 
     for line in sys.stdin:
         job = json.loads(line)
         child = os.fork()
         if child == 0:
             os._exit(_child(job))
-        print(json.dumps(_await(child, job)), flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 def _child(job: dict[str, Any]) -> int:
@@ -55,25 +74,6 @@ def _child(job: dict[str, Any]) -> int:
         return 70
     finally:
         sys.stderr.flush()
-
-
-def _await(child: int, job: dict[str, Any]) -> dict[str, Any]:
-    """How a child ended; it is killed when the file that the job waits for is there, and so many seconds have passed since."""
-    began = time.monotonic()
-    kill_after, marker = job.get("kill_after_s"), job.get("kill_when")
-    seen: float | None = None
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            code = os.waitstatus_to_exitcode(status)
-            return {"code": code, "seconds": time.monotonic() - began}
-        if seen is None and (marker is None or Path(marker).exists()):
-            seen = time.monotonic()
-        if kill_after is not None and seen is not None and time.monotonic() - seen >= kill_after:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, job.get("signal", signal.SIGKILL))
-            kill_after = None
-        time.sleep(0.002)
 
 
 def counting(kill_at: int | None, errno: int | None = None, fail_at: int | None = None) -> tuple[Any, list[str]]:
@@ -106,6 +106,36 @@ def save(folder: str, step: int, kill_at: int | None = None, keep_last: int = 2,
     checkpoints.write(Path(folder), snapshot(step), keep_last=keep_last, disk=disk)
     Path(folder, "operations").write_text(json.dumps(done))
     return 0
+
+
+def train(
+    options: list[str], kill_at: int | None = None, at_step: int | None = None, delay_s: float = 0.0, send: int = signal.SIGKILL
+) -> int:
+    """A training run, as the command runs it; so many seconds after a step it gets a signal."""
+    import threading
+
+    from parallama.cli.train import _watch
+    from parallama.train import loop
+    from parallama.train import settings as settings_of
+
+    disk, done = counting(kill_at)
+    settings = settings_of.read(None, options)
+    with _watch(settings, False) as watch:
+        tell = watch.step
+
+        def step(entry: dict[str, Any], steps: int) -> None:
+            tell(entry, steps)
+            if entry["step"] == at_step:
+                if delay_s:
+                    threading.Timer(delay_s, os.kill, (os.getpid(), send)).start()
+                else:
+                    os.kill(os.getpid(), send)
+
+        watch.step = step
+        outcome = loop.train(settings, watch=watch, disk=disk)
+    Path(settings.out, "operations").write_text(json.dumps(done))
+    print(f"late programs: {outcome.programs_after_warmup}")
+    return 0 if outcome.signal is None else 128 + outcome.signal
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from checkpoint_cases import laid_out, snapshot, state
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kill_cases import counting
+from kill_cases import Killer, counting
 
 from parallama import heads
 from parallama.errors import ParallamaError, RunError
@@ -29,7 +29,6 @@ from parallama.train import checkpoints
 from parallama.train.disk import RunLock
 from parallama.train.manifest import BlockRuns
 
-HERE = Path(__file__).parent
 ERRORS = {
     errno.ENOSPC: ("No space left on device", "make room, then go on with --resume auto"),
     errno.EACCES: ("Permission denied", "make the folder writable, then go on with --resume auto"),
@@ -103,34 +102,6 @@ def test_a_checkpoint_is_written_in_the_order_that_makes_it_safe(two: Path) -> N
     assert {"step", "mesh", "data", "rng", "schedule", "settings", "plan", "versions", "tensors", "files"} <= set(manifest)
 
 
-class Killer:
-    """The process of `kill_cases`."""
-
-    def __init__(self) -> None:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))}
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "kill_cases.py"), "2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kept, cwd=HERE
-        )
-
-    def __call__(self, what: str, log: Path, **job: Any) -> dict[str, Any]:
-        arguments = job.pop("arguments")
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"what": what, "log": str(log), "arguments": arguments} | job) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        self._process.communicate(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def killer() -> Iterator[Killer]:
-    made = Killer()
-    yield made
-    made.stop()
-
-
 def test_killed_before_any_operation_of_a_save_a_whole_checkpoint_is_the_newest(killer: Killer, two: Path, tmp_path: Path) -> None:
     operations = 1
     kept: list[int] = []
@@ -139,13 +110,13 @@ def test_killed_before_any_operation_of_a_save_a_whole_checkpoint_is_the_newest(
         folder = tmp_path / f"killed-{at}"
         shutil.copytree(two, folder, symlinks=True, ignore=shutil.ignore_patterns("killed-*", "log"))
         if at == 0:
-            ended = killer("save", tmp_path / "log", arguments={"folder": str(folder), "step": 3})
-            assert ended["code"] == 0, (tmp_path / "log").read_text()
+            code = killer("save", tmp_path / "log", folder=str(folder), step=3)
+            assert code == 0, (tmp_path / "log").read_text()
             operations = len(json.loads((folder / "operations").read_text()))
             shutil.rmtree(folder)
             shutil.copytree(two, folder, symlinks=True, ignore=shutil.ignore_patterns("killed-*", "log"))
-        ended = killer("save", tmp_path / "log", arguments={"folder": str(folder), "step": 3, "kill_at": at})
-        assert ended["code"] == -9, (tmp_path / "log").read_text()
+        code = killer("save", tmp_path / "log", folder=str(folder), step=3, kill_at=at)
+        assert code == -9, (tmp_path / "log").read_text()
         newest = checkpoints.newest(folder)
         assert newest is not None
         step = int(newest.name[-1])
@@ -246,9 +217,9 @@ def test_on_a_disk_that_may_only_be_read_the_checkpoint_before_is_whole(tmp_path
 def test_without_the_right_to_write_the_checkpoint_before_is_whole(killer: Killer, two: Path, tmp_path: Path) -> None:
     for folder in [two, *two.parents][:-1]:
         folder.chmod(folder.stat().st_mode | 0o055)
-    ended = killer("save", tmp_path / "log", arguments={"folder": str(two), "step": 3, "user": 65534})
+    code = killer("save", tmp_path / "log", folder=str(two), step=3, user=65534)
     said = (tmp_path / "log").read_text()
-    assert ended["code"] == 70
+    assert code == 70
     assert "Permission denied" in said and "step-00000002" in said and "make the folder writable" in said
     assert same(read(two / "latest"), state(2))
 

@@ -73,6 +73,16 @@ def test_a_command_that_proves_something_runs(command: str, tmp_path: Path) -> N
     assert "layers.*.mlp.down_proj" in done.stdout and "all-reduce" in done.stdout
 
 
+def test_the_training_commands_of_the_readme_run(tmp_path: Path) -> None:
+    train, report = (command for command, _ in shown_commands() if command.startswith(("parallama train", "parallama report")))
+    assert "--steps 20" in train
+    run([COMMAND, *shlex.split(train.replace("--steps 20", "--steps 2"))[1:], "--cache", str(tmp_path / "cache")], tmp_path)
+    done = run([COMMAND, *shlex.split(report)[1:]], tmp_path)
+    assert (
+        "tokens/s" in done.stdout and (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "model" / "config.json").exists()
+    )
+
+
 @pytest.mark.slow
 def test_the_bench_commands_of_the_readme_run_on_a_smaller_model(tmp_path: Path) -> None:
     commands = [command for command, _ in shown_commands() if command.startswith("parallama bench")]

@@ -205,6 +205,22 @@ def test_the_shipped_data_are_fit_to_train_on(tokenizer: Any, tmp_path: Path) ->
     assert len(corpus.lengths) > 64 and corpus.dropped == corpus.truncated == 0
 
 
+def test_a_data_set_of_hugging_faces_library_is_read_as_a_file_would_be(tokenizer: Any, tmp_path: Path) -> None:
+    import datasets
+
+    rows = [chat("Hi", "Hello."), chat("Bye", "Good bye.")]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "set"))
+    theirs = prepare(tokenizer, f"hf:{tmp_path / 'set'}", tmp_path)
+    ours = prepare(tokenizer, jsonl(tmp_path, *rows), tmp_path)
+    assert all(
+        (theirs.document(i)[0] == ours.document(i)[0]).all() and (theirs.document(i)[1] == ours.document(i)[1]).all() for i in range(2)
+    )
+    wrong = datasets.Dataset.from_list([{"text": "fine"}, {"text": ""}])
+    wrong.save_to_disk(str(tmp_path / "wrong"))
+    with pytest.raises(ParallamaError, match=r"wrong row 2: 'text' is ''"):
+        prepare(tokenizer, f"hf:{tmp_path / 'wrong'}", tmp_path)
+
+
 class Lengths:
     """Documents of given lengths whose tokens say which document they are of, and where in it."""
 
@@ -213,7 +229,7 @@ class Lengths:
 
     def document(self, index: int) -> tuple[Any, Any]:
         length = int(self.lengths[index])
-        return 1000 * (index + 1) + np.arange(length), np.arange(length) % 3 != 0
+        return (1000 * (index + 1) + np.arange(length)).astype(np.uint32), np.arange(length) % 3 != 0
 
 
 LENGTHS = st.lists(st.integers(2, 24), min_size=1, max_size=40)
@@ -245,7 +261,7 @@ def test_a_row_keeps_its_documents_apart(lengths: list[int]) -> None:
             ids, mask = documents.document(index)
             here = row.documents == number
             assert (row.ids[here] == ids).all() and (row.positions[here] == np.arange(len(ids))).all()
-            assert (row.labels[here] == np.where(mask & (np.arange(len(ids)) > 0), ids, IGNORED)).all()
+            assert (row.labels[here] == np.where(mask & (np.arange(len(ids)) > 0), ids.astype(np.int64), IGNORED)).all()
 
 
 @settings(deadline=None, max_examples=60)

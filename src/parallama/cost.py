@@ -168,3 +168,9 @@ def prefill_flops(spec: ModelSpec, batch: int, length: int) -> int:
     inside, head = _weights(spec)
     attention = 2 * spec.layers * spec.query_heads * spec.head_dim * length * (length + 1)
     return batch * (2 * inside * length + attention + 2 * head)
+
+
+def train_flops(spec: ModelSpec, batch: int, length: int) -> int:
+    """FLOPs of the products of one forward and backward pass over full rows: three times those of a forward pass with the head at every position. Nothing computed twice counts twice."""
+    _, head = _weights(spec)
+    return 3 * (prefill_flops(spec, batch, length) + batch * (length - 1) * 2 * head)

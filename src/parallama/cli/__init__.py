@@ -14,6 +14,7 @@ from .inspect import inspect
 from .options import show_version
 from .plan import plan
 from .report import report
+from .train import train
 from .validate import validate
 from .verify import verify
 
@@ -44,5 +45,6 @@ app.command()(export)
 app.command()(inspect)
 app.command()(plan)
 app.command()(report)
+app.command(context_settings={"ignore_unknown_options": True})(train)
 app.command()(validate)
 app.command()(verify)

@@ -18,9 +18,12 @@ from .batch import IGNORED, PADDING, Batch
 
 
 class Documents(Protocol):
-    """Tokenized documents. `lengths` is `[N]`; `document(i)` gives its token ids and for each whether it is trained on."""
+    """Tokenized documents."""
 
-    lengths: NDArray[Any]
+    @property
+    def lengths(self) -> NDArray[Any]:
+        """`[N]` tokens of each."""
+        ...
 
     def document(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Token ids and loss mask, each `[length]`."""
@@ -100,6 +103,7 @@ def make_row(documents: Documents, members: list[int], seq_len: int) -> Row:
     at = 0
     for number, index in enumerate(members):
         tokens, trained = documents.document(index)
+        tokens = np.asarray(tokens, np.int64)  # of unsigned ones numpy would make the label -100 a large number
         here = slice(at, at + len(tokens))
         ids[here] = tokens
         labels[here] = np.where(trained, tokens, IGNORED)

@@ -65,6 +65,18 @@ class Corpus:
         """Tokens that are trained on."""
         return int(np.count_nonzero(self._trained))
 
+    def check(self, vocab: int) -> None:
+        """Raise `UsageError` unless every token is one of a model's."""
+        largest = int(self._tokens.max())
+        if largest >= vocab:
+            raise UsageError(
+                lines(
+                    f"the tokenizer gives the token id {largest}",
+                    f"expected 0 to {vocab - 1}, the model's vocabulary",
+                    "use the model's own tokenizer",
+                )
+            )
+
     def document(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Token ids and loss mask of a document."""
         here = slice(int(self._offsets[index]), int(self._offsets[index + 1]))

@@ -1,0 +1,350 @@
+"""A training run: data, steps, validation, log and checkpoints, from the first step or from where a run ended."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RunError, lines
+from ..versions import version_of
+from . import resume
+from . import settings as settings_of
+from .batch import PADDING
+from .disk import Disk, RunLock
+from .logs import JsonLog, Sink, TensorBoard, WandB
+from .packing import Position, Row, Rows, empty_row, make_batch
+from .settings import TrainSettings
+
+if TYPE_CHECKING:
+    from .tokens import Corpus
+
+CHECKPOINTS, MODEL, ADAPTER, CONFIG = "checkpoints", "model", "adapter", "config.yaml"
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """What a run tells while it goes on; every field may be left out.
+
+    Attributes:
+        say: a line for people.
+        progress: what is being done, how much of it is, and of how much.
+        step: the log entry of a step, and how many steps there are.
+    """
+
+    say: Callable[[str], None] = field(default=lambda _line: None)
+    progress: Callable[[str, int, int], None] | None = None
+    step: Callable[[dict[str, Any], int], None] = field(default=lambda _entry, _steps: None)
+
+    def of(self, what: str) -> Callable[[int, int], None] | None:
+        """`progress` for one thing."""
+        report = self.progress
+        return None if report is None else lambda done, total: report(what, done, total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        steps: optimizer steps that are done, those of earlier runs included.
+        signal: the signal that ended it, after a checkpoint; None if it is complete.
+        checkpoint: the last one.
+        model: the exported folder, if there is one.
+        loss: of the last step; None if there was none left to do.
+        programs_after_warmup: programs that were compiled after the first step; 0.
+    """
+
+    steps: int
+    signal: int | None
+    checkpoint: Path
+    model: Path | None
+    loss: float | None
+    programs_after_warmup: int
+
+
+def train(settings: TrainSettings, *, watch: Watch | None = None, disk: Disk | None = None) -> Outcome:
+    """Train, and leave checkpoints, a log and the trained model in `settings.out`.
+
+    SIGTERM and SIGINT end the run at the next step, with a checkpoint.
+
+    Args:
+        disk: what checkpoints are written with.
+
+    Raises:
+        ParallamaError: settings, data, model or checkpoint that don't fit, before anything is compiled; or a run that broke: a loss that is no number, a checkpoint that can't be saved.
+    """
+    lock = RunLock(Path(settings.out).expanduser())
+    try:
+        return _Run(settings, watch or Watch(), disk).go()
+    finally:
+        lock.release()
+
+
+class _Run:
+    """What a run is made of, and the loop over it."""
+
+    def __init__(self, settings: TrainSettings, watch: Watch, disk: Disk | None) -> None:
+        from .. import loading
+        from ..mesh import DeviceMesh
+        from ..plan import make_plan, read_overrides
+        from ..spec import ModelSpec
+        from . import checkpoints
+        from .layout import training_plan
+        from .speed import Speed
+        from .step import Trainer, check_fit
+
+        self.settings, self.watch = settings, watch
+        self.sequences = settings.grad_accum * settings.batch_size
+        self.folder = Path(settings.out).expanduser()
+        saved = self.folder / CHECKPOINTS
+        checkpoints.clean(saved)
+        resumed = resume.find(settings, saved, watch.say)
+        overrides = read_overrides(settings.plan) if settings.plan is not None else None
+        self.mesh = DeviceMesh(settings.mesh_shape, backend=settings.backend)
+        self.model = loading.find(settings.model)
+        self.tokenizer = self.model.tokenizer()
+        spec = ModelSpec.from_config(self.model.config)
+        self.vocab = spec.vocab
+        plan, how = make_plan(spec, self.mesh.shape, overrides), settings.step_options
+        check_fit(how, training_plan(plan, fsdp=how.fsdp, lora=how.lora))
+        self.corpus, self.eval_rows = self._data()
+        if resumed is not None:
+            resume.check_data(resumed, self.corpus.fingerprint)
+        self.trainer = Trainer(self.model, self.mesh, how, plan=plan, seed=settings.seed, progress=watch.of("loading"))
+        self.done, self.tokens, position, self.last_save = 0, 0, Position(), -1
+        if resumed is not None:
+            manifest = resumed.manifest
+            self.trainer.load(checkpoints.read_tensors(resumed.path, manifest))
+            self.done, self.tokens = manifest.step, manifest.tokens
+            position = Position(epoch=manifest.data.epoch, row=manifest.data.row)
+            self.last_save = self.done if resumed.path.parent == saved.resolve() else -1
+            watch.say(f"resumed from {resumed.path} after {self.done} steps on mesh {manifest.mesh.shape}")
+        held = self.trainer.bytes_per_device()
+        self.bytes_per_device = [sum(each) for each in zip(*held.values(), strict=True)]
+        self.rows = Rows(self.corpus, settings.seq_len, seed=settings.seed, packing=settings.packing, position=position)
+        self.speed = Speed.of(spec, self.sequences, settings.seq_len, self.mesh.backend.name)
+        self.saver = checkpoints.Saver(saved, keep_last=settings.keep_last, asynchronous=settings.async_save, disk=disk)
+
+    def _data(self) -> tuple[Corpus, list[Row]]:
+        """Tokenized data, and the rows of a validation: the first of its data, in whole batches, the same every time."""
+        from . import tokens
+
+        settings = self.settings
+        found = {}
+        for what, sources in (("data", settings.sources), ("eval_data", settings.eval_sources)):
+            if not sources:
+                continue
+            corpus = found[what] = tokens.prepare(
+                sources,
+                self.tokenizer,
+                seq_len=settings.seq_len,
+                too_long=settings.too_long,
+                cache=Path(settings.cache),
+                progress=self.watch.of(f"tokenizing {what}"),
+            )
+            corpus.check(self.vocab)
+            lost = [
+                f", {count} {how}" for count, how in ((corpus.dropped, "dropped as too long"), (corpus.truncated, "truncated")) if count
+            ]
+            self.watch.say(
+                f"{what}: {len(corpus.lengths):,} documents, {corpus.token_count:,} tokens, {corpus.trained_count:,} of them trained on{''.join(lost)}"
+            )
+        if "eval_data" not in found:
+            return found["data"], []
+        rows = Rows(found["eval_data"], settings.seq_len, packing=settings.packing, shuffle=False)
+        taken = rows.take(min(len(rows), settings.eval_batches * self.sequences))
+        return found["data"], taken + [empty_row(settings.seq_len)] * (-len(taken) % self.sequences)
+
+    def go(self) -> Outcome:
+        """Train to the end, or to a signal."""
+        from ..program import compiled_programs
+
+        settings = self.settings
+        (self.folder / CONFIG).write_text(settings_of.dump(settings), encoding="utf-8")
+        log = JsonLog(self.folder, self.done)
+        sinks: list[Sink] = [log]
+        loss: float | None = None
+        try:
+            if "tensorboard" in settings.report_to:
+                sinks.append(TensorBoard(self.folder, self.done))
+            if "wandb" in settings.report_to:
+                sinks.append(WandB(self.folder, settings.model_dump()))
+            if self.done < settings.steps:
+                began = time.perf_counter()
+                self.trainer.compile()
+                self.watch.say(f"compiled in {time.perf_counter() - began:.1f} s")
+                if settings.sample_every:  # its programs, too, are made before the first step
+                    for sample in self._samples():
+                        self.watch.say(f"before step {self.done + 1}: {sample['prompt']}{sample['text']}")
+            first, compiled = self.done + 1, compiled_programs()
+            with _signals() as caught:
+                while self.done < settings.steps and not caught:
+                    loss = self._step(sinks)
+                    compiled = compiled_programs() if self.done == first else compiled
+                    if self.done == settings.steps or (settings.save_every and self.done % settings.save_every == 0):
+                        self._save(log)
+                if self.done != self.last_save:
+                    self._save(log)
+                self.saver.wait()
+            late = compiled_programs() - compiled
+        finally:
+            for sink in sinks:
+                sink.close()
+            self.saver.end()
+        stopped = caught[0] if caught and self.done < settings.steps else None
+        return Outcome(
+            steps=self.done,
+            signal=stopped,
+            checkpoint=self.saver.path(self.done),
+            model=self._export() if settings.export and stopped is None else None,
+            loss=loss,
+            programs_after_warmup=late,
+        )
+
+    def _step(self, sinks: list[Sink]) -> float:
+        """One optimizer step, with all that comes with it; its loss."""
+        settings = self.settings
+        self.saver.check()
+        began = time.perf_counter()
+        batch = make_batch(self.rows.take(self.sequences), settings.grad_accum)
+        rate = settings.learning_rate(self.done)
+        result = self.trainer.step(batch, rate)
+        seconds = time.perf_counter() - began
+        # After a step: traced with the state as it was first put on the devices, torch-xla doesn't replay it once a step has taken that state over.
+        self.trainer.compile(evaluate=bool(self.eval_rows))
+        tokens = int((batch.documents != PADDING).sum())
+        self.done += 1
+        self.tokens += tokens
+        entry: dict[str, Any] = {
+            "step": self.done,
+            "loss": result.loss,
+            "lr": rate,
+            "grad_norm": result.grad_norm,
+            "tokens_per_s": tokens / seconds,
+            "step_time_s": seconds,
+            "mfu": self.speed.mfu(seconds),
+            "tokens": tokens,
+            "target_tokens": result.tokens,
+            "epoch": self.rows.position.epoch,
+            "bytes_per_device": self.bytes_per_device,
+        }
+        if not result.finite:
+            entry["skipped"] = True
+        elif settings.eval_every and self.done % settings.eval_every == 0:
+            entry |= self._validate()
+        if settings.sample_every and self.done % settings.sample_every == 0:
+            entry["samples"] = self._samples()
+        for sink in sinks:
+            sink.write(entry)
+        self.watch.step(entry, settings.steps)
+        if not result.finite and settings.on_nonfinite == "stop":
+            self.saver.wait()
+            raise RunError(
+                lines(
+                    f"step {self.done}: loss {result.loss}, gradient norm {result.grad_norm}",
+                    f"expected numbers; the weights are as before, and {self.saver.state()}",
+                    "lower lr, look at the data, or set on_nonfinite to skip",
+                )
+            )
+        return result.loss
+
+    def _validate(self) -> dict[str, float]:
+        """Loss and perplexity of the validation rows, each token weighing the same."""
+        total, count = 0.0, 0
+        for at in range(0, len(self.eval_rows), self.sequences):
+            loss, tokens = self.trainer.evaluate(make_batch(self.eval_rows[at : at + self.sequences], self.settings.grad_accum))
+            total, count = total + loss, count + tokens
+        mean = total / count
+        return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0)), "eval_tokens": count}
+
+    def _samples(self) -> list[dict[str, str]]:
+        """What the model as it is makes of the prompts, greedily. The weights are laid out for generation, beside those in training, and dropped again."""
+        import torch
+
+        from ..llm import LLM
+        from ..loading import make_skeleton
+        from ..plan import make_plan
+        from ..shard import put_parameters
+        from ..steps import Steps
+
+        settings, config = self.settings, copy.deepcopy(self.model.config)  # generation has its own attention, which the config names
+        plan = make_plan(self.trainer.plan.model, self.mesh.shape)
+        weights = put_parameters(self.trainer.host_parameters(), plan, self.mesh, torch.float32)
+        llm = LLM(
+            name=settings.model,
+            steps=Steps(make_skeleton(config), weights, torch.float32),
+            tokenizer=self.tokenizer,
+            generation={"eos_token_id": getattr(config, "eos_token_id", None)},
+            max_model_len=plan.model.max_positions,
+            load_s=0.0,
+        )
+        written = llm.generate(settings.sample_prompts, max_new_tokens=settings.sample_tokens, temperature=0.0)
+        return [{"prompt": prompt, "text": each.text} for prompt, each in zip(settings.sample_prompts, written, strict=True)]
+
+    def _save(self, log: JsonLog) -> None:
+        """Begin a checkpoint of the state as it is; the log up to here is on the disk before."""
+        from . import checkpoints
+
+        settings, position = self.settings, self.rows.position
+        log.sync()
+        self.saver.save(
+            checkpoints.take(
+                {name: self.trainer.state[name] for name in self.trainer.changing()},
+                lambda name: (self.trainer.layout(name).axes, self.trainer.blocks(name)),
+                self.mesh,
+                step=self.done,
+                tokens=self.tokens,
+                data={"epoch": position.epoch, "row": position.row, "fingerprint": self.corpus.fingerprint},
+                rng={"seed": settings.seed, "step": self.done},
+                schedule=asdict(settings.learning_rate),
+                settings=settings.model_dump(),
+                plan=json.loads(self.trainer.plan.to_json()),
+                versions={package: version_of(package) or "" for package in ("parallama", "torch", "torch_xla", "transformers")},
+            )
+        )
+        self.last_save = self.done
+
+    def _export(self) -> Path:
+        """The trained model as a folder that transformers loads, in float32, as it was trained; adapters merged, and also by themselves, for PEFT."""
+        from .lora import save_adapter
+        from .trained import save_model
+
+        lora = self.trainer.options.lora
+        if lora is not None:
+            save_adapter(self.folder / ADAPTER, self.trainer.adapters(), lora, self.settings.model)
+        folder = self.folder / MODEL
+        if not folder.exists():  # a run that is complete already may be resumed once more
+            save_model(folder, self.model, self.tokenizer, self.trainer.host_parameters())
+        return folder
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of ending the process at once; a second one of the same kind does."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before: dict[int, Any] = {}
+
+    def take(number: int, _frame: FrameType | None) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        before[each] = signal.signal(each, take)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,192 @@
+"""`parallama train` on the command line: what is wrong is said before anything is compiled, and what it leaves is what was promised."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import train_models
+from kill_cases import Killer
+
+from parallama.__main__ import run
+from parallama.train import settings as settings_of
+from parallama.train.logs import read_log
+
+RUNNER = """
+import contextlib, io, json, sys
+from parallama.__main__ import run
+results = []
+for arguments in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run(["train", *arguments])
+    results.append([code, err.getvalue()])
+from parallama.program import compiled_programs
+print(json.dumps([results, compiled_programs()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, the same without tokenizer and without chat template, and many wrong data."""
+    root = tmp_path_factory.mktemp("train")
+    train_models.make(root / "model")
+    for name in ("bare", "plain"):
+        train_models.make(root / name)
+    for file in (*(root / "bare").glob("tokenizer*"), *(root / "bare").glob("*.jinja"), *(root / "plain").glob("*.jinja")):
+        file.unlink()
+    config = json.loads((root / "plain" / "tokenizer_config.json").read_text())
+    (root / "plain" / "tokenizer_config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if key != "chat_template"})
+    )
+    fine = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    for name, content in {
+        "empty": "",
+        "not-json": json.dumps(fine) + "\n{oh\n",
+        "no-assistant": '{"messages": [{"role": "user", "content": "a"}]}\n',
+        "number": '{"text": 5}\n',
+        "long": json.dumps({"prompt": "a", "completion": "b" * 4000}) + "\n",
+        "fine": json.dumps(fine) + "\n",
+    }.items():
+        (root / f"{name}.jsonl").write_text(content)
+    (root / "old").mkdir()
+    (root / "old" / "log.jsonl").write_text('{"step": 1}\n')
+    (root / "file").write_text("")
+    (root / "bad.yaml").write_text("model: [\n")
+    (root / "plan.yaml").write_text("model.layers.*.mlp.sideways.weight: colwise\n")
+    return root
+
+
+BAD: dict[str, tuple[dict[str, str], str, int]] = {
+    "unknown key": ({"lrr": "1"}, "config key 'lrr' is unknown", 2),
+    "wrong type": ({"steps": "many"}, "config key 'steps' is 'many'", 2),
+    "batch over data": ({"mesh": "3x1"}, "batch_size 4 does not divide over 3 devices", 4),
+    "unknown mesh": ({"mesh": "x"}, "mesh 'x' cannot be read", 2),
+    "LoRA target": ({"lora.targets": "[head]"}, "lora targets are head", 2),
+    "no such model": ({"model": "ROOT/none"}, "none' is not there", 3),
+    "no tokenizer": ({"model": "ROOT/bare"}, "the model has no tokenizer.json", 2),
+    "no chat template": ({"model": "ROOT/plain"}, "is a conversation, but the model has no chat template", 2),
+    "no such data": ({"data": "ROOT/none.jsonl"}, "none.jsonl' is not there", 2),
+    "unknown data set": ({"data": "shipped:cats"}, "data 'shipped:cats' is not there", 2),
+    "no such data set": ({"data": "hf:ROOT/none:train"}, "cannot be had: ", 2),
+    "empty data": ({"data": "ROOT/empty.jsonl"}, "it is empty", 2),
+    "a line that is no JSON": ({"data": "ROOT/not-json.jsonl"}, "not-json.jsonl:2: it is not JSON", 2),
+    "no assistant": ({"data": "ROOT/no-assistant.jsonl"}, "no message has role assistant", 2),
+    "a number for text": ({"data": "ROOT/number.jsonl"}, "'text' is 5", 2),
+    "longer than the sequence": ({"data": "ROOT/long.jsonl"}, "tokens, and seq_len is 64", 2),
+    "longer than the model": ({"seq_len": "4096"}, "seq_len is 4096", 4),
+    "a run that is there": ({"out": "ROOT/old"}, "old' holds a run already", 2),
+    "out is a file": ({"out": "ROOT/file"}, "cannot be written", 1),
+    "no checkpoint": ({"resume": "ROOT/model"}, "has no manifest.json that can be read", 3),
+    "a plan that matches nothing": ({"plan": "ROOT/plan.yaml"}, "sideways", 2),
+    "bad validation data": ({"eval_data": "ROOT/empty.jsonl", "eval_every": "1"}, "it is empty", 2),
+    "sequence parallelism": ({"mesh": "1x1", "sequence_parallel": "true", "seq_len": "2048.5"}, "config key 'seq_len' is 2048.5", 2),
+}
+
+
+def test_wrong_configs_and_data_are_errors_before_anything_is_compiled(folders: Path) -> None:
+    usual = {"model": "ROOT/model", "data": "ROOT/fine.jsonl", "steps": "2", "seq_len": "64", "cache": "ROOT/cache"}
+    cases = []
+    for number, (keys, _, _) in enumerate(BAD.values()):
+        given = {"out": f"ROOT/run-{number}"} | usual | keys
+        cases.append([part.replace("ROOT", str(folders)) for key, value in given.items() for part in (f"--{key}", value)])
+    cases.append([str(folders / "bad.yaml")])
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))} | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", RUNNER], input=json.dumps(cases), capture_output=True, text=True, timeout=600, env=kept)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results, compiled = json.loads(done.stdout)
+    for name, (_, message, code), (found, said) in zip(BAD, BAD.values(), results, strict=False):
+        assert found == code and message in said, f"{name}: {found}, {said}"
+        last = said[said.index("parallama: ") :]
+        assert last.count("\n") <= 3 and "Traceback" not in said, said
+    assert results[-1][0] == 2 and "is no YAML" in results[-1][1]
+    assert len(results) > 20 and compiled == 0
+
+
+def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--help"]) == 0
+    words = set(re.findall(r"\w+(?:\.\w+)?", capsys.readouterr().out))
+    assert set(settings_of.keys()) <= words and {"lora.rank", "lora.dropout"} <= words
+
+
+def test_dump_config_round_trips_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        run(["train", "--model", "smollm2", "--data", "[a, b]", "--out", "1e3", "--steps", "5", "--lora.rank", "4", "--dump-config"]) == 0
+    )
+    first = capsys.readouterr().out
+    (tmp_path / "run.yaml").write_text(first)
+    assert run(["train", str(tmp_path / "run.yaml"), "--dump-config"]) == 0
+    assert capsys.readouterr().out == first
+    assert run(["train"]) == 2 and "there is no config" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(killer: Killer, folders: Path) -> Path:
+    """A run with everything: adapters, validation, samples, TensorBoard."""
+    out = folders / "everything"
+    keys: dict[str, Any] = {
+        "model": folders / "model",
+        "data": ["shipped:chat", "shipped:text"],
+        "out": out,
+        "steps": 6,
+        "mesh": "1x2",
+        "seq_len": 160,
+        "too_long": "drop",
+        "lr": 1e-2,
+        "lora.rank": 2,
+        "eval_data": "shipped:text",
+        "eval_every": 3,
+        "eval_batches": 1,
+        "sample_every": 3,
+        "sample_prompts": ["We the People", "the"],
+        "sample_tokens": 4,
+        "report_to": ["tensorboard"],
+        "cache": folders / "cache",
+    }
+    log = folders / "output"
+    assert killer("train", log, options=[part for key, value in keys.items() for part in (f"--{key}", str(value))]) == 0, log.read_text()
+    assert "late programs: 0" in log.read_text()
+    return out
+
+
+def test_a_run_leaves_log_config_checkpoints_and_a_model_that_transformers_loads(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    entries = read_log(finished)
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
+    assert [("eval_loss" in entry, "samples" in entry) for entry in entries] == [(False, False), (False, False), (True, True)] * 2
+    assert entries[5]["eval_loss"] < entries[2]["eval_loss"] and entries[0]["mfu"] > 0 and len(entries[0]["bytes_per_device"]) == 2
+    assert [sample["prompt"] for sample in entries[2]["samples"]] == ["We the People", "the"]
+    assert settings_of.read(finished / "config.yaml").steps == 6
+    assert list((finished / "tensorboard").iterdir())
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    assert model.config.vocab_size == train_models.VOCAB and tokenizer.chat_template
+    assert {path.name for path in (finished / "adapter").iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+
+
+def test_the_validation_loss_is_transformers_own_of_the_exported_model(finished: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from parallama.train.packing import Rows
+    from parallama.train.tokens import prepare
+
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    settings = settings_of.read(finished / "config.yaml")
+    corpus = prepare(["shipped:text"], train_models.tokenizer(), seq_len=160, too_long="drop", cache=Path(settings.cache))
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in Rows(corpus, 160, shuffle=False).take(4):
+            for number in range(row.documents.max() + 1):
+                ids = torch.from_numpy(row.ids[row.documents == number])[None]
+                total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+                count += ids.shape[1] - 1
+    last = read_log(finished)[-1]
+    assert last["eval_tokens"] == count and last["eval_loss"] == pytest.approx(total / count, rel=1e-4)
