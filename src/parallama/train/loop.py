@@ -274,12 +274,14 @@ class _Run:
         from ..llm import LLM
         from ..loading import make_skeleton
         from ..plan import make_plan
-        from ..shard import put_parameters
+        from ..shard import DeviceWeights, put_parameter
         from ..steps import Steps
+        from ..stream import StreamStats
 
         settings, config = self.settings, copy.deepcopy(self.model.config)  # generation has its own attention, which the config names
         plan = make_plan(self.trainer.plan.model, self.mesh.shape)
-        weights = put_parameters(self.trainer.host_parameters(), plan, self.mesh, torch.float32)
+        tensors = {name: put_parameter(tensor, plan, self.mesh, name, torch.float32) for name, tensor in self.trainer.host_parameters()}
+        weights = DeviceWeights(plan=plan, mesh=self.mesh, tensors=tensors)
         llm = LLM(
             name=settings.model,
             steps=Steps(make_skeleton(config), weights, torch.float32),
@@ -287,6 +289,8 @@ class _Run:
             generation={"eos_token_id": getattr(config, "eos_token_id", None)},
             max_model_len=plan.model.max_positions,
             load_s=0.0,
+            load_stats=StreamStats(seconds=0.0, bytes_read=0, largest_tensor_bytes=0, baseline_rss_bytes=0, peak_rss_bytes=0),
+            source=self.model,
         )
         written = llm.generate(settings.sample_prompts, max_new_tokens=settings.sample_tokens, temperature=0.0)
         return [{"prompt": prompt, "text": each.text} for prompt, each in zip(settings.sample_prompts, written, strict=True)]
