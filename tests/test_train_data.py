@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parallama.chat_template import Renderer, renderer_of
 from parallama.errors import ParallamaError
 from parallama.train import packing, records, tokens
 from parallama.train.batch import IGNORED, PADDING
@@ -23,6 +25,11 @@ def tokenizer() -> Any:
 
     backends.expect_none()
     return loading.find("smollm2").tokenizer()
+
+
+@functools.cache
+def renderer(tokenizer: Any) -> Renderer:
+    return renderer_of(tokenizer, "tiny")
 
 
 def jsonl(folder: Path, *rows: Any, name: str = "data.jsonl") -> str:
@@ -42,7 +49,7 @@ def chat(*turns: str) -> dict[str, Any]:
 
 def trained(tokenizer: Any, record: Any) -> list[str]:
     """The stretches of text that are trained on."""
-    encoded = tokens.encode(records.parse(record, "here"), tokenizer)
+    encoded = tokens.encode(records.parse(record, "here"), tokenizer, renderer(tokenizer))
     stretches: list[list[int]] = [[]]
     for token, counts in zip(encoded.ids, encoded.trained, strict=True):
         if counts:
@@ -55,7 +62,7 @@ def trained(tokenizer: Any, record: Any) -> list[str]:
 def test_of_a_conversation_only_the_assistants_words_are_trained_on(tokenizer: Any) -> None:
     record = chat("Hi <|im_end|> there", "Hello.\n", "Bye", "Good\n\nbye ")
     assert trained(tokenizer, record) == ["Hello.\n<|im_end|>", "Good\n\nbye <|im_end|>"]
-    encoded = tokens.encode(records.parse(record, "here"), tokenizer)
+    encoded = tokens.encode(records.parse(record, "here"), tokenizer, renderer(tokenizer))
     assert encoded.ids == tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=False)
     opening = {"messages": [{"role": "assistant", "content": "Welcome."}, {"role": "user", "content": "Hi"}]}
     assert trained(tokenizer, opening) == ["Welcome.<|im_end|>"]
@@ -73,10 +80,10 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> No
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
     with pytest.raises(ParallamaError, match="writes message 2 differently when others follow it"):
-        tokens.encode(records.parse(chat("a", "b", "c", "d"), "here"), other)
+        tokens.encode(records.parse(chat("a", "b", "c", "d"), "here"), other, renderer_of(other, "other"))
     other.chat_template = "{{ raise_exception('no system here') }}"
     with pytest.raises(ParallamaError, match="data here: the chat template refuses it: no system here"):
-        tokens.encode(records.parse(chat("a", "b"), "here"), other)
+        tokens.encode(records.parse(chat("a", "b"), "here"), other, renderer_of(other, "other"))
 
 
 def test_a_long_text_becomes_pieces_in_which_every_token_is_predicted_once(tokenizer: Any, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import CheckpointError, RunError, UsageError, lines
+from .errors import CheckpointError, RunError, UsageError, cause, lines
 
 LIMIT_S = 5.0
 """How long one conversation may take to render."""
@@ -45,14 +45,15 @@ class Renderer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of a conversation, ready for an answer. May be called from any thread.
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, ready for an answer if `add_generation_prompt`. May be called from any thread.
 
         Raises:
             UsageError: the template refuses the messages.
             CheckpointError: the template is broken, or does not end within `LIMIT_S`, or makes a text over `LIMIT_BYTES`.
         """
-        asked = self._given | {"messages": [{key: value for key, value in message.items() if value is not None} for message in messages]}
+        plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        asked = self._given | {"messages": plain, "add_generation_prompt": add_generation_prompt}
         line = json.dumps(asked).encode() + b"\n"
         limit = LIMIT_BYTES + 4 * len(line)
         with self._lock:
@@ -102,6 +103,19 @@ class Renderer:
                 self.close()
                 raise RunError(lines(f"the process that renders chat templates {error} while it started")) from None
         return self._process
+
+
+def renderer_of(tokenizer: Any, origin: str) -> Renderer:
+    """The renderer of a tokenizer's template for plain conversations.
+
+    Raises:
+        CheckpointError: it has several templates, and none is the default.
+    """
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise CheckpointError(lines(f"model {origin} has no chat template for plain conversations: {cause(error)}")) from None
+    return Renderer(template, tokenizer.special_tokens_map, origin)
 
 
 class _Ended(Exception):
@@ -177,7 +191,10 @@ def answer(render: Any, line: bytes) -> dict[str, str]:
     asked = json.loads(line)
     try:
         rendered, _ = render(
-            conversations=[asked["messages"]], chat_template=asked["template"], add_generation_prompt=True, **asked["variables"]
+            conversations=[asked["messages"]],
+            chat_template=asked["template"],
+            add_generation_prompt=asked.get("add_generation_prompt", True),
+            **asked["variables"],
         )
         return {"text": rendered[0]}
     except Exception as error:

@@ -14,10 +14,10 @@ from weakref import WeakSet
 import torch
 
 from .buckets import CHUNK, chunk_size
-from .chat_template import Renderer
+from .chat_template import Renderer, renderer_of
 from .checkpoint import Checkpoint
 from .config_checks import end_ids
-from .errors import CheckpointError, UsageError, cause, lines, shown
+from .errors import UsageError, lines, shown
 from .export import Exported, export_weights, resolve, stored_dtypes
 from .generate import RunStats, Session, make_programs, put_span
 from .loading import make_skeleton
@@ -394,11 +394,7 @@ class LLM:
         if not messages:
             raise UsageError(lines("the conversation is empty", "expected at least one message"))
         if self._renderer is None:
-            try:
-                template = self.tokenizer.get_chat_template()
-            except ValueError as error:  # several templates, and none is the default
-                raise CheckpointError(lines(f"model {self.name!r} has no chat template for plain conversations: {cause(error)}")) from None
-            self._renderer = Renderer(template, self.tokenizer.special_tokens_map, repr(self.name))
+            self._renderer = renderer_of(self.tokenizer, repr(self.name))
         # As apply_chat_template does: the template writes special tokens itself.
         ids = list(self.tokenizer(self._renderer.render(messages), add_special_tokens=False)["input_ids"])
         check_ids(ids, self.plan.model.vocab)

@@ -320,15 +320,20 @@ class _Run:
 
     def _export(self) -> Path:
         """The trained model as a folder that transformers loads, in float32, as it was trained; adapters merged, and also by themselves, for PEFT."""
+        import torch
+
+        from ..export import export_weights
         from .lora import save_adapter
-        from .trained import save_model
 
         lora = self.trainer.options.lora
         if lora is not None:
             save_adapter(self.folder / ADAPTER, self.trainer.adapters(), lora, self.settings.model)
         folder = self.folder / MODEL
         if not folder.exists():  # a run that is complete already may be resumed once more
-            save_model(folder, self.model, self.tokenizer, self.trainer.host_parameters())
+            try:
+                export_weights(self.trainer.host_parameters(), self.model, folder, dtype=torch.float32)
+            except RunError as error:
+                raise RunError(lines(str(error).splitlines()[0], "make room, then run again with --resume auto")) from None
         return folder
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..chat_template import Renderer, renderer_of
 from ..errors import RunError, UsageError, cause, lines
 from .records import Chat, Completion, DataError, Record, Text, find_files, read_records
 
@@ -124,11 +125,15 @@ def prepare(
     return _open(folder, key)
 
 
-def encode(record: Record, tokenizer: Any) -> Encoded:
+def encode(record: Record, tokenizer: Any, renderer: Renderer | None = None) -> Encoded:
     """A record's token ids and loss mask, of any length.
+
+    Args:
+        renderer: of the tokenizer's chat template, for conversations.
 
     Raises:
         DataError: nothing of it is trained on, or the chat template doesn't say where an answer begins and ends.
+        CheckpointError: the chat template is broken, or takes too long.
     """
     if isinstance(record, Text):
         ids = [*tokenizer(record.text, verbose=False)["input_ids"], *_eos(tokenizer)]
@@ -140,7 +145,8 @@ def encode(record: Record, tokenizer: Any) -> Encoded:
         eos = _eos(tokenizer)
         encoded = Encoded(ids=[*encoded.ids, *eos], trained=[*encoded.trained, *(True for _ in eos)])
     else:
-        encoded = _chat(record, tokenizer)
+        assert renderer is not None
+        encoded = _chat(record, tokenizer, renderer)
     if not any(encoded.trained[1:]):
         raise DataError(
             lines(f"data {record.where}: none of its {len(encoded.ids)} tokens is trained on", "expected an answer with text in it")
@@ -148,16 +154,16 @@ def encode(record: Record, tokenizer: Any) -> Encoded:
     return encoded
 
 
-def _chat(record: Chat, tokenizer: Any) -> Encoded:
+def _chat(record: Chat, tokenizer: Any, renderer: Renderer) -> Encoded:
     """By the chat template; trained on are the assistant's words and the mark that ends its turn."""
     messages = record.messages
     try:
-        whole = _rendered(tokenizer, messages)
+        whole = _rendered(renderer, messages)
         spans = []
         for at, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = _rendered(tokenizer, messages[:at], add_generation_prompt=True) if at else _rendered_opening(tokenizer, message)
-                after = _rendered(tokenizer, messages[: at + 1])
+                before = renderer.render(messages[:at]) if at else _rendered_opening(renderer, message)
+                after = _rendered(renderer, messages[: at + 1])
                 if not (whole.startswith(after) and after.startswith(before)):
                     raise DataError(
                         lines(
@@ -168,22 +174,23 @@ def _chat(record: Chat, tokenizer: Any) -> Encoded:
                     )
                 # What the template puts behind the end mark (a line break) no model ever has to say.
                 spans.append((len(before), max(len(after.rstrip()), len(before))))
-    except UsageError:
+    except DataError:
         raise
-    except Exception as error:  # templates raise what they like
+    except UsageError as error:
+        refused = str(error).partition(" refuses the messages: ")[2]
         raise DataError(
-            lines(f"data {record.where}: the chat template refuses it: {cause(error)}", "expected roles in an order that it takes")
+            lines(f"data {record.where}: the chat template refuses it: {refused}", "expected roles in an order that it takes")
         ) from None
     return _with_spans(tokenizer, whole, spans, special=False)
 
 
-def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]], **more: bool) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **more))
+def _rendered(renderer: Renderer, messages: Sequence[dict[str, str]]) -> str:
+    return renderer.render(messages, add_generation_prompt=False)
 
 
-def _rendered_opening(tokenizer: Any, message: dict[str, str]) -> str:
+def _rendered_opening(renderer: Renderer, message: dict[str, str]) -> str:
     """What stands before an assistant's words that open a conversation, for which templates have no prompt."""
-    whole = _rendered(tokenizer, [message])
+    whole = _rendered(renderer, [message])
     return whole[: whole.find(message["content"])] if message["content"] in whole else whole
 
 
@@ -318,16 +325,18 @@ def _encode_all(
     total, before = sum(source.size for source in inputs), 0
     tokens: list[NDArray[Any]] = []
     trained: list[NDArray[Any]] = []
+    origin = repr(tokenizer.name_or_path) if tokenizer.name_or_path else "the model"
+    renderer = renderer_of(tokenizer, origin) if getattr(tokenizer, "chat_template", None) else None
     for source in inputs:
         for record, done in source:
-            if isinstance(record, Chat) and not getattr(tokenizer, "chat_template", None):
+            if isinstance(record, Chat) and renderer is None:
                 raise UsageError(
                     lines(
                         f"data {record.where} is a conversation, but the model has no chat template",
                         "expected prompt and completion, or text",
                     )
                 )
-            for piece in _fitted(record, encode(record, tokenizer), seq_len, too_long, counts):
+            for piece in _fitted(record, encode(record, tokenizer, renderer), seq_len, too_long, counts):
                 tokens.append(np.asarray(piece.ids, _FILES["tokens"]))
                 trained.append(np.asarray(piece.trained, _FILES["trained"]))
             if progress is not None:
