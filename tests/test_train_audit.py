@@ -19,6 +19,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
             ("2x4", REPEATED, {"fsdp": True, "sequence_parallel": True, "grad_accum": 2}),
             ("2x2", REPEATED, {"lora": {"rank": 2, "targets": ("v_proj", "o_proj")}, "fsdp": True, "remat": 2}),
             ("2x2", PADDED, {"dtype": "bfloat16", "sequence_parallel": True}),
+            ("2x2", PADDED, {"dtype": "bfloat16", "fsdp": True}),
         )
     ),
 ]

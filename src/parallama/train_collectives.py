@@ -41,7 +41,7 @@ class TrainStep:
         rematerialized: layers that are computed again for the backward pass.
         sequence_parallel: norms and residuals split over "model" along the sequence.
         itemsize: bytes of an activation.
-        sum_itemsize: bytes of an activation while it is summed over devices, where the backend widens it; `itemsize` if None.
+        moved_itemsize: bytes of an activation or weight while it crosses devices, where the backend widens it; `itemsize` if None.
     """
 
     batch: int
@@ -50,7 +50,11 @@ class TrainStep:
     rematerialized: frozenset[int] = frozenset()
     sequence_parallel: bool = False
     itemsize: int = 4
-    sum_itemsize: int | None = None
+    moved_itemsize: int | None = None
+
+    @property
+    def moved(self) -> int:
+        return self.moved_itemsize or self.itemsize
 
 
 def expected_in_training(plan: Plan, step: TrainStep) -> tuple[Collective, ...]:
@@ -160,19 +164,19 @@ class _MicroStep:
             placement = self._plan[f"{module}.weight"]
             if DATA in placement.axes:
                 elements = local_elements(self._plan, placement) * self._plan.mesh.data
-                yield _one("all-gather", DATA, elements, self._step.itemsize, (label or module) + suffix)
+                yield _one("all-gather", DATA, elements, self._step.moved, (label or module) + suffix)
 
     def _leave(self, module: str) -> Collective:
         return self._summed(module)
 
     def _summed(self, module: str) -> Collective:
-        numbers, itemsize = self._tokens * self._plan.model.hidden, self._step.sum_itemsize or self._step.itemsize
+        numbers, itemsize = self._tokens * self._plan.model.hidden, self._step.moved
         if self._along:
             return _one("reduce-scatter", MODEL, numbers // self._plan.mesh.model, itemsize, module)
         return _one("all-reduce", MODEL, numbers, itemsize, module)
 
     def _all_gather(self, module: str) -> Collective:
-        return _one("all-gather", MODEL, self._tokens * self._plan.model.hidden, self._step.itemsize, module)
+        return _one("all-gather", MODEL, self._tokens * self._plan.model.hidden, self._step.moved, module)
 
 
 def _reduction(plan: Plan, sequence_parallel: bool) -> Iterator[Collective]:

@@ -27,7 +27,7 @@ def train_step(options: StepOptions, layers: int, backend: str) -> TrainStep:
         rematerialized=frozenset(layer for layer in range(layers) if options.rematerialized(layer)),
         sequence_parallel=options.sequence_parallel,
         itemsize=itemsize,
-        sum_itemsize=4 if backend == "cpu" else None,  # XLA:CPU sums 16-bit numbers as fp32
+        moved_itemsize=4 if backend == "cpu" else None,  # XLA:CPU sums and gathers 16-bit numbers as fp32
     )
 
 
