@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from .errors import UsageError, lines
+from .errors import UsageError, lines, shown
 
 DATA = "data"
 MODEL = "model"
@@ -87,4 +87,4 @@ class MeshShape:
                     raise UsageError(lines(f"mesh {text!r} names axis {axis_name(name)!r} twice"))
                 sizes[axis_name(name)] = int(size)
             return cls(**sizes)
-        raise UsageError(lines(f"mesh {text!r} cannot be read", "expected data x model, as 1x8 or 2x4, or names, as data=2,model=4"))
+        raise UsageError(lines(f"mesh {shown(text)} cannot be read", "expected data x model, as 1x8 or 2x4, or names, as data=2,model=4"))
