@@ -309,7 +309,7 @@ def test_a_checkpoint_with_a_nan_fails_with_exit_code_1_and_names_where_it_begin
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    few = ["--prompt-tokens", "12", "--decode", "3"]
+    few = ["--prompt-tokens", "12", "--decode", "3", "--allow-nonfinite"]
     code, out, err = workers[1].call("validate_cases:command", arguments=["validate", str(folder), *few, "--json"])
     document = json.loads(out)
     assert (code, err, document["passed"]) == (1, "", False)

@@ -40,8 +40,8 @@ def doctor(
     if test.passed:
         return
     kind: type[ParallamaError] = {5: BackendError}.get(test.exit_code, RunError)
-    head = "" if kind is BackendError else f"the self-test on backend {backend!r} failed"
-    raised = kind(lines(head, test.error or ""))
+    head = [] if kind is BackendError else [f"the self-test on backend {backend!r} failed"]
+    raised = kind(lines(*[*head, *(test.error or "").splitlines()][:3]))
     raised.exit_code = test.exit_code
     raise raised
 
