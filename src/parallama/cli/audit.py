@@ -131,8 +131,9 @@ def _train(
     chosen = StepOptions(**step)
     with tempfile.TemporaryDirectory(prefix="parallama-audit-") as folder, options.progress(quiet) as progress:
         backends.dump_programs(Path(folder))
-        checkpoint = loading.find(model)
+        # First, as in `load`: the devices start before transformers, which may import torch_xla.
         mesh = DeviceMesh(shape, backend=backend, backend_options=parse_options(backend_options or []), devices=devices)
+        checkpoint = loading.find(model)
         made = make_plan(ModelSpec.from_config(checkpoint.config), shape, read_overrides(plan) if plan is not None else None)
         report = None if progress is None else lambda done, of: progress("loading", done, of)
         return audit_training(Trainer(checkpoint, mesh, chosen, plan=made, progress=report), Path(folder), accept_plan=accept_plan)
