@@ -138,7 +138,10 @@ def _without_tensor(file: Path, name: str) -> None:
     [
         ["--help"],
         ["-h"],
-        *([command, "--help"] for command in ("generate", "chat", "plan", "inspect", "audit", "validate", "verify", "doctor", "bench")),
+        *(
+            [command, "--help"]
+            for command in ("generate", "chat", "plan", "inspect", "audit", "validate", "verify", "doctor", "bench", "eval")
+        ),
     ],
 )
 def test_help_comes_quickly_and_without_torch(arguments: list[str]) -> None:

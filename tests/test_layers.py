@@ -47,11 +47,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         *("locate", "tokenizer_files", "checkpoint", "gguf_file", "weight_writer", "export", "config_json", "loading"),
-        *("sampling", "steps", "points", "metrics", "reference"),
+        *("sampling", "scoring", "steps", "points", "metrics", "reference"),
     ),
     "use": (
         *("generate", "text", "chat_template", "llm", "chat", "audit", "contents", "inspection", "inspection_view"),
         *("modules", "gradients", "validation", "verification", "selftest", "doctor", "train"),
+        *("scorer", "harness", "evaluation"),
     ),
     "face": ("api", "__init__", "bench", "cli", "__main__"),
 }

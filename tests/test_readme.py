@@ -100,7 +100,7 @@ def test_files_that_the_readme_links_to_are_there(link: str) -> None:
 def test_options_that_the_readme_names_are_those_of_the_command() -> None:
     kept = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "TERM")} | {"COLUMNS": "200"}
     shown = ""
-    for command in ("generate", "chat", "plan", "audit", "validate", "verify", "inspect", "doctor", "bench"):
+    for command in ("generate", "chat", "plan", "audit", "validate", "verify", "inspect", "doctor", "bench", "eval"):
         shown += subprocess.run([COMMAND, command, "--help"], capture_output=True, text=True, timeout=60, env=kept, check=True).stdout
     known = set(re.findall(r"--[a-z][a-z-]+", shown))
     lines = [line for line in TEXT.splitlines() if line.startswith("| `--") or "parallama generate" in line or "parallama bench" in line]

@@ -121,6 +121,11 @@ def expect_none() -> None:
     os.environ.setdefault("PJRT_DEVICE", "CPU")
 
 
+def keep_one_process() -> None:
+    """Have lm-evaluation-harness compute its bootstraps in this process: one with devices must not be forked."""
+    os.environ["DISABLE_MULTIPROC"] = "1"
+
+
 def dump_programs(folder: Path) -> None:
     """Have the HLO of every program written into a folder as text, with the names of the modules that its instructions come from.
 

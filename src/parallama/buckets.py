@@ -17,6 +17,13 @@ def chunk_size(longest: int) -> int:
     return min(CHUNK, max(_SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
 
 
+def text_size(longest: int, limit: int) -> int:
+    """Positions of the program that runs texts of up to `longest` tokens at once: a power of two, but beyond `CHUNK` no more than `limit` takes in whole chunks."""
+    if longest <= CHUNK:
+        return chunk_size(longest)
+    return min(1 << (longest - 1).bit_length(), math.ceil(limit / CHUNK) * CHUNK)
+
+
 def cache_buckets(capacity: int, smallest: int = _CACHE_STEP, *, rows: int = 1) -> list[int]:
     """Cache lengths for a run of `rows` that needs up to `capacity` positions: doubling from `smallest`, and an exact last one (in steps of 256, or 64 for 8 rows and more).
 

@@ -45,8 +45,12 @@ class Renderer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, ready for an answer if `add_generation_prompt`. May be called from any thread.
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> str:
+        """The text of a conversation, ready for an answer if `add_generation_prompt`; with `continue_final_message` it ends within the last message.
+
+        May be called from any thread.
 
         Raises:
             UsageError: the template refuses the messages.
@@ -54,6 +58,7 @@ class Renderer:
         """
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         asked = self._given | {"messages": plain, "add_generation_prompt": add_generation_prompt}
+        asked |= {"continue_final_message": True} if continue_final_message else {}
         line = json.dumps(asked).encode() + b"\n"
         limit = LIMIT_BYTES + 4 * len(line)
         with self._lock:
@@ -194,6 +199,7 @@ def answer(render: Any, line: bytes) -> dict[str, str]:
             conversations=[asked["messages"]],
             chat_template=asked["template"],
             add_generation_prompt=asked.get("add_generation_prompt", True),
+            continue_final_message=asked.get("continue_final_message", False),
             **asked["variables"],
         )
         return {"text": rendered[0]}

@@ -68,9 +68,9 @@ def make_programs(steps: Steps) -> ProgramSet:
     """The programs of a model, empty; sessions on the same model share what they compile."""
 
     def build(key: StepKey) -> Program:
-        if key.kind == "logits":
-            chunk = _chunk([[0]] * key.batch, [0] * key.batch, key.new, 0)
-            return steps.build(key, _put(steps, {name: chunk[name] for name in ("ids", "start")}) | put_span(steps, 1))
+        if key.kind in ("logits", "score"):
+            ids = torch.zeros(key.batch, key.new, dtype=torch.long)
+            return steps.build(key, text_arguments(steps, ids, ids if key.kind == "score" else None, longest=1))
         buffers = _allocate(steps, key.batch, key.length)
         if key.kind == "grow":
             return steps.build(key, buffers)
@@ -97,6 +97,7 @@ class Session:
         eos: ids that end a row; empty to ignore them.
         continued: `prefill` may be called again with longer token lists, and computes only what is new.
         scored: decode with `feed`, which gives logits, and not with `decode`.
+        batch: fill up to so many rows, so that a batch that is not full needs no other programs.
         progress: called with programs compiled and their number.
     """
 
@@ -111,13 +112,14 @@ class Session:
         eos: Sequence[int] = (),
         continued: bool = False,
         scored: bool = False,
+        batch: int = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.steps, self.mesh = steps, steps.mesh
         self.stats = RunStats()
         self._programs = programs
         self._count = len(rows)
-        self._batch = _filled(len(rows), self.mesh)
+        self._batch = _filled(max(len(rows), batch), self.mesh)
         self._mode = GREEDY
         for row in rows:
             self._mode = self._mode | row.mode
@@ -366,6 +368,12 @@ def _put(steps: Steps, host: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 def put_span(steps: Steps, longest: int) -> dict[str, torch.Tensor]:
     """The argument that says how many positions the longest row has, for steps that take it."""
     return _put(steps, {SPAN: torch.tensor([longest], dtype=torch.int32)}) if steps.follows_span else {}
+
+
+def text_arguments(steps: Steps, ids: torch.Tensor, targets: torch.Tensor | None, *, longest: int) -> dict[str, torch.Tensor]:
+    """Arguments of a step that runs texts `ids` `[B, S]` at once: for their logits, or to score `targets` `[B, S]`. The longest row has `longest` tokens."""
+    host = {"ids": ids, "start": torch.zeros(len(ids), dtype=torch.int32)} | ({} if targets is None else {"targets": targets})
+    return _put(steps, host) | put_span(steps, longest)
 
 
 def _allocate(steps: Steps, batch: int, length: int) -> dict[str, torch.Tensor]:

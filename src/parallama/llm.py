@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .config_checks import end_ids
 from .errors import UsageError, lines, shown
 from .export import Exported, export_weights, resolve, stored_dtypes
-from .generate import RunStats, Session, make_programs, put_span
+from .generate import RunStats, Session, make_programs, text_arguments
 from .loading import make_skeleton
 from .mesh import DeviceMesh
 from .plan import Overrides, Plan, make_plan, read_overrides
@@ -27,7 +27,7 @@ from .program import compiled_programs
 from .reshard import Mover, Resharding, another_mesh
 from .sampling import SamplingParams
 from .shard import DeviceWeights, Layout, check_ids
-from .steps import STATE_AXES, StepKey, Steps
+from .steps import StepKey, Steps
 from .stream import StreamStats
 from .text import TextStream
 from .topology import DATA, MODEL, MeshShape
@@ -370,10 +370,7 @@ class LLM:
         size = chunk_size(length) if length <= CHUNK else -(-length // CHUNK) * CHUNK
         padded = torch.zeros(rows, size, dtype=torch.long)
         padded[: len(batch), :length] = torch.tensor(batch)
-        arguments = {
-            "ids": self.mesh.put(padded, STATE_AXES["ids"]),
-            "start": self.mesh.put(torch.zeros(rows, dtype=torch.int32), STATE_AXES["start"]),
-        } | put_span(self.steps, length)
+        arguments = text_arguments(self.steps, padded, None, longest=length)
         key = StepKey(kind="logits", batch=rows, length=0, new=size, fresh=True)
         before = compiled_programs()
         self.programs.warm_up([key], self.report("compiling"))

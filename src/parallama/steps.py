@@ -8,6 +8,8 @@ A step maps named device tensors to named device tensors. The state of a batch g
 - `seen` `[B, V]` bool, only where a repetition penalty is used;
 - `span` `[1]` int32, positions of the longest row, only where rotary frequencies follow it (`rotary`);
 - `logits` `[B, V]` fp32, of a decode step, only where they are asked for.
+
+Texts that are there already are run at once, without a state: for their logits, or for how likely their tokens are.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from .products import LinearAxes, LinearForm, linear
 from .program import Program
 from .rotary import SPAN, FollowingRotary, following
 from .sampling import GREEDY, Mode
+from .scoring import score
 from .shard import DeviceWeights
 from .topology import DATA, MODEL
 
@@ -36,6 +39,9 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "seen": (DATA, MODEL),
     "logits": (DATA, MODEL),
     "ids": (DATA, None),
+    "targets": (DATA, None),
+    "logprobs": (DATA, None),
+    "greedy": (DATA, None),
     "start": (DATA,),
     "count": (DATA,),
     SPAN: (None,),
@@ -49,6 +55,8 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "seed": (DATA,),
 }
 PARAMS = ("temperature", "top_k", "top_p", "min_p", "penalty", "seed")
+_SCORED_AT_ONCE = 128
+"""Positions whose logits are there at one time where tokens are scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +73,7 @@ class StepKey:
         scored: a decode that also gives the logits it chose from, as `logits` `[B, V]` fp32.
     """
 
-    kind: Literal["prefill", "decode", "grow", "logits"]
+    kind: Literal["prefill", "decode", "grow", "logits", "score"]
     batch: int
     length: int
     new: int = 1
@@ -113,8 +121,8 @@ class Steps:
         buffers = [argument for argument in arguments if argument.startswith("cache.")]
         if key.kind == "grow":
             return Program(name, self.mesh, lambda given: cache.grow(given, self.mesh, key.new), arguments)
-        if key.kind == "logits":
-            return Program(name, self.mesh, self.logits, arguments)
+        if key.kind in ("logits", "score"):
+            return Program(name, self.mesh, self.logits if key.kind == "logits" else self.scores, arguments)
         donated = [*buffers, *(["seen"] if key.mode.penalty else [])]
         step = self._prefill if key.kind == "prefill" else self._decode
         return Program(name, self.mesh, lambda given: step(given, key), arguments, donated)
@@ -215,3 +223,14 @@ class Steps:
         buffers = {name: tensor for name, tensor in given.items() if name.startswith("cache.")}
         hidden, _ = self._hidden(given["ids"], given["start"], buffers, fresh=True, span=given.get(SPAN))
         return {"logits": self.mesh.mark(self._head(hidden).float(), (DATA, None, MODEL))}
+
+    def scores(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """How likely `targets` `[B, S]` are, each behind the `ids` up to its position: `logprobs` `[B, S]` fp32, and whether each is the best (`greedy`)."""
+        hidden, _ = self._hidden(given["ids"], given["start"], {}, fresh=True, span=given.get(SPAN))
+        found = []
+        for rows, targets in zip(hidden.split(_SCORED_AT_ONCE, dim=1), given["targets"].split(_SCORED_AT_ONCE, dim=1), strict=True):
+            logits = self.mesh.mark(self._head(rows), (DATA, None, MODEL))
+            with scope("scoring"):
+                found.append(score(logits, targets, self.mesh, self.plan.model.vocab))
+        out = {"logprobs": torch.cat([part for part, _ in found], dim=1), "greedy": torch.cat([part for _, part in found], dim=1)}
+        return {name: self.mesh.mark(tensor, STATE_AXES[name]) for name, tensor in out.items()}

@@ -8,6 +8,7 @@ from .audit import audit
 from .bench import bench
 from .chat import chat
 from .doctor import doctor
+from .eval import evaluate
 from .export import export
 from .generate import generate
 from .inspect import inspect
@@ -41,6 +42,7 @@ app.command()(chat)
 app.command()(audit)
 app.command()(bench)
 app.command()(doctor)
+app.command("eval")(evaluate)
 app.command()(export)
 app.command()(inspect)
 app.command()(plan)
