@@ -188,3 +188,27 @@ def chat(to: str) -> dict[str, Any]:
             "text": talk.messages[-1]["content"],
         }
     return answers
+
+
+def repeated(meshes: list[str]) -> dict[str, Any]:
+    """Large tensors that some of the meshes repeat, all the way along some meshes: what it took, and whether they are the same bits at the end."""
+    torch.manual_seed(5)
+    numbers = torch.randint(-(1 << 15), 1 << 15, (4096, 2048), dtype=torch.int16)  # every number that there is in bf16, NaN among them
+    hosts = {"bf16": numbers.view(torch.bfloat16), "fp32": torch.randn(2048, 1024), "odd": torch.randn(3, 131, 4099)}
+    axes = {"bf16": ("model", None), "fp32": (None, None), "odd": (None, None, None)}
+    mesh = DeviceMesh(meshes[0])
+    tensors, reports = {name: mesh.put(host, axes[name]) for name, host in hosts.items()}, []
+    for shape in meshes[1:]:
+        new_mesh = DeviceMesh(shape)
+        mover = Mover(mesh, new_mesh, tensors.values())
+        lies, shall = (
+            {name: Layout(mesh=m.shape, shape=tuple(hosts[name].shape), axes=axes[name]) for name in hosts} for m in (mesh, new_mesh)
+        )
+        tensors, mesh = mover(tensors, lies.__getitem__, shall.__getitem__), new_mesh
+        reports.append(asdict(mover.result()))
+    back = {name: mesh.fetch(tensor, axes[name]) for name, tensor in tensors.items()}
+    return {
+        "reports": reports,
+        "equal": {name: torch.equal(back[name].view(torch.int16), host.view(torch.int16)) for name, host in hosts.items()},
+        "shapes": {name: set(mesh.local_shapes(tensor)) for name, tensor in tensors.items()},
+    }

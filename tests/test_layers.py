@@ -41,6 +41,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "loss",
         "tensor_source",
         "finite",
+        "replicas",
         "shard",
         "reshard",
         "stream",

@@ -31,3 +31,15 @@ def test_loading_never_holds_a_second_full_copy(mesh):
     assert found["devices"] == found["plan"]
     # The model on its devices, the largest tensor (a fifth of this model) as it is read and turned, and what else is imported.
     assert found["growth"] < 1.6 * sum(found["devices"])
+
+
+def test_the_peak_is_this_programs_own_and_not_that_of_what_started_it():
+    show = "from parallama.host import peak_rss_bytes; print(peak_rss_bytes())"
+    large = f"""
+import os, sys
+held = bytearray(os.urandom(1)) * (300 << 20)
+os.execv(sys.executable, [sys.executable, "-c", {show!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", large], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout) < 200 << 20

@@ -7,7 +7,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,22 +18,22 @@ FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", 
 
 
 @contextmanager
-def lean_host_memory() -> Iterator[None]:
-    """While loading: give a freed tensor's memory back to the system, or to the next tensor.
+def lean_host_memory() -> Iterator[Callable[[], None]]:
+    """While tensors come and go: give a freed tensor's memory back to the system, or to the next tensor.
 
     glibc learns from freed blocks to keep ever larger ones (up to 32 MB) for itself, and a loader that frees a tensor for each that it makes then peaks at almost
     twice the model. Blocks over 8 MB go back at once here; smaller ones are used again, which saves the system from clearing their pages each time, and what is left of
-    them goes back at the end. Afterwards the threshold stays at its maximum, which is where running programs' buffers belong.
+    them goes back at the end, or when what is yielded is called. Afterwards the threshold stays at its maximum, which is where running programs' buffers belong.
     """
     try:
         libc = ctypes.CDLL(None)
         mallopt, trim = libc.mallopt, libc.malloc_trim
     except (OSError, AttributeError):  # not glibc
-        yield
+        yield lambda: None
         return
     mallopt(_M_MMAP_THRESHOLD, 1 << 23)
     try:
-        yield
+        yield lambda: trim(0)
     finally:
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)
         trim(0)
@@ -51,6 +51,9 @@ def peak_rss_bytes() -> int:
 
 def high_water_bytes() -> int:
     """The most memory this process has held since `restart_high_water`, in bytes."""
+    held = _status_bytes("VmHWM:")  # getrusage counts what the process was before it became this program, too
+    if held is not None:
+        return held
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -65,10 +68,14 @@ def restart_high_water() -> None:
 
 def rss_bytes() -> int:
     """Memory that this process holds now, in bytes; its peak where the system doesn't tell."""
+    return _status_bytes("VmRSS:") or peak_rss_bytes()
+
+
+def _status_bytes(field: str) -> int | None:
     for line in _lines(Path("/proc/self/status")):
-        if line.startswith("VmRSS:"):
+        if line.startswith(field):
             return int(line.split()[1]) * 1024
-    return peak_rss_bytes()
+    return None
 
 
 def memory_bytes() -> tuple[int, int] | None:

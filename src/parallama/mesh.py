@@ -168,8 +168,9 @@ class DeviceMesh:
         if all(axis is None for axis in axes):
             return shards[0]
         whole = torch.empty(tensor.shape, dtype=shards[0].dtype)
-        for device, part in enumerate(shards):
-            whole[self.local_slices(tensor.shape, axes, device)] = part
+        for device in range(len(shards)):
+            whole[self.local_slices(tensor.shape, axes, device)] = shards[device]
+            shards[device] = whole  # each part is freed when it has its place
         return whole
 
     def local_slices(self, shape: Sequence[int], axes: Axes, device: int) -> tuple[slice, ...]:

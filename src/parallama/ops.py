@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,16 @@ def row_update(buffer: torch.Tensor, new: torch.Tensor, starts: torch.Tensor) ->
 def float_bits(x: torch.Tensor) -> torch.Tensor:
     """The bits of fp32 numbers as int32 (`x.view(torch.int32)`, for which torch-xla would go through the host)."""
     return _registered("parallama_float_bits", _lower_float_bits)(x)
+
+
+def as_bits(x: torch.Tensor) -> torch.Tensor:
+    """The bits of 16-bit floats as int16; other tensors as they are. XLA:CPU would move such floats between devices as fp32."""
+    return _registered("parallama_as_bits", _lower_as_bits)(x) if x.dtype in _SIXTEEN_BITS else x
+
+
+def of_bits(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `as_bits` was given."""
+    return _registered(f"parallama_bits_as_{_SIXTEEN_BITS[dtype]}", _LOWER_OF_BITS[dtype])(x) if dtype in _SIXTEEN_BITS else x
 
 
 def optimization_barrier(x: torch.Tensor) -> torch.Tensor:
@@ -95,6 +105,22 @@ def _lower_float_bits(x: Any) -> Any:
     from torch_xla.core import xla_builder as xb
 
     return x.bitcast(xb.Type.S32)
+
+
+def _lower_as_bits(x: Any) -> Any:
+    from torch_xla.core import xla_builder as xb
+
+    return x.bitcast(xb.Type.S16)
+
+
+def _lower_bits_as(kind: str, x: Any) -> Any:
+    from torch_xla.core import xla_builder as xb
+
+    return x.bitcast(getattr(xb.Type, kind))
+
+
+_SIXTEEN_BITS = {torch.bfloat16: "BF16", torch.float16: "F16"}
+_LOWER_OF_BITS = {dtype: partial(_lower_bits_as, kind) for dtype, kind in _SIXTEEN_BITS.items()}
 
 
 @cache

@@ -1,21 +1,24 @@
-"""Move tensors from one mesh and layout to another while they live: tensor by tensor over the host, each freed as soon as its successor is there.
+"""Move tensors from one mesh and layout to another while they live: tensor by tensor over the host, each freed before its successor is made.
 
-Nothing is read from the checkpoint again, and the host never holds more than one tensor. Both meshes are over the devices of this process.
+Nothing is read from the checkpoint again, and the host holds one tensor at a time, once (see `replicas`). Both meshes are over the devices of this process.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from . import replicas
 from .errors import FitError, UsageError, lines
 from .host import high_water_bytes, lean_host_memory, restart_high_water, rss_bytes
 from .mesh import DeviceMesh
 from .plan import Plan, make_plan
+from .program import compiled_programs
 from .shard import Layout, cut, settle, undo
 from .topology import MeshShape
 
@@ -31,6 +34,7 @@ class Resharding:
         peak_device_bytes: most that old and new tensors together took on any one device.
         baseline_rss_bytes: memory of the process before.
         peak_rss_bytes: the most that the process held meanwhile (ever, where the system can't tell).
+        programs: compiled for moving: one for every shape and placement of large tensors that a mesh repeats.
         move_s: of moving.
         compile_s: of making the programs that go on from there; 0 where nothing runs.
     """
@@ -43,20 +47,30 @@ class Resharding:
     peak_device_bytes: int
     baseline_rss_bytes: int
     peak_rss_bytes: int
+    programs: int
     move_s: float
     compile_s: float = 0.0
 
 
-def relay(tensor: torch.Tensor, mesh: DeviceMesh, old: Layout, new_mesh: DeviceMesh, new: Layout, rows: int | None = None) -> torch.Tensor:
+def relay(
+    take: Callable[[], torch.Tensor], mesh: DeviceMesh, old: Layout, new_mesh: DeviceMesh, new: Layout, rows: int | None = None
+) -> torch.Tensor:
     """A device tensor that lies as `old` says, laid as `new` says; bit-equal in the checkpoint's layout.
 
     Args:
+        take: gives the tensor, and lets go of it if it shall be freed before the new one is made.
         rows: of the first dim so many are kept, and zeros follow, where the layouts differ in its size.
     """
-    whole = undo(mesh.fetch(tensor, old.axes), old.blocks)
+    whole = undo(replicas.fetch(mesh, take, old.axes), old.blocks)
     if rows is not None and old.shape[0] != new.shape[0]:
         whole = torch.cat([whole[:rows], whole.new_zeros(new.shape[0] - rows, *whole.shape[1:])])
-    return new_mesh.put_shards(lambda device: cut(whole.__getitem__, new, device, whole.dtype).contiguous(), new.axes)
+    return replicas.put(
+        new_mesh,
+        lambda axes, device: cut(whole.__getitem__, replace(new, axes=axes), device, whole.dtype),
+        new.shape,
+        whole.dtype,
+        new.axes,
+    )
 
 
 class Mover:
@@ -82,7 +96,7 @@ class Mover:
         self.new_mesh = new_mesh
         self._progress = progress
         self._began = time.perf_counter()
-        self._tensors = self._bytes = self._largest = self._done = self._total = 0
+        self._tensors = self._bytes = self._largest = self._done = self._total = self._programs = 0
         mesh.run()
         self._held = [0] * mesh.shape.devices
         for tensor in tensors:
@@ -105,12 +119,18 @@ class Mover:
             rows: see `relay`.
         """
         moved: dict[str, torch.Tensor] = {}
-        with lean_host_memory():
-            for name in list(tensors):
-                tensor = tensors.pop(name)
-                freed, size = self.mesh.local_bytes(tensor), tensor.numel() * tensor.element_size()
-                moved[name] = relay(tensor, self.mesh, old(name), self.new_mesh, new(name), rows)
-                del tensor
+        names, becomes = list(tensors), {name: new(name).device_bytes(tensor.element_size()) for name, tensor in tensors.items()}
+        grows = sum(becomes.values()) > sum(sum(self.mesh.local_bytes(tensor)) for tensor in tensors.values())
+        waiting, compiled = 0, compiled_programs()
+        with lean_host_memory() as give_back:
+            # The largest while there is most room: what a tensor takes on its way then adds nothing to the peak.
+            for name in sorted(names, key=becomes.__getitem__, reverse=grows):
+                freed, size = self.mesh.local_bytes(tensors[name]), tensors[name].numel() * tensors[name].element_size()
+                moved[name] = relay(partial(tensors.pop, name), self.mesh, old(name), self.new_mesh, new(name), rows)
+                waiting += size
+                if 2 * waiting >= self._largest:
+                    give_back()
+                    waiting = 0
                 made = self.new_mesh.local_bytes(moved[name])
                 self._hold(made)
                 self._peak = max(self._peak, *self._held)
@@ -122,7 +142,8 @@ class Mover:
                 if self._progress is not None:
                     self._progress(self._done, self._total)
             self.new_mesh.wait()
-        return moved
+        self._programs += compiled_programs() - compiled
+        return {name: moved[name] for name in names}
 
     def result(self, compile_s: float = 0.0) -> Resharding:
         """What it took, until now."""
@@ -135,6 +156,7 @@ class Mover:
             peak_device_bytes=self._peak,
             baseline_rss_bytes=self._baseline,
             peak_rss_bytes=max(self._baseline, high_water_bytes()),  # the system counts both in batches
+            programs=self._programs,
             move_s=time.perf_counter() - self._began - compile_s,
             compile_s=compile_s,
         )

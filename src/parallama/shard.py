@@ -7,13 +7,14 @@ cut straight from the checkpoint's tensor: the laid-out whole never exists.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from . import attention, heads
+from . import attention, heads, replicas
 from .errors import CheckpointError, FitError, UsageError, lines
 from .mesh import DeviceMesh
 from .plan import Axes, Blocks, Placement, Plan, make_plan
@@ -50,6 +51,10 @@ class Layout:
     def local_shape(self) -> tuple[int, ...]:
         """The shape of each device's part."""
         return tuple(size // self.mesh.size(axis) for size, axis in zip(self.shape, self.axes, strict=True))
+
+    def device_bytes(self, itemsize: int) -> int:
+        """Bytes on all devices together, of numbers of so many bytes."""
+        return math.prod(self.local_shape) * self.mesh.devices * itemsize
 
 
 def device_part(source: torch.Tensor, plan: Plan, placement: Placement, device: int) -> torch.Tensor:
@@ -174,7 +179,7 @@ class DeviceWeights:
 
     def fetch(self, name: str) -> torch.Tensor:
         """A parameter on the host, as in the checkpoint."""
-        return take_off(self.mesh.fetch(self.tensors[name], self.plan[name].axes), self.plan, name).contiguous()
+        return take_off(replicas.fetch(self.mesh, lambda: self.tensors[name], self.plan[name].axes), self.plan, name).contiguous()
 
     def bytes_per_device(self) -> list[int]:
         """Measured from the shards that lie on the devices, not from the plan."""
