@@ -6,12 +6,12 @@ import functools
 import operator
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import parallama
-from parallama import sampling
+from parallama import block_attention, sampling
 from parallama.checkpoint import SafetensorsFolder
 from parallama.errors import ProgramError
 from parallama.generate import Session, make_programs
@@ -144,10 +144,35 @@ def gradients(folder: str, mesh: str, ids: torch.Tensor) -> dict[str, Any]:
     return {"loss": float(loss.cpu()), "gradients": {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}}
 
 
-def compile_decode(folder: str, mesh: str, batch: int, length: int) -> None:
-    """Compile one decode step, for its dump."""
+def compile_step(kind: Literal["decode", "prefill"], folder: str, mesh: str, batch: int, length: int) -> None:
+    """Compile one step over a cache, for its dump."""
     _, programs = loaded(folder, mesh)
-    programs.warm_up([StepKey(kind="decode", batch=batch, length=length)])
+    programs.warm_up([StepKey(kind=kind, batch=batch, length=length, new=16 if kind == "prefill" else 1)])
+
+
+def attend(
+    mesh: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: list[list[int]], new: int, window: int | None
+) -> list[list[torch.Tensor]]:
+    """`block_attention.attend` within one program, for each of the `starts`: mixture, highest score, sum of weights."""
+    device_mesh, axes = DeviceMesh(mesh), ("data", "model", None, None)
+
+    def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        own = [device_mesh.enter_manual(given[name], axes) for name in ("query", "keys", "values")]
+        parts = block_attention.attend(device_mesh, *own, device_mesh.enter_manual(given["starts"], ("data",)), new=new, window=window)
+        names = ("mixed", "top", "total")
+        return {
+            name: device_mesh.leave_manual(part, axes, (*query.shape[:3], part.shape[3])) for name, part in zip(names, parts, strict=True)
+        }
+
+    def put(begins: list[int]) -> torch.Tensor:
+        return device_mesh.put(torch.tensor(begins, dtype=torch.int32), ("data",))
+
+    arguments = {name: device_mesh.put(tensor, axes) for name, tensor in (("query", query), ("keys", keys), ("values", values))}
+    program = Program("attend", device_mesh, step, arguments | {"starts": put(starts[0])})
+    before = compiled_programs()
+    results = [[device_mesh.fetch(part, axes) for part in program(arguments | {"starts": put(begins)}).values()] for begins in starts]
+    assert compiled_programs() == before
+    return results
 
 
 def wrong_shape(name: str, dtype: str, shape: list[int], donated: bool) -> None:

@@ -33,9 +33,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "backends",
         "mesh",
         "ops",
+        "loops",
         "products",
         "program",
         "cache",
+        "block_attention",
         "attention",
         "rotary",
         "loss",
@@ -62,7 +64,7 @@ FOLDERS = ("bench", "cli", "train")
 EXCEPTIONS: dict[tuple[str, str], str] = {}
 # Of the folders' files those that are pure, too.
 PURE_FILES = {f"train/{name}" for name in ("schedule", "settings", "records", "packing", "disk", "manifest", "logs", "report")}
-XLA_MODULES = {"backends", "mesh", "ops", "program", "bench/recipe"}  # the last is what torch-xla's users write today
+XLA_MODULES = {"backends", "mesh", "ops", "loops", "program", "bench/recipe"}  # the last is what torch-xla's users write today
 ENVIRONMENT_MODULES = {"backends"}
 HEAVY = {"torch", "torch_xla", "transformers", "jax"}
 SHAPELESS_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "config"}

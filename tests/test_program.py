@@ -16,26 +16,34 @@ DIVIDES = {"heads": 16, "kv_heads": 8, "tied": True, "intermediate": 48, "vocab"
 
 
 class Dumps:
-    """Optimized HLO of decode steps. XLA reads its dump flag once, so each device count has a process of its own, and compiles each program once."""
+    """Optimized HLO of steps. XLA reads its dump flag once, so each device count has a process of its own, and compiles each program once."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._workers: dict[int, Worker] = {}
-        self._texts: dict[tuple[str, int, int], str] = {}
+        self._texts: dict[tuple[str, str, int, int], str] = {}
 
     def decode(self, folder: str, devices: int, batch: int) -> str:
-        if (folder, devices, batch) in self._texts:
-            return self._texts[folder, devices, batch]
+        return self._step("decode", folder, devices, batch)
+
+    def prefill(self, folder: str, devices: int, batch: int) -> str:
+        """Of a chunk of a prompt that is not its first."""
+        return self._step("prefill", folder, devices, batch)
+
+    def _step(self, kind: str, folder: str, devices: int, batch: int) -> str:
+        key = (kind, folder, devices, batch)
+        if key in self._texts:
+            return self._texts[key]
         dump = self._root / str(devices)
         if devices not in self._workers:
             flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
             self._workers[devices] = Worker(devices, self._root / f"{devices}.log", XLA_FLAGS=flags)
         before = set(dump.glob("*after_optimizations.txt"))
-        self._workers[devices].call("device_cases:compile_decode", folder=folder, mesh=f"1x{devices}", batch=batch, length=LENGTH)
+        self._workers[devices].call("device_cases:compile_step", kind=kind, folder=folder, mesh=f"1x{devices}", batch=batch, length=LENGTH)
         new = set(dump.glob("*after_optimizations.txt")) - before
         assert len(new) == 1, new
-        self._texts[folder, devices, batch] = new.pop().read_text()
-        return self._texts[folder, devices, batch]
+        self._texts[key] = new.pop().read_text()
+        return self._texts[key]
 
     def stop(self) -> None:
         for worker in self._workers.values():
@@ -67,6 +75,19 @@ def test_a_decode_step_updates_the_cache_in_place(dumps: Dumps, models: Any, dev
     assert count(body, "dynamic-update-slice") == batch * 2 * LAYERS
     assert len(re.findall(rf"= {re.escape(shape)}\S* dynamic-update-slice\(", body)) == batch * 2 * LAYERS
     assert not re.findall(rf"= {re.escape(shape)}\S* copy(?:-start)?\(", body)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_chunk_of_a_prompt_reads_the_cache_in_a_loop_and_writes_it_in_place(dumps: Dumps, models: Any, devices: int) -> None:
+    hlo = dumps.prefill(models(**DIVIDES).folder, devices, 1)
+    shape = re.escape(f"f32[1,{8 // devices},{LENGTH},{HEAD_DIM}]")
+    assert count(hlo, "while") == LAYERS
+    aliases = re.search(r"input_output_alias={(.*?)}, entry", hlo)
+    assert aliases is not None and aliases[1].count("alias)") == 2 * LAYERS
+    assert not re.findall(rf"= {shape}\S* copy(?:-start)?\(", hlo)
+    assert not re.findall(
+        r" (all-gather|all-to-all|collective-permute)\(", hlo.split("ENTRY")[0]
+    )  # in the loops' bodies: devices go round as often as each needs
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])

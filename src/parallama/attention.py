@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .cache import LayerKV
+from . import block_attention
+from .block_attention import HIDDEN
+from .cache import AXES, LayerKV
 from .mesh import DeviceMesh
 from .products import mixture, scores
+from .topology import DATA
 
 PLAIN = "parallama"
 CACHED = "parallama_cached"
 STRETCH = 128
-"""Queries of a prompt that are taken at a time; see `_stretch`."""
-_HIDDEN = -1e30
+"""Queries of a prompt that are taken at a time on the CPU: what causal attention need not compute is left out."""
 
 
 def cached_attention(
@@ -49,11 +52,16 @@ def cached_attention(
         `[B, S, H, D]` and no weights.
     """
     assert attention_mask is None
+    mesh = key.cache.mesh
     batch, heads, new, dim = query.shape
     kv_heads = key.new.shape[1]
     by_group = (query * scaling).reshape(batch, kv_heads, heads // kv_heads, new, dim)
-    if key.cached is None or value.cached is None:
-        out = _among_new(key.cache.mesh, by_group, key.new, value.new, sliding_window)
+    if key.cached is None:
+        at_a_time = STRETCH if mesh.backend.weights_first else new
+        out = _over_all([_among_new(by_group, key.new, value.new, sliding_window, at_a_time=at_a_time)])
+    elif mesh.backend.weights_first and new > 1:
+        among = _among_new(by_group, key.new, value.new, sliding_window, at_a_time=new)
+        out = _over_all([_written(mesh, by_group, key, value, position_ids, sliding_window), among])
     else:
         out = _with_cached(by_group, key, value, position_ids, sliding_window)
     by_head = out.to(query.dtype)
@@ -61,21 +69,47 @@ def cached_attention(
     return by_head.reshape(batch, heads, new, dim).transpose(1, 2), None
 
 
-def _among_new(mesh: DeviceMesh, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Causal attention of positions over themselves: `[B, K, G, S, D]` scaled queries, `[B, K, S, D]` keys and values -> `[B, K, G, S, D]`."""
+@dataclass(frozen=True)
+class _Mixture:
+    """Attention over some of the places, before its softmax is divided by its sum.
+
+    Attributes:
+        mixed: values by weight, `[B, K, G, S, D]`.
+        top: the highest score, `[B, K, G, S, 1]` fp32, which every weight is relative to.
+        total: the sum of weights, like `top`.
+    """
+
+    mixed: torch.Tensor
+    top: torch.Tensor
+    total: torch.Tensor
+
+
+def _over_all(parts: Sequence[_Mixture]) -> torch.Tensor:
+    """Attention over the places of all parts together, `[B, K, G, S, D]`."""
+    if len(parts) == 1:
+        return parts[0].mixed / parts[0].total
+    top = functools.reduce(torch.maximum, [part.top for part in parts])
+    scales = [torch.exp(part.top - top) for part in parts]
+    mixed = functools.reduce(torch.add, [part.mixed * scale for part, scale in zip(parts, scales, strict=True)])
+    return mixed / functools.reduce(torch.add, [part.total * scale for part, scale in zip(parts, scales, strict=True)])
+
+
+def _among_new(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, *, at_a_time: int) -> _Mixture:
+    """Causal attention of positions over themselves: `[B, K, G, S, D]` scaled queries, `[B, K, S, D]` keys and values."""
     new = query.shape[3]
     places = torch.arange(new, device=query.device, dtype=torch.int32)
-    outs = []
-    for first in range(0, new, _stretch(mesh, new)):
+    parts = []
+    for first in range(0, new, at_a_time):
         # Nothing behind the stretch is seen by it, nor what is before the window of its first position.
-        last = min(first + _stretch(mesh, new), new)
+        last = min(first + at_a_time, new)
         start = 0 if window is None else max(0, first - window + 1)
         seen = _causal(places[None, start:last], places[first:last, None], window)
         part = query[:, :, :, first:last]
         raw = torch.einsum("bkmd,bktd->bkmt", _merged(part), key[:, :, start:last])
-        weights, total = _exponentials([_masked(raw, seen[None].expand(part.shape[0], -1, -1), part.shape[2])])
-        outs.append((torch.einsum("bkmt,bktd->bkmd", weights[0].to(query.dtype), value[:, :, start:last]) / total).reshape(part.shape))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=3)
+        (weights,), top, total = _exponentials([_masked(raw, seen[None].expand(part.shape[0], -1, -1), part.shape[2])])
+        mixed = torch.einsum("bkmt,bktd->bkmd", weights.to(query.dtype), value[:, :, start:last])
+        parts.append([tensor.reshape(*part.shape[:4], -1) for tensor in (mixed, top, total)])
+    return _Mixture(*(torch.cat(tensors, dim=3) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True)))
 
 
 def _with_cached(query: torch.Tensor, key: LayerKV, value: LayerKV, positions: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -92,14 +126,20 @@ def _with_cached(query: torch.Tensor, key: LayerKV, value: LayerKV, positions: t
     seen = _causal(among[None, :], among[:, None], window)
     scores_old = _masked(scores(mesh, rows, key.cached), visible.expand(batch, new, -1), group)
     scores_new = _masked(torch.einsum("bkmd,bksd->bkms", rows, key.new), seen[None].expand(batch, new, new), group)
-    (old, fresh), total = _exponentials([scores_old, scores_new])
+    (old, fresh), _, total = _exponentials([scores_old, scores_new])
     out = mixture(mesh, old.to(query.dtype), value.cached) + torch.einsum("bkms,bksd->bkmd", fresh.to(query.dtype), value.new)
     return (out / total).reshape(query.shape)
 
 
-def _stretch(mesh: DeviceMesh, new: int) -> int:
-    """So many queries at a time: on the CPU, what causal attention need not compute is left out."""
-    return STRETCH if mesh.backend.weights_first else new
+def _written(mesh: DeviceMesh, query: torch.Tensor, key: LayerKV, value: LayerKV, positions: torch.Tensor, window: int | None) -> _Mixture:
+    """Attention of positions `[B, S]` over what of the cache is in use; `[B, K, G, S, D]` scaled queries."""
+    assert key.cached is not None and value.cached is not None
+    rows, keys, values = (mesh.enter_manual(tensor, AXES) for tensor in (_merged(query), key.cached, value.cached))
+    starts = mesh.enter_manual(positions[:, 0].int(), (DATA,))
+    parts = block_attention.attend(mesh, rows, keys, values, starts, new=query.shape[3], window=window)
+    shape = query.shape[:4]
+    whole = (*shape[:2], shape[2] * shape[3])
+    return _Mixture(*(mesh.leave_manual(part, AXES, (*whole, part.shape[3])).reshape(*shape, -1) for part in parts))
 
 
 def _merged(query: torch.Tensor) -> torch.Tensor:
@@ -113,12 +153,12 @@ def _causal(key: torch.Tensor, query: torch.Tensor, window: int | None) -> torch
     return seen if window is None else seen & (key > query - window)
 
 
-def _exponentials(parts: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Softmax over several parts together, not divided yet: fp32 scores `[..., T_i]` -> weights `[..., T_i]`, and their sum `[..., 1]`."""
+def _exponentials(parts: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Softmax over several parts together, not divided yet: fp32 scores `[..., T_i]` -> weights `[..., T_i]`, the highest score and the sum of weights, `[..., 1]`."""
     tops = [part.amax(-1, keepdim=True) for part in parts]
     top = functools.reduce(torch.maximum, tops)
     weights = [torch.exp(part - top) for part in parts]
-    return weights, functools.reduce(torch.add, [part.sum(-1, keepdim=True) for part in weights])
+    return weights, top, functools.reduce(torch.add, [part.sum(-1, keepdim=True) for part in weights])
 
 
 def plain_attention(
@@ -163,7 +203,7 @@ def _masked(raw: torch.Tensor, visible: torch.Tensor, group: int) -> torch.Tenso
         mask = visible[:, None]
     else:
         mask = visible[:, None, None].expand(batch, 1, group, new, length).reshape(batch, 1, group * new, length)
-    return torch.where(mask, raw.float(), torch.full((), _HIDDEN, device=raw.device))
+    return torch.where(mask, raw.float(), torch.full((), HIDDEN, device=raw.device))
 
 
 def register() -> None:

@@ -21,6 +21,11 @@ def row_update(buffer: torch.Tensor, new: torch.Tensor, starts: torch.Tensor) ->
     return _registered("parallama_row_update", _lower_row_update)(buffer, new, starts)
 
 
+def stretch(buffer: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
+    """`buffer[:, :, first : first + length]` for a place that only the device knows, an int32 scalar; `[B, K, T, D]`."""
+    return _registered("parallama_stretch", _lower_stretch)(buffer, first, length=length)
+
+
 def float_bits(x: torch.Tensor) -> torch.Tensor:
     """The bits of fp32 numbers as int32 (`x.view(torch.int32)`, for which torch-xla would go through the host)."""
     return _registered("parallama_float_bits", _lower_float_bits)(x)
@@ -99,6 +104,14 @@ def _lower_row_update(buffer: Any, new: Any, starts: Any) -> Any:
         index = [xb.Op.scalar(builder, row, xb.Type.S32), zero, starts.slice_in_dim(row, row + 1, 0).reshape([]), zero]
         buffer = buffer.dynamic_update_slice(new.slice_in_dim(row, row + 1, 0), index)
     return buffer
+
+
+def _lower_stretch(buffer: Any, first: Any, *, length: int) -> Any:
+    from torch_xla.core import xla_builder as xb
+
+    zero = xb.Op.zero(buffer.builder(), xb.Type.S32)
+    batch, heads, _, dim = buffer.shape().sizes
+    return buffer.dynamic_slice([zero, zero, first, zero], (batch, heads, length, dim))
 
 
 def _lower_float_bits(x: Any) -> Any:

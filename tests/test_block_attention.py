@@ -1,0 +1,43 @@
+"""The loop over the written part of a cache against attention written down plainly, in double precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from parallama.block_attention import BLOCK, HIDDEN
+
+ROWS, HEADS, GROUP, NEW, DIM = 2, 4, 2, 3, 8
+LENGTH = BLOCK + 44  # the last block overlaps the one before it
+STARTS = [[0, 0], [1, BLOCK], [LENGTH, 0], [BLOCK - 1, BLOCK + 1], [LENGTH - 1, 20]]
+
+
+def plain(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one row `[K, M, D]`: attention, and which of its query rows `[M]` see anything."""
+    place, position = torch.arange(LENGTH), start + torch.arange(GROUP * NEW) % NEW
+    seen = (place < start)[None, :].expand(len(position), -1)
+    if window is not None:
+        seen = seen & (place[None, :] > position[:, None] - window)
+    scores = (query.double() @ keys.double().transpose(1, 2)).masked_fill(~seen, -torch.inf)
+    return torch.softmax(scores, -1) @ values.double(), seen.any(-1)
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x2", "2x2"])
+@pytest.mark.parametrize("window", [None, 2, 40])
+def test_one_program_attends_over_what_is_written_and_no_more(workers: Any, mesh: str, window: int | None) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(ROWS, HEADS, GROUP * NEW, DIM)
+    keys, values = torch.randn(2, ROWS, HEADS, LENGTH, DIM)
+    data, model = (int(size) for size in mesh.split("x"))
+    parts = workers[data * model].call(
+        "device_cases:attend", mesh=mesh, query=query, keys=keys, values=values, starts=STARTS, new=NEW, window=window
+    )
+    for starts, (mixed, top, total) in zip(STARTS, parts, strict=True):
+        for row, start in enumerate(starts):
+            expected, sees = plain(query[row], keys[row], values[row], start, window)
+            torch.testing.assert_close((mixed[row] / total[row])[:, sees].double(), expected[:, sees], rtol=1e-5, atol=1e-6)
+            assert bool((top[row][:, ~sees] == HIDDEN).all()) and bool((top[row][:, sees] > HIDDEN).all())
