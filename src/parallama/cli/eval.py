@@ -56,7 +56,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Run tasks of lm-evaluation-harness (install parallama[eval]); options are named as lm_eval names them."""
+    """Run tasks of lm-evaluation-harness, which the extra 'eval' brings; options are named as lm_eval names them."""
     if log_samples and output_path is None:
         raise UsageError(lines("--log-samples was given without --output-path", "expected a folder to write them to"))
     from ..evaluation import EvalOptions, find_tasks, write
