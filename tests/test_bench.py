@@ -94,6 +94,15 @@ def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() 
         (["--repeats", "0"], 2, "repeats is 0\nexpected at least 1"),
         (["--threads", "4096"], 2, "threads is 4096\nexpected 1 to "),
         (["--dtype", "int4"], 2, "dtype 'int4' is unknown\nexpected float32 or bfloat16"),
+        (["--train", "--peers", "hf-tp"], 2, "peer 'hf-tp' does not train\nexpected hf"),
+        (["--train", "--batch", "2,4"], 2, "--batch 2,4 with --train\nexpected one number"),
+        (["--train", "--prompt-tokens", "1"], 2, "prompt-tokens is 1\nexpected at least 2"),
+        (["--train", "--repeats", "0"], 2, "repeats is 0\nexpected at least 1"),
+        (["--train", "--mesh", "2x1", "--batch", "3"], 2, "batch 3 on mesh 2x1\nexpected a multiple of 2"),
+        (["--train", "--mesh", ","], 2, "there is no mesh\nexpected at least one, as 1x1,1x2"),
+        (["--train", "--threads", "4096"], 2, "threads is 4096\nexpected 1 to "),
+        (["--train", "--dtype", "int4"], 2, "dtype 'int4' is unknown\nexpected float32 or bfloat16"),
+        (["--train", "--plot", "x.png"], 2, "--plot was given with --train\nexpected one of the two"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_runs(capsys: Any, arguments: list[str], code: int, said: str) -> None:
@@ -228,6 +237,22 @@ def test_a_run_measures_ours_beside_peers_that_choose_the_same_tokens(tiny: str,
         (what, "18000 prompt tokens, over the limit of 16384") for what in ("prefill", "decode")
     ]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_steps_are_measured_beside_an_eager_loop_that_has_the_same_losses(tiny: str) -> None:
+    report = rows_of(bench(tiny, "--train", "--mesh", "1x2", "--batch", "2", "--prompt-tokens", "16", "--repeats", "2", "--json"))
+    assert report["command"].startswith(f"parallama bench {tiny} --train") and report["machine"]["gemm_flops_per_s"] > 1e9
+    (row,) = report["rows"]
+    assert (row["what"], row["mesh"], row["batch"], row["seq_len"]) == ("train", "1x2", 2, 16)
+    speed, (peer,) = row["tokens_per_s"], row["peers"]
+    assert 0 < speed["min"] <= speed["median"] <= speed["max"] and speed["samples"] == 2
+    assert math.isclose(row["step_s"], 32 / speed["median"], rel_tol=0.5) and 0 < row["mfu"] < 1.5 and row["peak_rss_bytes"] > 1e8
+    # A device has half of each matrix, and Adam keeps two numbers of each parameter.
+    (params, _), (optimizer, _) = row["bytes_per_device"]["params"], row["bytes_per_device"]["optimizer"]
+    assert 4 * 158_016 / 2 <= params < 4 * 158_016 and optimizer == 2 * params + 4
+    assert (peer["peer"], peer["error"], peer["same_losses"]) == ("hf", None, True) and len(row["losses"]) == len(peer["losses"]) == 3
+    assert math.isclose(peer["ratio"], speed["median"] / peer["tokens_per_s"]["median"])
+    assert peer["bytes_per_device"]["params"] == [4 * 158_016]
 
 
 @pytest.mark.slow

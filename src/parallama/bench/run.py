@@ -96,7 +96,7 @@ class _Runner:
         try:
             self.last = self.last | self.process.ask(do, **arguments)
         except RunError as error:
-            self.case_error = _first_line(error, self.name)
+            self.case_error = first_line(error, self.name)
             return None
         return self.last
 
@@ -126,7 +126,8 @@ def run(options: Options, command: str, progress: Progress) -> Report:
     with contextlib.ExitStack() as stack:
         start = _Starter(options, threads, stack, progress)
         machine = start("machine")
-        readings = [_reading(machine)]
+        assert machine.process is not None
+        readings = [reading(machine.process)]
         ours = [start("parallama", mesh) for mesh in options.meshes]
         shared = {peer: start(peer) for peer in options.peers if peer in _ONE_PROCESS}
         beside: list[dict[str, _Runner]] = []
@@ -144,9 +145,9 @@ def run(options: Options, command: str, progress: Progress) -> Report:
                     rows += _skipped(options, batch, prompt, reason)
                     continue
                 _measure(everyone, options, spec, batch, prompt)
-                readings.append(_reading(machine))
+                readings.append(reading(machine.process))
                 # The machine's speed drifts with its other guests: what it reached right before and after the case counts.
-                limit = {name: max(reading[name] for reading in readings[-2:]) for name in readings[-1]}
+                limit = {name: max(each[name] for each in readings[-2:]) for name in readings[-1]}
                 for runner, peers in zip(ours, beside, strict=True):
                     rows += _rows(runner, peers, options, spec, batch, prompt, limit)
         versions = ours[0].started["versions"] | {"python": platform.python_version()}
@@ -158,7 +159,7 @@ def run(options: Options, command: str, progress: Progress) -> Report:
         dtype=options.dtype,
         backend=options.backend,
         threads=threads,
-        machine=Machine(cpu=_cpu(), **{name: max(reading[name] for reading in readings) for name in readings[0]}),
+        machine=Machine(cpu=cpu_name(), **{name: max(each[name] for each in readings) for name in readings[0]}),
         versions=versions,
         starts=starts,
         rows=tuple(rows),
@@ -191,17 +192,18 @@ class _Starter:
         except RunError as error:
             if name in ("parallama", "machine"):
                 raise
-            runner.error = _first_line(error, name)
+            runner.error = first_line(error, name)
         return runner
 
 
-def _first_line(error: RunError, name: str) -> str:
+def first_line(error: RunError, name: str) -> str:
+    """What an engine says that went wrong."""
     return str(error).splitlines()[0].removeprefix(f"{name}: ")
 
 
-def _reading(machine: _Runner) -> dict[str, float]:
-    assert machine.process is not None
-    reply = machine.process.ask("measure")
+def reading(machine: EngineProcess) -> dict[str, float]:
+    """The machine's limits, as it is now."""
+    reply = machine.ask("measure")
     return {name: reply[name] for name in ("bandwidth_bytes_per_s", "gemm_flops_per_s")}
 
 
@@ -307,7 +309,7 @@ def _beside(what: What, speed: Speed, ours: _Runner, peers: Mapping[str, _Runner
     return tuple(results)
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     """The processor's name, where the system tells it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

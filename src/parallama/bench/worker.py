@@ -30,7 +30,7 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))[: given["threads"]]
     os.sched_setaffinity(0, cores)
     try:
-        served: Any = Machine(given["threads"]) if given["engine"] == "machine" else Served(given)
+        served: Any = _made(given)
     except Exception as error:
         _say(_connect(given), {"error": _reason(error)})
         return
@@ -49,6 +49,16 @@ def main() -> None:
     served.close()
     sys.stderr.flush()
     os._exit(0)  # XLA's threads need not be joined one by one
+
+
+def _made(given: dict[str, Any]) -> Any:
+    if given["engine"] == "machine":
+        return Machine(given["threads"])
+    if "train" in given:
+        from .train_engines import Served as Trained
+
+        return Trained(given, VERSIONS)
+    return Served(given)
 
 
 def _connect(given: dict[str, Any]) -> Any:

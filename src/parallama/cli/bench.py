@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,14 +20,19 @@ def bench(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or a shipped name; with --make the folder to write.")],
     make: Annotated[str | None, typer.Option("--make", help="Write a random-weight checkpoint of this shape (l200, ...) and stop.")] = None,
     load: Annotated[bool, typer.Option("--load", help="Measure only reading the files onto the first mesh, beside safetensors.")] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Measure whole optimizer steps instead, of --batch sequences of --prompt-tokens.")
+    ] = False,
     mesh: Annotated[str, typer.Option("--mesh", help="Meshes with commas between them; the first also stands beside the others.")] = "1x1",
     peers: Annotated[
         str, typer.Option("--peers", help="Of hf, hf-compile, hf-tp, recipe, recipe-openxla, with commas; 'all' is every one.")
     ] = "hf",
-    batch: Annotated[str, typer.Option("--batch", help="Rows, with commas.")] = "1,4,16,32",
-    prompt: Annotated[str, typer.Option("--prompt-tokens", help="Prompt lengths, with commas.")] = "512,4096",
+    batch: Annotated[str | None, typer.Option("--batch", help="Rows, with commas.", show_default="1,4,16,32; 4 with --train")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt-tokens", help="Prompt lengths, with commas.", show_default="512,4096; 256 with --train")
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Decode steps measured in each case.")] = 24,
-    repeats: Annotated[int, typer.Option("--repeats", help="Prefills measured in each case.")] = 3,
+    repeats: Annotated[int, typer.Option("--repeats", help="Prefills measured in each case; steps with --train.")] = 3,
     threads: Annotated[int | None, typer.Option("--threads", help="Cores that every engine may use.", show_default="all")] = None,
     backend: options.BackendName = "cpu",
     backend_option: options.BackendOptions = None,
@@ -48,6 +53,27 @@ def bench(
     if load:
         _load(model, _meshes(mesh)[0], dtype, repeats, as_json, quiet)
         return
+    if train:
+        if plot is not None:
+            raise UsageError(lines("--plot was given with --train", "expected one of the two"))
+        wanted_peers = "hf" if peers == "all" else peers
+        _train(
+            {
+                "model": model,
+                "meshes": _meshes(mesh),
+                "peers": tuple(name.strip() for name in wanted_peers.split(",") if name.strip()),
+                "batch": _number("--batch", batch or "4"),
+                "seq_len": _number("--prompt-tokens", prompt or "256"),
+                "repeats": repeats,
+                "threads": threads,
+                "dtype": dtype,
+                "backend": backend,
+                "backend_options": parse_options(backend_option or []),
+            },
+            as_json,
+            quiet,
+        )
+        return
     from ..bench import report as reporting
     from ..bench.run import PEERS, Options, run
 
@@ -57,8 +83,8 @@ def bench(
         model=model,
         meshes=_meshes(mesh),
         peers=PEERS if peers == "all" else tuple(name.strip() for name in peers.split(",") if name.strip()),
-        batches=_numbers("--batch", batch),
-        prompts=_numbers("--prompt-tokens", prompt),
+        batches=_numbers("--batch", batch or "1,4,16,32"),
+        prompts=_numbers("--prompt-tokens", prompt or "512,4096"),
         steps=steps,
         repeats=repeats,
         threads=threads,
@@ -91,6 +117,19 @@ def _load(model: str, mesh: MeshShape, dtype: str, repeats: int, as_json: bool, 
         )
 
 
+def _train(wanted: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    from ..bench.training import TrainOptions, run
+
+    report = run(TrainOptions(**wanted), _command(), (lambda _what: None) if quiet else options.say)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+        return
+    gemm = f"{report.machine.gemm_flops_per_s / 1e9:.0f} GFLOP/s"
+    typer.echo(
+        f"{report.model} in {report.dtype}, {report.threads} threads; a 2048 x 2048 product: {gemm} ({report.machine.cpu})\n\n{report.table()}"
+    )
+
+
 def _command() -> str:
     return "parallama " + shlex.join(argument for argument in sys.argv[1:] if argument != "--debug")
 
@@ -101,6 +140,13 @@ def _meshes(text: str) -> tuple[MeshShape, ...]:
     if len(set(shapes)) != len(shapes):
         raise UsageError(lines(f"--mesh {text} names a mesh twice", "expected each once"))
     return shapes
+
+
+def _number(option: str, text: str) -> int:
+    numbers = _numbers(option, text)
+    if len(numbers) != 1:
+        raise UsageError(lines(f"{option} {text} with --train", "expected one number"))
+    return numbers[0]
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

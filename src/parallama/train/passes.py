@@ -19,15 +19,17 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..mesh import DeviceMesh
-from ..ops import held_until, optimization_barrier, scope
+from ..ops import held_until, scope
 from ..topology import DATA, MODEL
 from ..train_collectives import BACKWARD
 from . import regions
 from .layout import TrainingPlan
 from .objective import token_losses
 from .options import StepOptions
+from .weights import Weight, product, scaled
 
 _plain_linear = torch.nn.functional.linear
+_PRODUCTS = {torch.Tensor.mul, torch.Tensor.__mul__, torch.mul}
 
 
 class Gradients:
@@ -49,65 +51,6 @@ class MicroStep:
     targets: torch.Tensor
     positions: torch.Tensor
     documents: torch.Tensor
-
-
-class _Product(torch.autograd.Function):
-    """`x @ W.T`, `[N, E]` and `[O, E]`. A weight that is split over "data" is put together for the product, and again going back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: Weight, anchor: torch.Tensor | None) -> torch.Tensor:
-        ctx.weight = weight
-        ctx.save_for_backward(x)
-        return weight.times(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (x,), weight, (gradient,) = ctx.saved_tensors, ctx.weight, gradients
-        with scope(f"{weight.module}{BACKWARD}"):
-            if weight.sink is not None:
-                weight.sink(torch.einsum("no,ne->oe", gradient, x))
-            return (gradient @ weight.whole(gradient) if ctx.needs_input_grad[0] else None), None, None
-
-
-@dataclass(frozen=True, eq=False)
-class Weight:
-    """A device's part of a matrix.
-
-    Attributes:
-        module: whose it is.
-        part: as it is stored.
-        gather: the dim along which the parts of the "data" axis are put together, or None.
-        dtype: of products.
-        sink: where the gradient goes; None if there is none.
-        anchor: a leaf of autograd's graphs that stands for the weight: a product whose input needs no gradient is gone back through all the same.
-    """
-
-    module: str
-    mesh: DeviceMesh
-    part: torch.Tensor
-    gather: int | None
-    dtype: torch.dtype
-    sink: Callable[[torch.Tensor], None] | None
-    anchor: torch.Tensor
-
-    def whole(self, after: torch.Tensor) -> torch.Tensor:
-        """The weight put together over "data", not before `after` is there: XLA would find the same all-gather in every pass, and keep the first one's result through the step."""
-        part = self.part.to(self.dtype)
-        if self.gather is None or self.mesh.shape.size(DATA) == 1:
-            return part
-        return self.mesh.all_gather(held_until(part, after), DATA, self.gather)
-
-    def times(self, x: torch.Tensor) -> torch.Tensor:
-        """`[N, E]` -> `[N, O]`."""
-        if self.mesh.backend.weights_first:
-            return optimization_barrier(torch.einsum("oe,ne->on", self.whole(x), x)).t()
-        return x @ self.whole(x).t()
-
-
-def product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """`[..., E]` -> `[..., O]`."""
-    out = _Product.apply(x.reshape(-1, x.shape[-1]), weight, weight.anchor if weight.sink is not None else None)
-    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 class Passes:
@@ -148,6 +91,8 @@ class Passes:
                 self._weights[name] = Weight(name.removesuffix(".weight"), mesh, part, gather, self._dtype, sink, self._anchor)
         self._buffers = buffers
         self._by_tensor = {id(weight.part): name for name, weight in self._weights.items()}
+        self._scales = {id(vector) for vector in self._vectors.values()} if mesh.backend.weights_first else set()
+        self._one = (rank.flatten()[:1] >= 0).float()
         self._tape: list[_Run] = []
 
     def run(self, micro_step: MicroStep, scale: torch.Tensor | None, dropout: Dropout | None = None) -> torch.Tensor:
@@ -163,6 +108,10 @@ class Passes:
         return loss.detach()
 
     # -- forward
+
+    def scaled(self, factor: Any, other: Any) -> torch.Tensor | None:
+        """Their product, if one is the weight of a norm whose gradient is summed by a product."""
+        return scaled(factor, other, self._one) if id(factor) in self._scales and torch.is_grad_enabled() else None
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         name = self._by_tensor[id(weight)]
@@ -355,6 +304,8 @@ class _Form(TorchFunctionMode):
         if function is _plain_linear:
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
             return self._passes.linear(given["input"], given["weight"], given.get("bias"))
+        if function in _PRODUCTS and not kwargs and (found := self._passes.scaled(*args)) is not None:
+            return found
         if function is torch.nn.functional.embedding and id(args[1]) in self._passes._by_tensor:
             return self._passes.embedding(args[0])
         return function(*args, **(kwargs or {}))

@@ -1,0 +1,301 @@
+"""`parallama bench --train`: whole optimizer steps on each mesh, beside a transformers eager loop on the same weights, tokens, dtype and cores.
+
+Both take turns, a step each, in processes of their own; the machine's matrix product is measured before and after. A mesh is done before the next begins: the state of a training run is four
+times its weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import platform
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..config_json import read_config
+from ..cost import train_flops
+from ..errors import RunError, UsageError, lines
+from ..host import usable_cores
+from ..loading import DTYPES
+from ..plugins import OptionValue
+from ..spec import ModelSpec
+from ..topology import MeshShape
+from .processes import EngineProcess
+from .rows import Machine, Speed
+from .run import cpu_name, first_line, reading
+
+TRAIN_PEERS = ("hf",)
+SAME_LOSS = 1e-4
+"""Relative: first losses nearer than this are the same, rounding apart."""
+_LR = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What to measure.
+
+    Attributes:
+        batch: sequences of a step.
+        seq_len: tokens of a sequence.
+        repeats: steps measured, after one that isn't.
+        threads: cores that every engine may use; all if None.
+    """
+
+    model: str
+    meshes: tuple[MeshShape, ...]
+    peers: tuple[str, ...] = TRAIN_PEERS
+    batch: int = 4
+    seq_len: int = 256
+    repeats: int = 3
+    threads: int | None = None
+    dtype: str = "float32"
+    backend: str = "cpu"
+    backend_options: Mapping[str, OptionValue] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = [peer for peer in self.peers if peer not in TRAIN_PEERS]
+        if unknown:
+            raise UsageError(lines(f"peer {unknown[0]!r} does not train", f"expected {' or '.join(TRAIN_PEERS)}"))
+        for name, number, least in (("batch", self.batch, 1), ("prompt-tokens", self.seq_len, 2), ("repeats", self.repeats, 1)):
+            if number < least:
+                raise UsageError(lines(f"{name} is {number}", f"expected at least {least}"))
+        if self.dtype not in DTYPES:
+            raise UsageError(lines(f"dtype {self.dtype!r} is unknown", f"expected {' or '.join(DTYPES)}"))
+        if not self.meshes:
+            raise UsageError(lines("there is no mesh", "expected at least one, as 1x1,1x2"))
+        for mesh in self.meshes:
+            if self.batch % mesh.data:
+                raise UsageError(
+                    lines(f"batch {self.batch} on mesh {mesh}", f"expected a multiple of {mesh.data}, the devices along 'data'")
+                )
+        if self.threads is not None and not 1 <= self.threads <= usable_cores():
+            raise UsageError(lines(f"threads is {self.threads}", f"expected 1 to {usable_cores()}, the cores this process may use"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPeer:
+    """What a peer did; interleaved with ours.
+
+    Attributes:
+        ratio: our median over the peer's.
+        losses: of each step, from the first.
+        same_losses: all are ours, to 1e-4.
+        error: why it could not, or None.
+    """
+
+    peer: str
+    tokens_per_s: Speed | None = None
+    ratio: float | None = None
+    losses: tuple[float, ...] = ()
+    same_losses: bool | None = None
+    bytes_per_device: dict[str, list[int]] | None = None
+    peak_rss_bytes: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRow:
+    """Steps on one mesh.
+
+    Attributes:
+        tokens_per_s: tokens of a step's batch over the seconds of the whole step: forward, backward, clipping, update.
+        step_s: median.
+        mfu: FLOPs of the products of a forward and a backward pass, over what the machine's matrix product does in that time.
+        start_s: loading, tracing and compiling.
+    """
+
+    what: str = "train"
+    mesh: str
+    batch: int
+    seq_len: int
+    tokens_per_s: Speed
+    step_s: float
+    mfu: float
+    losses: tuple[float, ...]
+    start_s: float
+    bytes_per_device: dict[str, list[int]]
+    peak_rss_bytes: int
+    peers: tuple[TrainPeer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """What was measured. The keys of `--json`."""
+
+    command: str
+    date: str
+    model: str
+    dtype: str
+    backend: str
+    threads: int
+    machine: Machine
+    versions: dict[str, str]
+    rows: tuple[TrainRow, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> str:
+        """The rows as GitHub markdown."""
+        peers = list(dict.fromkeys(peer.peer for row in self.rows for peer in row.peers))
+        heads = ["what", "mesh", "batch", "tokens/s (min-max)", "step, s", "MFU", "bytes a device", "peak RSS", *peers]
+        table = [heads, ["---" if index < 2 else "---:" for index in range(len(heads))]]
+        for row in self.rows:
+            speed = row.tokens_per_s
+            held = sum(max(sizes) for sizes in row.bytes_per_device.values())
+            cells = [row.what, row.mesh, f"{row.batch}x{row.seq_len}", f"{speed.median:.1f} ({speed.min:.1f}-{speed.max:.1f})"]
+            cells += [f"{row.step_s:.2f}", f"{row.mfu:.1%}", f"{held / 1e9:.2f} GB", f"{row.peak_rss_bytes / 1e9:.2f} GB"]
+            table.append([*cells, *(_peer_cell(row, peer) for peer in peers)])
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+
+
+def run(options: TrainOptions, command: str, progress: Callable[[str], None]) -> TrainReport:
+    """Measure every mesh.
+
+    Raises:
+        CheckpointError: the model cannot be read.
+        RunError: parallama itself could not start on a mesh, or take a step.
+    """
+    spec = ModelSpec.from_config(read_config(options.model))
+    threads = options.threads or usable_cores()
+    if options.seq_len > spec.max_positions:
+        raise UsageError(lines(f"prompt-tokens is {options.seq_len}", f"expected at most {spec.max_positions}, the model's positions"))
+    rows, readings, versions = [], [], {}
+    with _engine(options, "machine", MeshShape(), threads) as machine:
+        for mesh in options.meshes:
+            with contextlib.ExitStack() as stack:
+                progress(f"starting parallama {mesh}")
+                ours = stack.enter_context(_engine(options, "parallama", mesh, threads))
+                peers: dict[str, EngineProcess | str] = {}
+                for name in options.peers:
+                    progress(f"starting {name}")
+                    try:
+                        peers[name] = stack.enter_context(_engine(options, name, MeshShape(), threads))
+                    except RunError as error:
+                        peers[name] = first_line(error, name)
+                progress(f"{options.repeats} steps of {options.batch} x {options.seq_len} tokens")
+                before = reading(machine)
+                taken = _take(options, spec, ours, peers)
+                readings += [before, reading(machine)]
+                versions = ours.started["versions"]
+                peak = max(each["gemm_flops_per_s"] for each in readings[-2:])
+                rows.append(_row(options, spec, str(mesh), ours, peers, taken, peak))
+    return TrainReport(
+        command=command,
+        date=datetime.date.today().isoformat(),
+        model=options.model,
+        dtype=options.dtype,
+        backend=options.backend,
+        threads=threads,
+        machine=Machine(cpu=cpu_name(), **{name: max(each[name] for each in readings) for name in readings[0]}),
+        versions=versions | {"python": platform.python_version()},
+        rows=tuple(rows),
+    )
+
+
+@dataclass
+class _Taken:
+    """An engine's steps: of the first only the loss counts."""
+
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
+
+
+def _engine(options: TrainOptions, name: str, mesh: MeshShape, threads: int) -> EngineProcess:
+    return EngineProcess(
+        {
+            "engine": name,
+            "model": options.model,
+            "mesh": str(mesh),
+            "devices": mesh.devices,
+            "dtype": options.dtype,
+            "backend": options.backend,
+            "backend_options": dict(options.backend_options),
+            "threads": threads,
+            "train": {"batch": options.batch, "seq_len": options.seq_len, "lr": _LR},
+        }
+    )
+
+
+def _take(options: TrainOptions, spec: ModelSpec, ours: EngineProcess, peers: dict[str, EngineProcess | str]) -> dict[str, _Taken]:
+    """Every engine's steps, taken in turns. A peer that fails becomes its reason."""
+    draw = random.Random(0)
+    taken = {name: _Taken() for name in ("parallama", *peers)}
+    for step in range(options.repeats + 1):
+        rows = [[draw.randrange(spec.vocab) for _ in range(options.seq_len)] for _ in range(options.batch)]
+        for name, engine in {"parallama": ours, **peers}.items():
+            if isinstance(engine, str):
+                continue
+            try:
+                reply = engine.ask("step", rows=rows)
+                taken[name].losses.append(reply["loss"])
+                if step:
+                    taken[name].seconds.append(reply["seconds"])
+                if step == options.repeats:
+                    taken[name].last = engine.ask("held")
+            except RunError as error:
+                if name == "parallama":
+                    raise
+                peers[name] = first_line(error, name)
+    return taken
+
+
+def _row(
+    options: TrainOptions,
+    spec: ModelSpec,
+    mesh: str,
+    ours: EngineProcess,
+    peers: Mapping[str, EngineProcess | str],
+    taken: Mapping[str, _Taken],
+    gemm_flops_per_s: float,
+) -> TrainRow:
+    tokens, mine = options.batch * options.seq_len, taken["parallama"]
+    speed, step_s = Speed.of(tokens, mine.seconds), statistics.median(mine.seconds)
+    beside = []
+    for name, engine in peers.items():
+        if isinstance(engine, str):
+            beside.append(TrainPeer(peer=name, error=engine))
+            continue
+        theirs = Speed.of(tokens, taken[name].seconds)
+        beside.append(
+            TrainPeer(
+                peer=name,
+                tokens_per_s=theirs,
+                ratio=speed.median / theirs.median,
+                losses=tuple(taken[name].losses),
+                same_losses=_same(mine.losses, taken[name].losses),
+                bytes_per_device=taken[name].last["bytes_per_device"],
+                peak_rss_bytes=taken[name].last["peak_rss_bytes"],
+            )
+        )
+    return TrainRow(
+        mesh=mesh,
+        batch=options.batch,
+        seq_len=options.seq_len,
+        tokens_per_s=speed,
+        step_s=step_s,
+        mfu=train_flops(spec, options.batch, options.seq_len) / step_s / gemm_flops_per_s,
+        losses=tuple(mine.losses),
+        start_s=ours.started["start_s"],
+        bytes_per_device=mine.last["bytes_per_device"],
+        peak_rss_bytes=mine.last["peak_rss_bytes"],
+        peers=tuple(beside),
+    )
+
+
+def _same(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    return all(abs(a - b) <= SAME_LOSS * abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _peer_cell(row: TrainRow, name: str) -> str:
+    for peer in row.peers:
+        if peer.peer != name:
+            continue
+        if peer.tokens_per_s is None:
+            return f"n/a: {peer.error}"
+        return f"{peer.ratio:.2f}x {peer.tokens_per_s.median:.1f}" + ("" if peer.same_losses else ", losses differ")
+    return "-"
