@@ -283,3 +283,41 @@ def untraceable(times: int) -> list[str]:
         else:
             said.append(f"answers {program({'x': mesh.put(torch.zeros(4), (None,))})['bits'].cpu().tolist()} for the bits of 0.0")
     return said
+
+
+def two_programs(mesh: str) -> dict[str, list[float]]:
+    """A program that updates `state` and one that reads it, made before either runs: what each gives, in turns."""
+    device_mesh = DeviceMesh(mesh)
+    axes = (None, "model")
+    state = device_mesh.put(torch.ones(4, 8), axes)
+    update = Program(
+        "update",
+        device_mesh,
+        lambda given: {"state": given["state"] + given["by"]},
+        {"state": state, "by": device_mesh.put(torch.zeros(4, 8), axes)},
+        ["state"],
+    )
+    read = Program("read", device_mesh, lambda given: {"sum": given["state"].sum()[None] + 0}, {"state": state})
+    found: dict[str, list[float]] = {"updated": [], "read": []}
+    for step in range(3):
+        found["read"].append(float(device_mesh.fetch(read({"state": state})["sum"], (None,))[0]))
+        state = update({"state": state, "by": device_mesh.put(torch.full((4, 8), float(step)), axes)})["state"]
+        found["updated"].append(float(device_mesh.fetch(state, axes).sum()))
+    return found
+
+
+def paired(mesh: str, reads: dict[str, list[str]]) -> dict[str, float]:
+    """A step whose donated outputs each read these arguments, in this order: 10 times the first and then the others; each output after a second run."""
+    device_mesh = DeviceMesh(mesh)
+    given = {name: device_mesh.put(torch.full((4, 8), float(number)), (None, "model")) for number, name in enumerate(reads, 1)}
+
+    def step(given: Any) -> dict[str, torch.Tensor]:
+        out = {}
+        for name, (first, *others) in reads.items():
+            out[name] = given[first] * 10
+            for other in others:
+                out[name] = out[name] + given[other]
+        return out
+
+    program = Program("paired", device_mesh, step, given, list(reads))
+    return {name: float(device_mesh.fetch(tensor, (None, "model"))[0, 0]) for name, tensor in program(program(given)).items()}

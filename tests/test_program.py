@@ -167,3 +167,34 @@ def test_a_step_that_would_go_through_the_host_is_refused_every_time(workers: An
     """Its result would be a constant of the executable. (torch-xla keeps the names of such operations for the life of the process.)"""
     for said in workers[1].call("device_cases:untraceable", times=2):
         assert said.startswith("program bits: torch-xla cannot trace"), said
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+def test_two_programs_over_the_same_state_see_what_the_other_made(workers: Any, mesh: str) -> None:
+    """torch-xla gives a buffer the id of the last tensor that was read through it: by ids, the second program would keep the first state for ever."""
+    found = workers[int(mesh[-1])].call("device_cases:two_programs", mesh=mesh)
+    assert found == {"read": [32, 32, 64], "updated": [32, 64, 128]}
+
+
+@pytest.mark.parametrize(
+    ("reads", "wanted"),
+    [
+        ({"a": ["a", "b"], "b": ["b"]}, {"a": 140, "b": 200}),
+        ({"a": ["a", "b", "c"], "b": ["b", "c"], "c": ["c"]}, {"a": 203, "b": 260, "c": 300}),
+    ],
+)
+def test_outputs_are_paired_with_the_buffers_of_their_names_in_whatever_order_they_are_read(
+    workers: Any, reads: dict[str, list[str]], wanted: dict[str, float]
+) -> None:
+    assert workers[2].call("device_cases:paired", mesh="1x2", reads=reads) == wanted
+
+
+def test_outputs_that_cannot_be_paired_are_an_error(workers: Any) -> None:
+    with pytest.raises(CaseError) as caught:
+        workers[2].call("device_cases:paired", mesh="1x2", reads={"a": ["a"], "b": ["c"], "c": ["b"]})
+    assert caught.value.kind == "ProgramError"
+    assert caught.value.message.splitlines() == [
+        "program paired: its outputs have no order in which the buffers of b, c are read",
+        "expected donated arguments that can be paired with the outputs of their names",
+        "give it a first output that reads them all",
+    ]

@@ -88,3 +88,33 @@ def skipped(model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np
     second = made.step(batch_of(arrays), 1e-3)
     same = {each: torch.equal(made.fetch(each), before[each]) for each in made.changing()}
     return {"finite": [first.finite, second.finite], "same": same}
+
+
+def dropped(model: str, mesh: str, options: dict[str, Any], batches: list[dict[str, np.ndarray]], lr: float, seed: int) -> dict[str, Any]:
+    """Steps with dropout of adapters, and the mean loss of the last batch: evaluated before and after them, by a trainer without dropout that has the same state, and as one more step has it."""
+    made = trainer(model, mesh, options, seed=seed)
+    plain = trainer(model, mesh, options | {"lora": options["lora"] | {"dropout": 0.0}}, seed=seed)
+
+    def evaluated(which: Trainer, arrays: dict[str, np.ndarray]) -> float:
+        total, count = which.evaluate(batch_of(arrays))
+        return total / count
+
+    before = evaluated(made, batches[0])
+    losses = [made.step(batch_of(arrays), lr).loss for arrays in batches]
+    plain.load({name: partial(made.fetch, name) for name in made.changing()})
+    found = {"evaluated": evaluated(made, batches[-1]), "evaluated_without_dropout": evaluated(plain, batches[-1])}
+    return found | {"losses": losses, "evaluated_before": before, "stepped": made.step(batch_of(batches[-1]), 0.0).loss}
+
+
+def evaluated_between_steps(model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], lr: float) -> dict[str, Any]:
+    """Losses of a batch by `evaluate` and by `step` in turns, both programs made before; and how many were compiled later."""
+    made, batch = trainer(model, mesh, options), batch_of(arrays)
+    made.compile(evaluate=True)
+    compiled = compiled_programs()
+    found: dict[str, Any] = {"evaluated": [], "stepped": []}
+    for turn in range(4):
+        total, count = made.evaluate(batch)
+        found["evaluated"].append(total / count)
+        if turn < 3:
+            found["stepped"].append(made.step(batch, lr).loss)
+    return found | {"late": compiled_programs() - compiled}

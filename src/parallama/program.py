@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
-from .errors import ProgramError, lines
+from .errors import ProgramError, lines, listed
 from .mesh import DeviceMesh
 
+_ORDERS = 4
+"""Times that outputs are put in another order before it is given up."""
 Step = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
@@ -60,7 +62,9 @@ class Program:
         mesh.wait()
         for key in donated:
             xlac._set_buffer_donation(arguments[key], True)
-        by_id = {xlac._xla_get_tensor_id(tensor): key for key, tensor in arguments.items()}
+        # By buffer, not by torch-xla's tensor ids: a buffer has the id of the last tensor that a trace has read it through, so a second program would take its arguments for constants.
+        by_buffer = dict(zip(xlac._get_tensors_handle(list(arguments.values())), arguments, strict=True))
+        assert len(by_buffer) == len(arguments), f"{name}: two arguments are one buffer"
         before = _fallbacks()
         with torch.no_grad():
             outputs = step(arguments)
@@ -71,23 +75,48 @@ class Program:
                 lines(f"program {name}: torch-xla cannot trace {', '.join(sorted(fallen))}", "expected operations that stay on the device")
             )
         mesh.wait()
-        order_ids, values = xlac._get_tensors_xla_device_data_node(list(outputs.values()))
-        # XLA pairs donated buffers with outputs of the same shape in the order of the graph's parameters; any other order would cross the
-        # pairs and copy every buffer.
-        read_order = [by_id[i] for i in order_ids if by_id.get(i) in donated]
-        missing = [key for key in donated if key not in outputs or key not in read_order]
-        assert not missing, f"{name}: donated but not returned or not read: {missing}"
-        self._output_names = [key for key in outputs if key not in donated] + read_order
+        read, values = self._order(outputs, by_buffer, donated)
         ordered = [outputs[key] for key in self._output_names]
         self.trace_s = time.perf_counter() - began
         with alias_with_buffer_donor_config():
             self._hash = xlac._get_graph_hash(ordered)
             xlac._xla_warm_up_cache(ordered, [])
         xlac._clear_pending_irs(str(mesh.device))
-        self._template: list[Any] = [None if i in by_id else value for i, value in zip(order_ids, values, strict=True)]
-        self._slots = [(slot, by_id[i]) for slot, i in enumerate(order_ids) if i in by_id]
+        self._template: list[Any] = [value if key is None else None for key, value in zip(read, values, strict=True)]
+        self._slots = [(slot, key) for slot, key in enumerate(read) if key is not None]
         self._checked = {key: _Signature.of(argument) for key, argument in arguments.items()}
         self.last_run_s = 0.0
+
+    def _order(
+        self, outputs: Mapping[str, torch.Tensor], by_buffer: Mapping[int, str], donated: Sequence[str]
+    ) -> tuple[list[str | None], list[Any]]:
+        """Put the outputs in order; what the graph reads then, in order: arguments by name, None for other buffers, and all of them.
+
+        XLA pairs donated buffers with outputs of the same shape in the order of the graph's parameters; any other order would cross the pairs and copy every buffer. And that order follows from
+        that of the outputs: the graph is walked from the first one on.
+        """
+        import torch_xla
+
+        xlac: Any = torch_xla._XLAC
+        before = names = list(outputs)
+        for _ in range(_ORDERS):
+            _, values = xlac._get_tensors_xla_device_data_node([outputs[key] for key in names])
+            read = [by_buffer.get(handle) for handle in xlac._get_tensors_handle(values)]
+            kept = [key for key in read if key in donated]
+            missing = [key for key in donated if key not in outputs or key not in kept]
+            assert not missing, f"{self.name}: donated but not returned or not read: {missing}"
+            self._output_names = [key for key in outputs if key not in donated] + [key for key in kept if key is not None]
+            if self._output_names == names:
+                return read, values
+            before, names = names, self._output_names
+        crossed = sorted(key for key, other in zip(before, names, strict=True) if key != other)
+        raise ProgramError(
+            lines(
+                f"program {self.name}: its outputs have no order in which the buffers of {listed(crossed)} are read",
+                "expected donated arguments that can be paired with the outputs of their names",
+                "give it a first output that reads them all",
+            )
+        )
 
     def __call__(self, arguments: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the executable. Donated arguments are dead afterwards; take them from the result.

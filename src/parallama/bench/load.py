@@ -69,7 +69,9 @@ class LoadReport:
         return "\n".join(rows)
 
 
-def run(model: str, *, mesh: str, dtype: str, repeats: int, command: str, progress: Callable[[str], None]) -> LoadReport:
+def run(
+    model: str, *, mesh: str, dtype: str, repeats: int, command: str, progress: Callable[[str], None], allow_nonfinite: bool = False
+) -> LoadReport:
     """Measure a folder.
 
     Raises:
@@ -82,7 +84,7 @@ def run(model: str, *, mesh: str, dtype: str, repeats: int, command: str, progre
     for turn in range(repeats + 1):
         for reader in READERS:
             progress(f"{reader}, {'warming up' if turn == 0 else f'{turn} of {repeats}'}")
-            given = json.dumps({"reader": reader, "model": model, "mesh": mesh, "dtype": dtype})
+            given = json.dumps({"reader": reader, "model": model, "mesh": mesh, "dtype": dtype, "allow_nonfinite": allow_nonfinite})
             ended = child.run_module("parallama.bench.load", given, limit_s=_LIMIT_S)
             if ended.code != 0:
                 raise RunError(lines(f"{reader} {ended.how}", ended.last_words))
@@ -111,12 +113,12 @@ def run(model: str, *, mesh: str, dtype: str, repeats: int, command: str, progre
     )
 
 
-def read(reader: str, model: str, mesh: str, dtype: str) -> dict[str, Any]:
+def read(reader: str, model: str, mesh: str, dtype: str, allow_nonfinite: bool) -> dict[str, Any]:
     """One reading, in this process."""
-    return _ours(model, mesh, dtype) if reader == "parallama" else _theirs(reader, model)
+    return _ours(model, mesh, dtype, allow_nonfinite) if reader == "parallama" else _theirs(reader, model)
 
 
-def _ours(model: str, mesh: str, dtype: str) -> dict[str, Any]:
+def _ours(model: str, mesh: str, dtype: str, allow_nonfinite: bool) -> dict[str, Any]:
     import torch
 
     from .. import stream
@@ -130,7 +132,8 @@ def _ours(model: str, mesh: str, dtype: str) -> dict[str, Any]:
     checkpoint = find(model)
     spec = ModelSpec.from_config(checkpoint.config)
     sources = checkpoint.sources(spec)
-    weights, stats = stream.put(sources, make_plan(spec, devices.shape), devices, resolve_dtype(dtype, checkpoint.config, "cpu"))
+    plan, to = make_plan(spec, devices.shape), resolve_dtype(dtype, checkpoint.config, "cpu")
+    weights, stats = stream.put(sources, plan, devices, to, allow_nonfinite=allow_nonfinite)
     return {
         "seconds": stats.seconds,
         "bytes": sum(source.nbytes for source in sources),

@@ -43,6 +43,7 @@ class Options:
         steps: decode steps measured in each case.
         repeats: prefills measured in each case (one only, where its prompts have more than 4,096 tokens together).
         threads: cores that every engine may use; all if None.
+        allow_nonfinite: load weights that hold NaN or infinity, too.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Options:
     dtype: str = "float32"
     backend: str = "cpu"
     backend_options: Mapping[str, OptionValue] = field(default_factory=dict)
+    allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         unknown = [peer for peer in self.peers if peer not in PEERS]
@@ -185,6 +187,7 @@ class _Starter:
             "dtype": self._options.dtype,
             "backend": self._options.backend,
             "backend_options": dict(self._options.backend_options),
+            "allow_nonfinite": self._options.allow_nonfinite,
             "threads": self._threads,
         }
         try:

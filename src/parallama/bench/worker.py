@@ -110,7 +110,12 @@ class Served:
         imported = time.time()
         ours = Ours(
             load(
-                given["model"], mesh=given["mesh"], backend=given["backend"], backend_options=given["backend_options"], dtype=given["dtype"]
+                given["model"],
+                mesh=given["mesh"],
+                backend=given["backend"],
+                backend_options=given["backend_options"],
+                dtype=given["dtype"],
+                allow_nonfinite=given["allow_nonfinite"],
             )
         )
         loaded = time.time()

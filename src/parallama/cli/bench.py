@@ -37,6 +37,7 @@ def bench(
     backend: options.BackendName = "cpu",
     backend_option: options.BackendOptions = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
+    allow_nonfinite: options.AllowNonfinite = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the rows into this PNG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
     quiet: options.Quiet = False,
@@ -51,7 +52,7 @@ def bench(
         )
         return
     if load:
-        _load(model, _meshes(mesh)[0], dtype, repeats, as_json, quiet)
+        _load(model, _meshes(mesh)[0], dtype, repeats, as_json, quiet, allow_nonfinite)
         return
     if train:
         if plot is not None:
@@ -91,6 +92,7 @@ def bench(
         dtype=dtype,
         backend=backend,
         backend_options=parse_options(backend_option or []),
+        allow_nonfinite=allow_nonfinite,
     )
     measured = run(wanted, _command(), (lambda _what: None) if quiet else options.say)
     if as_json:
@@ -103,11 +105,17 @@ def bench(
         reporting.plot(measured, plot)
 
 
-def _load(model: str, mesh: MeshShape, dtype: str, repeats: int, as_json: bool, quiet: bool) -> None:
+def _load(model: str, mesh: MeshShape, dtype: str, repeats: int, as_json: bool, quiet: bool, allow_nonfinite: bool) -> None:
     from ..bench.load import run
 
     report = run(
-        model, mesh=str(mesh), dtype=dtype, repeats=repeats, command=_command(), progress=(lambda _what: None) if quiet else options.say
+        model,
+        mesh=str(mesh),
+        dtype=dtype,
+        repeats=repeats,
+        command=_command(),
+        progress=(lambda _what: None) if quiet else options.say,
+        allow_nonfinite=allow_nonfinite,
     )
     if as_json:
         typer.echo(json.dumps(report.to_dict()))

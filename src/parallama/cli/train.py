@@ -44,7 +44,7 @@ def train(
     The optimizer: optimizer, lr, schedule, warmup_steps, min_lr_ratio, beta1, beta2, eps, momentum, weight_decay, max_grad_norm, on_nonfinite.
 
     The run: save_every, keep_last, async_save, resume, eval_data, eval_every, eval_batches, sample_every, sample_prompts, sample_tokens,
-    report_to, export, cache.
+    report_to, export, cache, allow_nonfinite.
 
     --dump-config says what each means. An unknown key is an error. On SIGTERM or Ctrl-C the run saves a checkpoint at the next step and
     ends; --resume auto goes on from there.

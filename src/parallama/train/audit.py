@@ -11,24 +11,9 @@ from .. import hlo
 from ..audit import Audit, Finding, collectives_of, differences, dumped, over_the_least
 from ..kinds import without_layer
 from ..plan import Plan, make_plan
-from ..train_collectives import TrainStep, expected_in_training
-from .layout import training_plan
-from .options import StepOptions
+from ..train_collectives import expected_in_training
+from .layout import train_step, training_plan
 from .step import Trainer
-
-
-def train_step(options: StepOptions, layers: int, backend: str) -> TrainStep:
-    """What of a step's options decides about its collectives."""
-    itemsize = 2 if options.dtype == "bfloat16" else 4
-    return TrainStep(
-        batch=options.batch_size,
-        seq=options.seq_len,
-        micro_steps=options.grad_accum,
-        rematerialized=frozenset(layer for layer in range(layers) if options.rematerialized(layer)),
-        sequence_parallel=options.sequence_parallel,
-        itemsize=itemsize,
-        moved_itemsize=4 if backend == "cpu" else None,  # XLA:CPU sums and gathers 16-bit numbers as fp32
-    )
 
 
 def audit_training(trainer: Trainer, folder: Path, *, accept_plan: bool = False) -> Audit:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from ..errors import FitError, lines, listed
 from ..plan import Blocks, Placement, Plan
+from ..rope import FOLLOWING, ROPE_TYPES
 from ..topology import DATA, MODEL
-from ..train_collectives import ADAPTER, check_trainable, trained_parameters
-from .options import LoraOptions
+from ..train_collectives import ADAPTER, TrainStep, check_trainable, trained_parameters
+from .options import LoraOptions, StepOptions
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -69,6 +71,54 @@ def training_plan(plan: Plan, *, fsdp: bool, lora: LoraOptions | None) -> Traini
                     adapters[adapter.name] = blocks
         placements = made
     return TrainingPlan(model=plan.model, mesh=plan.mesh, head_layout=plan.head_layout, placements=tuple(placements), adapters=adapters)
+
+
+def train_step(options: StepOptions, layers: int, backend: str) -> TrainStep:
+    """What of a step's options decides about its collectives."""
+    itemsize = 2 if options.dtype == "bfloat16" else 4
+    return TrainStep(
+        batch=options.batch_size,
+        seq=options.seq_len,
+        micro_steps=options.grad_accum,
+        rematerialized=frozenset(layer for layer in range(layers) if options.rematerialized(layer)),
+        sequence_parallel=options.sequence_parallel,
+        itemsize=itemsize,
+        moved_itemsize=4 if backend == "cpu" else None,  # XLA:CPU sums and gathers 16-bit numbers as fp32
+    )
+
+
+def check_fit(options: StepOptions, plan: TrainingPlan) -> None:
+    """Raise `FitError` unless a batch divides over the mesh, and the model is one that a step can train."""
+    mesh = plan.mesh
+    if plan.model.rope in FOLLOWING:
+        raise FitError(
+            lines(
+                f"rope type {plan.model.rope!r} is not supported in training: its frequencies follow the length of what is run",
+                f"expected one of {', '.join(kind for kind in ROPE_TYPES if kind not in FOLLOWING)}",
+            )
+        )
+    if options.batch_size % mesh.data:
+        raise FitError(
+            lines(
+                f"batch_size is {options.batch_size}",
+                f"expected a multiple of {mesh.data}, the devices along 'data': each takes as many sequences of a micro-step",
+            )
+        )
+    if options.sequence_parallel and options.seq_len % mesh.model:
+        raise FitError(
+            lines(
+                f"seq_len is {options.seq_len}", f"expected a multiple of {mesh.model}, the devices along 'model', for sequence parallelism"
+            )
+        )
+    if options.sequence_parallel and mesh.model > 1:
+        parts = [f"model.layers.{layer}.{part}" for layer in range(plan.model.layers) for part in ("self_attn", "mlp")]
+        whole = [part for part in (*parts, "embed_tokens", "lm_head") if not plan.split(part)]
+        if whole:
+            raise FitError(
+                lines(f"sequence parallelism with {listed(whole)} whole on every device", "expected a plan that splits them over 'model'")
+            )
+    if options.seq_len > plan.model.max_positions:
+        raise FitError(lines(f"seq_len is {options.seq_len}", f"expected at most {plan.model.max_positions}, the model's positions"))
 
 
 def _over_data(placement: Placement, plan: Plan, blocks: Blocks | None) -> Placement:

@@ -61,7 +61,7 @@ class Outcome:
         checkpoint: the last one.
         model: the exported folder, if there is one.
         loss: of the last step; None if there was none left to do.
-        programs_after_warmup: programs that were compiled after the first step; 0.
+        programs_after_warmup: programs that were compiled after those of the run were made; 0.
     """
 
     steps: int
@@ -99,9 +99,9 @@ class _Run:
         from ..plan import make_plan, read_overrides
         from ..spec import ModelSpec
         from . import checkpoints
-        from .layout import training_plan
+        from .layout import check_fit, training_plan
         from .speed import Speed
-        from .step import Trainer, check_fit
+        from .step import Trainer
 
         self.settings, self.watch = settings, watch
         self.sequences = settings.grad_accum * settings.batch_size
@@ -120,7 +120,15 @@ class _Run:
         self.corpus, self.eval_rows = self._data()
         if resumed is not None:
             resume.check_data(resumed, self.corpus.fingerprint)
-        self.trainer = Trainer(self.model, self.mesh, how, plan=plan, seed=settings.seed, progress=watch.of("loading"))
+        self.trainer = Trainer(
+            self.model,
+            self.mesh,
+            how,
+            plan=plan,
+            seed=settings.seed,
+            progress=watch.of("loading"),
+            allow_nonfinite=settings.allow_nonfinite,
+        )
         self.done, self.tokens, position, self.last_save = 0, 0, Position(), -1
         if resumed is not None:
             manifest = resumed.manifest
@@ -181,16 +189,15 @@ class _Run:
                 sinks.append(WandB(self.folder, settings.model_dump()))
             if self.done < settings.steps:
                 began = time.perf_counter()
-                self.trainer.compile()
+                self.trainer.compile(evaluate=bool(self.eval_rows))
                 self.watch.say(f"compiled in {time.perf_counter() - began:.1f} s")
                 if settings.sample_every:  # its programs, too, are made before the first step
                     for sample in self._samples():
                         self.watch.say(f"before step {self.done + 1}: {sample['prompt']}{sample['text']}")
-            first, compiled = self.done + 1, compiled_programs()
+            compiled = compiled_programs()
             with _signals() as caught:
                 while self.done < settings.steps and not caught:
                     loss = self._step(sinks)
-                    compiled = compiled_programs() if self.done == first else compiled
                     if self.done == settings.steps or (settings.save_every and self.done % settings.save_every == 0):
                         self._save(log)
                 if self.done != self.last_save:
@@ -220,8 +227,6 @@ class _Run:
         rate = settings.learning_rate(self.done)
         result = self.trainer.step(batch, rate)
         seconds = time.perf_counter() - began
-        # After a step: traced with the state as it was first put on the devices, torch-xla doesn't replay it once a step has taken that state over.
-        self.trainer.compile(evaluate=bool(self.eval_rows))
         tokens = int((batch.documents != PADDING).sum())
         self.done += 1
         self.tokens += tokens

@@ -75,6 +75,7 @@ class TrainSettings(BaseModel):
     lora: LoraSettings | None = Field(None, description="rank, alpha, targets, dropout; null trains every weight")
     save_every: Whole = Field(100, description="steps between checkpoints; 0: only at the end")
     keep_last: Count = Field(2, description="checkpoints that are kept")
+    allow_nonfinite: bool = Field(False, description="load weights that hold NaN or infinity, too")
     async_save: bool = Field(True, description="write checkpoints while training goes on")
     resume: str = Field("no", description="no, auto (the newest complete checkpoint of out), or a checkpoint's folder")
     eval_data: str | list[str] | None = Field(None, description="validation data, as data")

@@ -13,21 +13,21 @@ import torch
 
 from .. import heads
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, FitError, lines, listed
+from ..errors import CheckpointError, lines, listed
+from ..finite import finite_only
 from ..host import lean_host_memory
 from ..loading import make_skeleton
 from ..mesh import DeviceMesh
 from ..ops import name_scopes, scope
 from ..plan import Axes, Blocks, Placement, Plan, make_plan
 from ..program import Program
-from ..rope import FOLLOWING, ROPE_TYPES
 from ..shard import put_parameter, take_off
 from ..spec import ModelSpec
 from ..topology import AXES, DATA, MODEL
 from ..train_collectives import TOGETHER
 from . import lora, optimizer, packed
 from .batch import Batch
-from .layout import TrainingPlan, training_plan
+from .layout import TrainingPlan, check_fit, training_plan
 from .optimizer import Reduction
 from .options import StepOptions, StepResult
 from .passes import MicroStep, Passes
@@ -47,6 +47,7 @@ class Trainer:
         plan: how parameters lie; the default plan of the mesh if None.
         seed: of adapters and of dropout.
         progress: called while weights are read, with tensors done and their number.
+        allow_nonfinite: begin with weights that hold NaN or infinity, too.
 
     Attributes:
         plan: with what `options.fsdp` and `options.lora` make of it.
@@ -56,7 +57,7 @@ class Trainer:
     Raises:
         FitError: rows don't divide over "data", or positions over "model" with sequence parallelism.
         PlanError: the plan is not one that training follows.
-        CheckpointError: a tensor is missing, or not as the config says.
+        CheckpointError: a tensor is missing, not as the config says, or holds NaN or infinity where that isn't allowed.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Trainer:
         plan: Plan | None = None,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
+        allow_nonfinite: bool = False,
     ) -> None:
         spec = ModelSpec.from_config(checkpoint.config)
         self.mesh, self.options, self.seed = mesh, options, seed
@@ -82,7 +84,8 @@ class Trainer:
         self._evaluate: Program | None = None
         self.state: dict[str, torch.Tensor] = {}
         with lean_host_memory():
-            self._read(checkpoint.tensors(spec), progress)
+            tensors = checkpoint.tensors(spec)
+            self._read(tensors if allow_nonfinite else finite_only(tensors, checkpoint.file_of), progress)
         for name in self._zeros():
             placement = self.layout(name)
             self.state[name] = mesh.put_shards(partial(_zero_part, placement, mesh), placement.axes)
@@ -383,37 +386,3 @@ def parameter_of(name: str) -> str:
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     raise KeyError(name)
-
-
-def check_fit(options: StepOptions, plan: TrainingPlan) -> None:
-    """Raise `FitError` unless a batch divides over the mesh, and the model is one that a step can train."""
-    mesh = plan.mesh
-    if plan.model.rope in FOLLOWING:
-        raise FitError(
-            lines(
-                f"rope type {plan.model.rope!r} is not supported in training: its frequencies follow the length of what is run",
-                f"expected one of {', '.join(kind for kind in ROPE_TYPES if kind not in FOLLOWING)}",
-            )
-        )
-    if options.batch_size % mesh.data:
-        raise FitError(
-            lines(
-                f"batch_size is {options.batch_size}",
-                f"expected a multiple of {mesh.data}, the devices along 'data': each takes as many sequences of a micro-step",
-            )
-        )
-    if options.sequence_parallel and options.seq_len % mesh.model:
-        raise FitError(
-            lines(
-                f"seq_len is {options.seq_len}", f"expected a multiple of {mesh.model}, the devices along 'model', for sequence parallelism"
-            )
-        )
-    if options.sequence_parallel and mesh.model > 1:
-        parts = [f"model.layers.{layer}.{part}" for layer in range(plan.model.layers) for part in ("self_attn", "mlp")]
-        whole = [part for part in (*parts, "embed_tokens", "lm_head") if not plan.split(part)]
-        if whole:
-            raise FitError(
-                lines(f"sequence parallelism with {listed(whole)} whole on every device", "expected a plan that splits them over 'model'")
-            )
-    if options.seq_len > plan.model.max_positions:
-        raise FitError(lines(f"seq_len is {options.seq_len}", f"expected at most {plan.model.max_positions}, the model's positions"))

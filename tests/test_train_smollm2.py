@@ -1,0 +1,147 @@
+"""A trained model is fine-tuned on the chats that come with the package, by `parallama train`, on every mesh as by a plain loop of torch on one device."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parallama import loading
+from parallama.train.logs import read_log
+from parallama.train.packing import Rows, make_batch
+from parallama.train.tokens import prepare
+
+HERE = Path(__file__).parent
+SEED = 3
+HOW: dict[str, Any] = {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0}
+KEPT = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))} | {"HF_HUB_OFFLINE": "1"}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The sequences of a run: how long they are, and whether they hold several documents."""
+
+    steps: int
+    packing: bool
+    sequences: int = 4
+    seq_len: int = 96
+
+
+class PlainLoop:
+    """What the plain loop of torch made of data: every step's loss and gradient norm. It runs once for each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._found: dict[Data, list[list[float]]] = {}
+
+    def __call__(self, data: Data) -> list[list[float]]:
+        if data not in self._found:
+            self._found[data] = self._run(data)
+        return self._found[data]
+
+    def _run(self, data: Data) -> list[list[float]]:
+        model = loading.find("smollm2")
+        corpus = prepare(["shipped:chat"], model.tokenizer(), seq_len=data.seq_len, too_long="drop", cache=self.folder / "cache")
+        rows = Rows(corpus, data.seq_len, seed=SEED, packing=data.packing)
+        steps = [make_batch(rows.take(data.sequences), 1) for _ in range(data.steps)]
+        several = sum(int(batch.documents.max()) > 0 for batch in steps)
+        assert several > data.steps // 2 if data.packing else several == 0
+        arrays = {name: np.concatenate([getattr(batch, name) for batch in steps]) for name in ("ids", "labels", "documents")}
+        np.savez(self.folder / "batches.npz", **arrays)
+        request = HOW | {
+            "model": str(model.location),
+            "batches": str(self.folder / "batches.npz"),
+            "threads": 1,
+        }  # two that wait for each other on a busy machine are slower
+        (self.folder / "request.json").write_text(json.dumps(request))
+        done = subprocess.run(
+            [sys.executable, str(HERE / "plain_training.py"), str(self.folder / "request.json")],
+            capture_output=True,
+            text=True,
+            env=KEPT | {"OMP_WAIT_POLICY": "PASSIVE"},  # threads that wait for each other, spinning, are slow on a busy machine
+            timeout=1200,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> PlainLoop:
+    return PlainLoop(tmp_path_factory.mktemp("plain"))
+
+
+PACKED, ALONE = Data(steps=20, packing=True), Data(steps=20, packing=False)
+CASES: list[tuple[str, Data, dict[str, Any]]] = [
+    ("2x4", PACKED, {"grad_accum": 2, "remat": "full", "fsdp": True}),
+    ("1x3", PACKED, {"grad_accum": 2, "remat": "none"}),
+    ("1x2", PACKED, {"grad_accum": 1, "remat": "none"}),
+    ("2x4", PACKED, {"grad_accum": 1, "remat": "full"}),
+    ("1x2", ALONE, {"grad_accum": 2, "remat": "full"}),
+    ("1x3", ALONE, {"grad_accum": 1, "remat": 2}),
+    ("2x4", ALONE, {"grad_accum": 2, "remat": "none"}),
+    ("2x4", ALONE, {"grad_accum": 1, "remat": "none", "fsdp": True}),
+]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "data", "keys"),
+    [
+        ("1x3", Data(steps=3, packing=True, sequences=2), {"grad_accum": 2, "remat": "full"}),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES),
+    ],
+)
+def test_the_losses_of_a_run_are_those_of_a_plain_loop(
+    plain: PlainLoop, mesh: str, data: Data, keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    given: dict[str, Any] = {
+        "model": "smollm2",
+        "data": "shipped:chat",
+        "out": out,
+        "mesh": mesh,
+        "steps": data.steps,
+        "batch_size": data.sequences // keys["grad_accum"],
+        "seq_len": data.seq_len,
+        "packing": data.packing,
+        "too_long": "drop",
+        "seed": SEED,
+        "lr": HOW["lr"],
+        "beta2": HOW["betas"][1],
+        "weight_decay": HOW["weight_decay"],
+        "save_every": 0,
+        "export": False,
+        "cache": plain.folder / "cache",
+    } | keys
+    wanted = plain(data)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "parallama",
+            "train",
+            *(f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in given.items()),
+        ],
+        capture_output=True,
+        text=True,
+        env=KEPT,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "0 programs after warm-up" in done.stderr
+    entries = read_log(out)
+    losses, norms = ([entry[name] for entry in entries] for name in ("loss", "grad_norm"))
+    worst = [max(abs(mine / theirs[at] - 1) for mine, theirs in zip(ours, wanted, strict=True)) for at, ours in enumerate((losses, norms))]
+    with capsys.disabled():
+        print(
+            f"\n{mesh} {keys} packing={data.packing}: {data.steps} losses within {worst[0]:.1e} of the plain loop's, norms within {worst[1]:.1e}"
+        )
+    assert worst[0] < 1e-4 and worst[1] < 1e-2
+    if data.steps == 20:
+        assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
