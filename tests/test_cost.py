@@ -20,6 +20,8 @@ from parallama.kinds import kinds, ranges
 from parallama.plan import make_plan
 from parallama.spec import ModelSpec
 from parallama.topology import MeshShape
+from parallama.train_collectives import TrainStep
+from parallama.train_cost import train_memory
 
 LLAMA_8B = spec_of(CONFIGS["llama-3.1-8b"], "llama-3.1-8b")
 ON_8 = make_plan(LLAMA_8B, MeshShape(model=8))
@@ -61,17 +63,30 @@ def test_llama_3_1_8b_on_eight_devices_is_what_a_pencil_says():
 
 def test_a_training_step_of_llama_3_1_8b_is_what_a_pencil_says():
     params = 2_008_031_232
-    found = cost.train_memory(ON_8, batch=1, seq=512, itemsize=2)
-    assert (found.params, found.gradients) == (params, params)
-    assert found.optimizer == params // 2 * (4 + 4 + 4)  # two moments and the masters
-    layer = 512 * (4 * 4096 + (2 * 4 + 2 * 1) * 128 + 4 * 1792) * 2 + 512 * 4 * 512 * (4 + 2)
-    top = 13_893_632 + 2 * 512 * 4096 * 2
+    found = train_memory(ON_8, TrainStep(batch=1, seq=512, itemsize=2))
+    vectors = (2 * 32 + 1) * 4096
+    assert (found.params, found.gradients) == (2 * params, 2 * params)  # the masters, and fp32 sums
+    assert found.copies == params - 2 * vectors  # matrices in bfloat16, for the products
+    assert found.optimizer == params // 2 * (4 + 4) + 4  # two moments, and the step's number
+    layer = 512 * (4 * 4096 + (2 * 4 + 2 * 1) * 128 + 5 * 1792) * 2 + 512 * 4 * 512 * (4 + 2)
+    entered, top = 512 * 4096 * 2, 13_893_632
     assert found.activations == 32 * layer + top
-    assert found.activations_remat == 32 * 512 * 4096 * 2 + layer + top
+    assert found.activations_remat == 32 * entered + top
     assert found.logits == 512 * 16032 * (4 + 4)
-    in_fp32 = cost.train_memory(ON_8, batch=1, seq=512, itemsize=4)
-    assert in_fp32.optimizer == params // 2 * (4 + 4)  # no masters
-    assert found.total_remat == params * 2 + found.optimizer + found.activations_remat + found.logits
+    in_fp32 = train_memory(ON_8, TrainStep(batch=1, seq=512, itemsize=4))
+    assert (in_fp32.params, in_fp32.optimizer, in_fp32.copies) == (found.params, found.optimizer, 0)
+    # The backward pass begins with all activations and ends with all gradients; in a second micro-step both are there.
+    assert found.backward == layer + entered
+    assert found.total == found.params + found.optimizer + found.copies + max(
+        found.activations + found.logits, 2 * params + layer + entered
+    )
+    twice = train_memory(ON_8, TrainStep(batch=1, seq=512, itemsize=2, micro_steps=2))
+    assert twice.working == found.copies + 2 * params + max(found.activations + found.logits, 2 * params + found.backward)
+    half = train_memory(ON_8, TrainStep(batch=1, seq=512, itemsize=2, rematerialized=frozenset(range(0, 32, 2))))
+    assert half.activations == 16 * layer + 16 * entered + top
+    assert found.activations > half.activations > found.activations_remat == half.activations_remat
+    along = train_memory(ON_8, TrainStep(batch=1, seq=512, itemsize=2, sequence_parallel=True))
+    assert found.activations_remat - along.activations_remat == entered * 7 // 8 * 32
 
 
 def test_a_decode_step_can_be_the_peak():
@@ -149,13 +164,20 @@ def test_the_largest_batch_and_context_fit_and_one_more_does_not(spec, mesh, bat
     length = min(length, spec.max_positions)
     plan = make_plan(spec, mesh)
     device = Hardware(name="some", memory_bytes=room, what="a device")
-    request = Request(batch=batch, seq=min(seq, length), max_model_len=length, dtype="float32", train=train, hardware=device)
+    request = Request(
+        batch=batch,
+        seq=min(seq, length),
+        max_model_len=length,
+        dtype="float32",
+        train=TrainStep(batch=1, seq=1) if train else None,
+        hardware=device,
+    )
     fit = forecast("a model", plan, request).fit
 
     def fits(**changes: int) -> bool:
         changed = replace(request, **changes)
         if train:
-            return cost.train_memory(plan, batch=changed.batch, seq=changed.seq, itemsize=4).total_remat <= room
+            return train_memory(plan, TrainStep(batch=changed.batch, seq=changed.seq)).total <= room
         return (
             cost.memory(
                 plan, batch=changed.batch, prompt=min(changed.seq, changed.max_model_len), max_model_len=changed.max_model_len, itemsize=4

@@ -76,7 +76,26 @@ def runs(folder: Path) -> dict[str, Run]:
     on = ["--max-model-len", "8192"]
     cases = {
         "8b": ["plan", "llama-3.1-8b", "--mesh", "1x8", *on, "--json"],
-        "fits": ["plan", "llama-3.1-8b", "--mesh", "1x8", *on, "--json", "--hardware", "tpu-v6e", "--train"],
+        "fits": ["plan", "llama-3.1-8b", "--mesh", "1x8", *on, "--json", "--hardware", "tpu-v6e", "--train", "--remat", "full"],
+        "fsdp": ["plan", "llama-3.1-8b", "--mesh", "2x4", *on, "--json", "--train", "--batch", "2", "--fsdp", "--dtype", "float32"],
+        "adapters": [
+            *(
+                "plan",
+                "llama-3.1-8b",
+                "--mesh",
+                "2x4",
+                *on,
+                "--json",
+                "--train",
+                "--batch",
+                "2",
+                "--lora.rank",
+                "8",
+                "--lora.targets",
+                "q_proj",
+            ),
+            *("--sequence-parallel", "--grad-accum", "4", "--remat", "2", "--optimizer", "sgd"),
+        ],
         "tables": ["plan", "smollm2", "--mesh", "2x4", "--train", "--explain", "--hardware", "p150", "--plan", "axes.yaml"],
         "wide": ["plan", "llama-3.1-405b", "-tp", "16", "--train"],
         "one": ["plan", "tiny"],
@@ -158,11 +177,28 @@ def test_hardware_says_whether_it_fits_and_what_would(runs: dict[str, Run]):
     found = document(runs["fits"])
     train, hardware = found["totals"]["train"], found["hardware"]
     assert found["fits"] is True
-    assert hardware["needed_bytes_per_device"] == train["total_remat_bytes_per_device"] < train["total_bytes_per_device"]
+    assert hardware["needed_bytes_per_device"] == train["total_remat_bytes_per_device"] == train["total_bytes_per_device"]
+    assert train["rematerialized_layers"] == 32
     assert (
         (hardware["name"], hardware["memory_bytes_per_device"]) == ("tpu-v6e", HARDWARE["tpu-v6e"].memory_bytes) == ("tpu-v6e", 32 * 10**9)
     )
     assert hardware["largest_batch"] > 1 and hardware["largest_context"] > 512
+
+
+def test_a_training_step_is_planned_as_train_would_do_it(runs: dict[str, Run]):
+    split, adapted = (document(runs[which])["totals"]["train"] for which in ("fsdp", "adapters"))
+    vectors = (2 * 32 + 1) * 4096 * 4
+    whole = 8_030_261_248 * 4 - vectors
+    held = whole // 8 + vectors  # an eighth of every matrix, and the norms
+    assert (split["param_bytes_per_device"], split["gradient_bytes_per_device"]) == (held, held)
+    assert split["optimizer_bytes_per_device"] == 2 * held + 4
+    assert split["copy_bytes_per_device"] == 128256 // 4 * 4096 * 4  # the embedding, put together over data
+    kinds = {each["kind"] for each in document(runs["fsdp"])["collectives"]["train"]}
+    assert kinds == {"all-reduce", "all-gather", "reduce-scatter"}
+    adapters = 32 * (8 * 4096 + 4096 // 4 * 8)
+    assert adapted["gradient_bytes_per_device"] == adapters * 4 and adapted["optimizer_bytes_per_device"] == 4
+    assert adapted["rematerialized_layers"] == 16
+    assert adapted["param_bytes_per_device"] == whole // 4 + vectors + adapters * 4
 
 
 def test_a_name_a_folder_and_a_config_file_give_the_same_plan(runs: dict[str, Run]):
@@ -295,6 +331,10 @@ REFUSALS: list[tuple[str, list[str], int, str]] = [
         2,
         "dim 1 has size 24, which axis 'data' (5 devices) does not divide",
     ),
+    ("fsdp alone", ["tiny", "--fsdp"], 2, "--fsdp is about training\nexpected --train beside it"),
+    ("remat", ["tiny", "--train", "--remat", "some"], 2, "remat is 'some'\nexpected none, full, or n for every n-th layer"),
+    ("targets", ["tiny", "--train", "--lora.rank", "2", "--lora.targets", "q,v"], 2, "lora targets are q, v\nexpected some of q_proj"),
+    ("sequence", ["tiny", "--train", "--mesh", "1x2", "--seq", "7", "--sequence-parallel"], 4, "--seq is 7\nexpected a multiple of 2"),
     ("plot", ["tiny", "--plot", "p.jpg"], 2, "--plot p.jpg is neither .svg nor .png\n"),
 ]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import train_models
 from kill_cases import Killer
 
@@ -45,6 +46,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "plain" / "tokenizer_config.json").write_text(
         json.dumps({key: value for key, value in config.items() if key != "chat_template"})
     )
+    train_models.make(root / "nan")
+    weights = safetensors.torch.load_file(root / "nan" / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    safetensors.torch.save_file(weights, root / "nan" / "model.safetensors", metadata={"format": "pt"})
     fine = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     for name, content in {
         "empty": "",
@@ -86,12 +91,15 @@ BAD: dict[str, tuple[dict[str, str], str, int]] = {
     "no checkpoint": ({"resume": "ROOT/model"}, "has no manifest.json that can be read", 3),
     "a plan that matches nothing": ({"plan": "ROOT/plan.yaml"}, "sideways", 2),
     "bad validation data": ({"eval_data": "ROOT/empty.jsonl", "eval_every": "1"}, "it is empty", 2),
-    "sequence parallelism": ({"mesh": "1x1", "sequence_parallel": "true", "seq_len": "2048.5"}, "config key 'seq_len' is 2048.5", 2),
+    "a fraction of tokens": ({"seq_len": "2048.5"}, "config key 'seq_len' is 2048.5", 2),
+    "sequence parallelism": ({"sequence_parallel": "true", "seq_len": "63"}, "seq_len is 63\nexpected a multiple of 2", 4),
+    "dropout of all": ({"lora.dropout": "1"}, "config key 'lora.dropout' is 1", 2),
+    "weights that are not finite": ({"model": "ROOT/nan"}, "tensor model.norm.weight holds NaN or infinity (1 of 24 numbers", 3),
 }
 
 
 def test_wrong_configs_and_data_are_errors_before_anything_is_compiled(folders: Path) -> None:
-    usual = {"model": "ROOT/model", "data": "ROOT/fine.jsonl", "steps": "2", "seq_len": "64", "cache": "ROOT/cache"}
+    usual = {"mesh": "1x2", "model": "ROOT/model", "data": "ROOT/fine.jsonl", "steps": "2", "seq_len": "64", "cache": "ROOT/cache"}
     cases = []
     for number, (keys, _, _) in enumerate(BAD.values()):
         given = {"out": f"ROOT/run-{number}"} | usual | keys
@@ -106,7 +114,15 @@ def test_wrong_configs_and_data_are_errors_before_anything_is_compiled(folders: 
         last = said[said.index("parallama: ") :]
         assert last.count("\n") <= 3 and "Traceback" not in said, said
     assert results[-1][0] == 2 and "is no YAML" in results[-1][1]
-    assert len(results) > 20 and compiled == 0
+    assert len(BAD) >= 20 and len(results) == len(BAD) + 1 and compiled == 0
+
+
+def test_weights_that_are_not_finite_are_trained_where_that_is_allowed(killer: Killer, folders: Path) -> None:
+    keys = {"model": folders / "nan", "data": folders / "fine.jsonl", "out": folders / "allowed", "steps": 1, "cache": folders / "cache"}
+    log = folders / "allowed-output"
+    given = [*(part for key, value in keys.items() for part in (f"--{key}", str(value))), "--allow-nonfinite", "--seq-len", "64"]
+    assert killer("train", log, options=given) == 70
+    assert "RunError: step 1: loss nan" in log.read_text()
 
 
 def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,13 @@ GRADIENTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("1x4", BIASED, {}),
     ("1x4", NORMED, {"sequence_parallel": True}),
     ("1x2", WIDE, {"seq_len": 64}),
+    ("1x8", REPEATED, {}),
+    *(
+        pytest.param(mesh, sizes, {}, marks=pytest.mark.slow)
+        for mesh in ("1x2", "1x3", "1x8", "2x4")
+        for sizes in (PADDED, REPEATED)
+        if (mesh, sizes) != ("1x8", REPEATED)
+    ),
 ]
 
 
@@ -71,17 +78,24 @@ def test_losses_and_norms_are_those_of_a_plain_torch_loop_and_nothing_is_compile
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's own business
+@pytest.mark.parametrize(
+    ("mesh", "sizes"),
+    [
+        ("2x2", PADDED),
+        *(pytest.param(mesh, sizes, marks=pytest.mark.slow) for mesh in ("1x2", "1x3", "1x8", "2x4") for sizes in (PADDED, REPEATED)),
+    ],
+)
 def test_adapters_on_a_mesh_have_the_gradients_of_one_device_and_peft_loads_what_is_saved(
-    workers: Workers, models: TinyModels, tmp_path: Path
+    workers: Workers, models: TinyModels, mesh: str, sizes: dict[str, Any], tmp_path: Path
 ) -> None:
     import peft
 
-    tiny = models(**PADDED)
+    tiny = models(**sizes)
     lora = {"rank": 2, "alpha": 8.0, "targets": ("q_proj", "v_proj", "o_proj", "down_proj")}
     options = {"batch_size": 4, "seq_len": 12, "lora": lora}
     batches = [train_data.random_batch((1, 4, 12), tiny.vocab, seed) for seed in range(3)]
-    found = workers[4].call(
-        "train_cases:adapted", model=tiny.folder, mesh="2x2", options=options, batches=batches, lr=1e-2, folder=str(tmp_path)
+    found = workers[devices(mesh)].call(
+        "train_cases:adapted", model=tiny.folder, mesh=mesh, options=options, batches=batches, lr=1e-2, folder=str(tmp_path)
     )
     model = peft.PeftModel.from_pretrained(copy.deepcopy(tiny.model), tmp_path, is_trainable=True)
     ids = torch.from_numpy(batches[0]["ids"][0])
@@ -92,13 +106,13 @@ def test_adapters_on_a_mesh_have_the_gradients_of_one_device_and_peft_loads_what
         assert relative_l2(merged(input_ids=ids, use_cache=False).logits, ours) < 1e-5
         assert relative_l2(ours, tiny.model(input_ids=ids, use_cache=False).logits) > 1e-3  # something was learnt
     wanted = train_data.gradients(model.double(), batches[0])
-    assert len(wanted) == len(found["gradients"]) == 2 * 2 * 4
+    assert len(wanted) == len(found["gradients"]) == sizes["layers"] * 2 * 4
     for name, gradient in found["gradients"].items():
         theirs = wanted[f"base_model.model.{name.removesuffix('.weight')}.default.weight"]
         assert relative_l2(gradient, theirs) < 1e-5, name
 
 
-@pytest.mark.parametrize(("mesh", "sizes"), [("1x4", REPEATED), ("2x2", PADDED)])
+@pytest.mark.parametrize(("mesh", "sizes"), [("1x4", REPEATED), ("2x2", PADDED), pytest.param("1x4", BIASED, marks=pytest.mark.slow)])
 def test_after_a_hundred_steps_padding_is_zero_copies_are_equal_and_each_device_holds_its_share(
     workers: Workers, models: TinyModels, mesh: str, sizes: dict[str, Any]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import torch
 from parallama import loading
 from parallama.mesh import DeviceMesh
 from parallama.plan import make_plan
-from parallama.program import compiled_programs
+from parallama.program import Program, compiled_programs
 from parallama.spec import ModelSpec
 from parallama.train import lora
 from parallama.train.batch import Batch
+from parallama.train.layout import train_step
 from parallama.train.options import LoraOptions, StepOptions
 from parallama.train.step import Trainer
+from parallama.train_cost import train_memory
 
 
 def trainer(model: str, mesh: str, options: dict[str, Any], *, plan: dict[str, Any] | None = None, seed: int = 0) -> Trainer:
@@ -118,3 +121,29 @@ def evaluated_between_steps(model: str, mesh: str, options: dict[str, Any], arra
         if turn < 3:
             found["stepped"].append(made.step(batch, lr).loss)
     return found | {"late": compiled_programs() - compiled}
+
+
+def held(model: str, mesh: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Bytes that each device holds of weights, optimizer and gradients, by the runtime's word; what was predicted; and bytes of what the plan splits over all devices, and of what is whole on each."""
+    made = trainer(model, mesh, options)
+    shape = (made.options.grad_accum, made.options.batch_size, made.options.seq_len)
+    arrays = {name: np.ones(shape, dtype=np.int64) for name in ("ids", "labels")}
+    arrays |= {"positions": np.broadcast_to(np.arange(shape[2]), shape).copy(), "documents": np.zeros(shape, dtype=np.int64)}
+    arguments = made._arguments(batch_of(arrays), lr=0.0)
+    gradients = Program("gradients", made.mesh, made._trace_gradients, arguments)(arguments)
+    made.mesh.wait()
+    each = [made.mesh.local_bytes(gradient) for gradient in gradients.values()]
+    split = whole = 0
+    for placement in made.plan.parameters:
+        size = 4 * int(np.prod(placement.shape))
+        if any(placement.axes):
+            split += size
+        else:
+            whole += size
+    predicted = train_memory(made.plan, train_step(made.options, made.plan.model.layers, "cpu"))
+    return made.bytes_per_device() | {
+        "gradients": [sum(sizes) for sizes in zip(*each, strict=True)],
+        "predicted": asdict(predicted),
+        "split_bytes": split,
+        "whole_bytes": whole,
+    }

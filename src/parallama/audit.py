@@ -7,6 +7,7 @@ may be carried out faithfully and still cost more than it has to.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -53,6 +54,8 @@ class Audit:
         aliased: cache tensors, in training tensors of the state, whose buffers the program updates in place.
         cache_tensors: how many there are.
         param_bytes_per_device: measured on the devices.
+        working_bytes: what the program takes on each device beside its arguments and results, as XLA sets it aside; of a training step.
+        predicted_working_bytes: the same, predicted.
     """
 
     phase: Phase
@@ -63,6 +66,8 @@ class Audit:
     aliased: int
     cache_tensors: int
     param_bytes_per_device: tuple[int, ...]
+    working_bytes: int | None = None
+    predicted_working_bytes: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -149,6 +154,11 @@ def dumped(folder: Path, phase: Phase, make: Callable[[], object]) -> list[str]:
     if not texts:
         raise RunError(lines(f"XLA wrote no optimized HLO of the {phase} step into {folder}", "expected one file a program"))
     return [text.read_text() for text in texts]
+
+
+def set_aside(text: str) -> int:
+    """Bytes that a program takes on each device beside arguments, results and constants: from what XLA writes about its buffers (`*-buffer-assignment.txt`)."""
+    return sum(int(size) for size in re.findall(r"^allocation \d+: size (\d+), preallocated-temp", text, re.MULTILINE))
 
 
 def collectives_of(modules: Iterable[hlo.Module], plan: Plan, module_of: ModuleOf | None = None) -> tuple[Collective, ...]:

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 
 from .buckets import CHUNK, chunk_size, prompt_buckets
-from .kinds import local_elements
 from .plan import Plan
 from .spec import ModelSpec
 
@@ -41,34 +40,6 @@ class Memory:
         return self.params + self.kv + max(self.growth, self.activations + self.logits)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainMemory:
-    """Bytes on each device in a training step with AdamW.
-
-    Attributes:
-        params, gradients: in the plan's dtype.
-        optimizer: two fp32 moments, and fp32 masters if the weights are not fp32.
-        activations: kept for the backward pass, without rematerialization, and what one layer needs on top.
-        activations_remat: the same if only each layer's input is kept and the layer is computed again.
-        logits: fp32 logits of every position, and their gradient.
-    """
-
-    params: int
-    gradients: int
-    optimizer: int
-    activations: int
-    activations_remat: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return self.params + self.gradients + self.optimizer + self.activations + self.logits
-
-    @property
-    def total_remat(self) -> int:
-        return self.total - self.activations + self.activations_remat
-
-
 def memory(plan: Plan, *, batch: int, prompt: int, max_model_len: int, itemsize: int) -> Memory:
     """Bytes on each device to continue `batch` prompts of up to `prompt` tokens to `max_model_len` positions.
 
@@ -85,33 +56,6 @@ def memory(plan: Plan, *, batch: int, prompt: int, max_model_len: int, itemsize:
         growth=plan.cache_bytes(batch, lengths[-2], itemsize)[0] if len(lengths) > 1 else 0,
         activations=max(prefill, decode),
         logits=local_rows(plan, batch) * plan.vocab // plan.mesh.model * _FP32,
-    )
-
-
-def train_memory(plan: Plan, *, batch: int, seq: int, itemsize: int) -> TrainMemory:
-    """Bytes on each device in a training step of `batch` rows of `seq` tokens.
-
-    Kept for the backward pass are the inputs of every product and of every non-linear function, counted as in Korthikanti et al., "Reducing Activation
-    Recomputation in Large Transformer Models" (2022), section 4, for a Llama layer: `b S (4 E + (2 H + 2 K) D + 4 F)` numbers (the inputs and
-    outputs of two norms; queries, keys, values and attention's output; gate, its activation, up, and their product), and the fp32 attention weights `b H S S` with
-    their copy in the plan's dtype. With rematerialization (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016) only `b S E` a layer, and one
-    layer's whole set while it is computed again. On top of both: one layer's working set (`activation_bytes`), and the last norm's input and output.
-    """
-    model, split = plan.model, plan.mesh.model
-    rows = local_rows(plan, batch)
-    tokens = rows * seq
-    queries, slots, inner = len(plan.head_layout.query_sources) // split, plan.head_layout.slots // split, plan.intermediate // split
-    numbers = 4 * model.hidden + (2 * queries + 2 * slots) * model.head_dim + 4 * inner
-    layer = tokens * numbers * itemsize + tokens * queries * seq * (_FP32 + (itemsize if itemsize != _FP32 else 0))
-    top = activation_bytes(plan, batch, seq, seq, itemsize) + 2 * tokens * model.hidden * itemsize
-    elements = sum(local_elements(plan, placement) for placement in plan.parameters)
-    return TrainMemory(
-        params=elements * itemsize,
-        gradients=elements * itemsize,
-        optimizer=elements * (2 * _FP32 + (_FP32 if itemsize != _FP32 else 0)),
-        activations=model.layers * layer + top,
-        activations_remat=model.layers * tokens * model.hidden * itemsize + layer + top,
-        logits=tokens * (plan.vocab // split) * 2 * _FP32,
     )
 
 

@@ -11,7 +11,7 @@ from . import heads
 from .buckets import chunk_size
 from .collectives import INFERENCE, Collective, Phase, expected
 from .configs import ITEMSIZES
-from .cost import Memory, TrainMemory, memory, parameter_count, shown_bytes, train_memory
+from .cost import Memory, memory, parameter_count, shown_bytes
 from .errors import FitError, PlanError, UsageError, lines
 from .hardware import Hardware
 from .kinds import Kind, kinds, local_elements
@@ -19,6 +19,7 @@ from .plan import Plan, make_plan
 from .spec import ModelSpec
 from .topology import MeshShape
 from .train_collectives import TrainStep, expected_in_training
+from .train_cost import TrainMemory, train_memory
 
 MOST_DEVICES = 64
 DEFAULT_PROMPT = 512
@@ -34,7 +35,8 @@ class Request:
         max_model_len: positions of the cache, prompt and answer together.
         dtype: of weights, cache and activations: a name of `configs.ITEMSIZES`.
         stored_dtype: of the checkpoint, if its config says so.
-        train: forecast a training step too.
+        train: forecast this training step too; its sizes are those of the request.
+        slots: numbers that the optimizer keeps of each that is trained.
         hardware: to say whether it fits.
     """
 
@@ -43,7 +45,8 @@ class Request:
     max_model_len: int
     dtype: str
     stored_dtype: str | None = None
-    train: bool = False
+    train: TrainStep | None = None
+    slots: int = 2
     hardware: Hardware | None = None
 
     @property
@@ -79,7 +82,7 @@ class Fit:
     """Whether a request fits a hardware's devices.
 
     Attributes:
-        fits: training counts with rematerialization.
+        fits: a training step as it is asked for, with --train.
         needed_bytes: on each device.
         largest_batch: at the given context; 0 if no batch fits.
         largest_context: at the given batch, up to the model's maximum; 0 if none fits. In training the rows' length.
@@ -97,6 +100,7 @@ class Forecast:
 
     name: str
     plan: Plan
+    training_plan: Plan
     request: Request
     kinds: tuple[Kind, ...]
     memory: Memory
@@ -142,12 +146,15 @@ class Forecast:
         }
         if train is not None:
             totals["train"] = {
+                "rematerialized_layers": len(request.train.rematerialized) if request.train is not None else 0,
                 "param_bytes_per_device": train.params,
                 "gradient_bytes_per_device": train.gradients,
                 "optimizer_bytes_per_device": train.optimizer,
+                "copy_bytes_per_device": train.copies,
                 "activation_bytes_per_device": train.activations,
                 "activation_remat_bytes_per_device": train.activations_remat,
                 "logits_bytes_per_device": train.logits,
+                "working_bytes_per_device": train.working,
                 "total_bytes_per_device": train.total,
                 "total_remat_bytes_per_device": train.total_remat,
             }
@@ -203,8 +210,11 @@ class Forecast:
         }
 
 
-def forecast(name: str, plan: Plan, request: Request) -> Forecast:
+def forecast(name: str, plan: Plan, request: Request, training_plan: Plan | None = None) -> Forecast:
     """Say what a plan takes for a request.
+
+    Args:
+        training_plan: the same for a training run, with adapters and what is split over "data"; the plan itself if None.
 
     Raises:
         UsageError: a number of the request is out of range.
@@ -214,17 +224,19 @@ def forecast(name: str, plan: Plan, request: Request) -> Forecast:
     for phase in INFERENCE:
         positions = chunk_size(request.seq) if phase == "prefill" else request.seq
         phases[phase] = expected(plan, phase, batch=request.batch, positions=positions, itemsize=request.itemsize)
-    phases["train"] = _train_collectives(plan, request)
+    training_plan = training_plan or plan
+    phases["train"] = _train_collectives(training_plan, request)
     return Forecast(
         name=name,
         plan=plan,
+        training_plan=training_plan,
         request=request,
         kinds=kinds(plan),
         memory=_memory(plan, request),
-        train=_train(plan, request) if request.train else None,
+        train=None if request.train is None else train_memory(training_plan, _step(request), slots=request.slots),
         collectives=phases,
         device_counts=device_counts(plan.model, _suggested(plan.model, plan.mesh), request.itemsize),
-        fit=_fit(plan, request, request.hardware) if request.hardware is not None else None,
+        fit=_fit(plan, training_plan, request, request.hardware) if request.hardware is not None else None,
     )
 
 
@@ -285,21 +297,24 @@ def _memory(plan: Plan, request: Request) -> Memory:
 def _train_collectives(plan: Plan, request: Request) -> tuple[Collective, ...]:
     """Empty for a plan of a user's own that training refuses."""
     try:
-        return expected_in_training(plan, TrainStep(batch=request.batch, seq=request.seq, itemsize=request.itemsize))
+        return expected_in_training(plan, _step(request))
     except PlanError:
         return ()
 
 
-def _train(plan: Plan, request: Request) -> TrainMemory:
-    return train_memory(plan, batch=request.batch, seq=request.seq, itemsize=request.itemsize)
+def _step(request: Request) -> TrainStep:
+    sizes: dict[str, Any] = {"batch": request.batch, "seq": request.seq, "itemsize": request.itemsize}
+    return replace(request.train, **sizes) if request.train is not None else TrainStep(**sizes)
 
 
-def _fit(plan: Plan, request: Request, hardware: Hardware) -> Fit:
+def _fit(plan: Plan, training_plan: Plan, request: Request, hardware: Hardware) -> Fit:
     def needed(changed: Request) -> int:
-        return _train(plan, changed).total_remat if changed.train else _memory(plan, changed).total
+        if changed.train is None:
+            return _memory(plan, changed).total
+        return train_memory(training_plan, _step(changed), slots=changed.slots).total
 
     def at_context(length: int) -> Request:
-        if request.train:
+        if request.train is not None:
             return replace(request, seq=length)
         return replace(request, max_model_len=length, seq=min(request.seq, length))
 

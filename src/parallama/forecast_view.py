@@ -63,12 +63,12 @@ def _header(forecast: Forecast) -> Iterator[tuple[str, str]]:
     yield "dtype", request.dtype + (f" (stored as {request.stored_dtype})" if request.stored_dtype not in (None, request.dtype) else "")
     yield "heads", plan.head_layout.reason
     rows = f"batch {request.batch}, prompts of {request.seq} tokens, up to {request.max_model_len} positions"
-    yield "run", rows + (f"; training rows of {request.seq} tokens" if request.train else "")
+    yield "run", rows + (f"; training rows of {request.seq} tokens" if request.train is not None else "")
     if forecast.fit is not None and request.hardware is not None:
         hardware, fit = request.hardware, forecast.fit
         yield "hardware", f"{hardware.name} ({hardware.what}): {shown_bytes(hardware.memory_bytes)} on each device, runtime included"
         verdict = "fits" if fit.fits else "does not fit"
-        what = "a training step with rematerialization" if request.train else "this run"
+        what = "a training step" if request.train is not None else "this run"
         yield "fits?", f"{what} {verdict}: it needs {fit.needed_bytes / hardware.memory_bytes:.1%} of the memory (predicted)"
         yield "largest", f"batch {fit.largest_batch} at this context; context {fit.largest_context} at this batch"
 
@@ -89,13 +89,17 @@ def _totals(forecast: Forecast) -> Iterator[tuple[str, str, str]]:
     if train is None:
         return
     yield "", "", ""
-    yield row("parameters", train.params, "training with AdamW")
-    yield row("gradients", train.gradients)
+    assert forecast.request.train is not None
+    again, layers = len(forecast.request.train.rematerialized), forecast.plan.model.layers
+    yield row("parameters", train.params, "training, in float32")
     yield row("optimizer state", train.optimizer)
+    yield row("gradients", train.gradients)
+    if train.copies:
+        yield row("copies of weights", train.copies, "in the products' dtype, or put together over data")
     yield row("logits", train.logits, "and their gradient")
-    yield row("activations", train.activations, "all kept")
+    yield row("activations", train.activations, "all kept" if not again else f"{again} of {layers} layers computed twice")
     yield row("activations, remat", train.activations_remat, "each layer computed twice")
-    yield row("total", train.total)
+    yield row("total", train.total, "at the peak")
     yield row("total, remat", train.total_remat)
 
 

@@ -172,6 +172,11 @@ def _show(audit: Audit, title: str) -> None:
         )
     )
     console.print(Text(f"parameters on each device, measured: {_bytes(audit.param_bytes_per_device)}"))
+    if audit.working_bytes is not None:
+        predicted = f"; predicted: {audit.predicted_working_bytes:,}" if audit.predicted_working_bytes is not None else ""
+        console.print(
+            Text(f"activations, gradients and all else of a step on each device, measured: {audit.working_bytes:,} bytes{predicted}")
+        )
     for finding in audit.findings:
         console.print(Text(f"- {finding.module}: {finding.what} ({finding.bytes:+,} bytes)"))
     console.print()

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import FitError, UsageError, lines
 from . import options
 
 
@@ -23,7 +24,16 @@ def plan(
         int | None, typer.Option("--max-model-len", help="Positions of the KV cache; the model's maximum if not given.")
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (what loading makes of it on an accelerator), float32 or bfloat16.")] = "auto",
-    train: Annotated[bool, typer.Option("--train", help="A training step with AdamW, too; --hardware then asks about that.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="An optimizer step, too; --hardware then asks about that.")] = False,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="train: weights and their state split over data, too.")] = False,
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel", help="train: norms and residuals split along the sequence.")
+    ] = False,
+    grad_accum: Annotated[int, typer.Option("--grad-accum", help="train: micro-steps of a step.")] = 1,
+    remat: Annotated[str, typer.Option("--remat", help="train: none, full, or n for every n-th layer.")] = "none",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="train: adamw or sgd.")] = "adamw",
+    lora_rank: Annotated[int | None, typer.Option("--lora.rank", help="train: adapters of this rank, and nothing else.")] = None,
+    lora_targets: Annotated[str, typer.Option("--lora.targets", help="train: modules that get an adapter, with commas.")] = "q_proj,v_proj",
     overrides: options.PlanFile = None,
     hardware: Annotated[
         str | None, typer.Option("--hardware", help="Say whether it fits, as tpu-v5e, n300 or h100-80gb; exit code 4 if it does not.")
@@ -37,25 +47,54 @@ def plan(
     from .. import hardware as machines
     from ..forecast import DEFAULT_PROMPT, Request, forecast
     from ..plan import make_plan, read_overrides
+    from ..train.layout import train_step, training_plan
+    from ..train.options import LoraOptions, StepOptions, slots
 
     shape = options.mesh_shape(mesh, tensor_parallel_size)
+    given = {
+        "--fsdp": fsdp,
+        "--sequence-parallel": sequence_parallel,
+        "--grad-accum": grad_accum != 1,
+        "--remat": remat != "none",
+        "--optimizer": optimizer != "adamw",
+        "--lora.rank": lora_rank is not None,
+    }
+    alone = [name for name, was in given.items() if was]
+    if alone and not train:
+        raise UsageError(lines(f"{alone[0]} is about training", "expected --train beside it"))
     device = machines.named(hardware) if hardware is not None else None
     if plot is not None:
         picture.check_target(plot)
     document = config_json.read_config(model)
     spec = configs.spec_of(document, f"the config of {model}")
     length = spec.max_positions if max_model_len is None else max_model_len
+    tokens = min(DEFAULT_PROMPT, length) if seq is None else seq
+    how = StepOptions(
+        batch_size=max(batch, 1),  # of these `forecast` speaks
+        seq_len=max(tokens, 2),
+        grad_accum=grad_accum,
+        remat=int(remat) if remat.isdigit() else remat,  # type: ignore[arg-type]
+        fsdp=fsdp,
+        sequence_parallel=sequence_parallel,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        lora=None if lora_rank is None else LoraOptions(rank=lora_rank, targets=tuple(lora_targets.split(","))),
+    )
+    if sequence_parallel and tokens % shape.model:
+        raise FitError(
+            lines(f"--seq is {tokens}", f"expected a multiple of {shape.model}, the devices along 'model', for sequence parallelism")
+        )
     request = Request(
         batch=batch,
-        seq=min(DEFAULT_PROMPT, length) if seq is None else seq,
+        seq=tokens,
         max_model_len=length,
         dtype=configs.loaded_dtype(dtype, document),
         stored_dtype=configs.stored_dtype(document),
-        train=train,
+        train=train_step(how, spec.layers, "") if train else None,
+        slots=len(slots(how)),
         hardware=device,
     )
     made = make_plan(spec, shape, None if overrides is None else read_overrides(overrides))
-    found = forecast(model, made, request)
+    found = forecast(model, made, request, training_plan(made, fsdp=fsdp, lora=how.lora) if fsdp or how.lora is not None else None)
     if plot is not None:
         panels = [picture.planned(kind.placement, shape, title=kind.title) for kind in found.kinds]
         panels += [picture.planned(made[name], shape, title=name) for name in ("cache.key", "output.logits")]

@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .. import hlo
-from ..audit import Audit, Finding, collectives_of, differences, dumped, over_the_least
+from ..audit import Audit, Finding, collectives_of, differences, dumped, over_the_least, set_aside
 from ..kinds import without_layer
 from ..plan import Plan, make_plan
 from ..train_collectives import expected_in_training
+from ..train_cost import train_memory
 from .layout import train_step, training_plan
+from .options import slots
 from .step import Trainer
+
+_BUFFERS = "*buffer-assignment.txt"
 
 
 def audit_training(trainer: Trainer, folder: Path, *, accept_plan: bool = False) -> Audit:
@@ -27,7 +31,9 @@ def audit_training(trainer: Trainer, folder: Path, *, accept_plan: bool = False)
         RunError: XLA wrote no optimized HLO.
     """
     plan, options = trainer.plan, trainer.options
+    before = set(folder.glob(_BUFFERS))
     modules = [hlo.parse(text) for text in dumped(folder, "train", trainer.compile)]
+    working = sum(set_aside(path.read_text()) for path in set(folder.glob(_BUFFERS)) - before)
     step = train_step(options, plan.model.layers, trainer.mesh.backend.name)
     wanted, found = expected_in_training(plan, step), collectives_of(modules, plan, _traced_in)
     findings = [*differences(wanted, found), *_stored(trainer)]
@@ -58,6 +64,8 @@ def audit_training(trainer: Trainer, folder: Path, *, accept_plan: bool = False)
         aliased=aliased,
         cache_tensors=len(changing),
         param_bytes_per_device=tuple(trainer.bytes_per_device()["params"]),
+        working_bytes=working,
+        predicted_working_bytes=train_memory(plan, step, slots=len(slots(options))).working,
     )
 
 

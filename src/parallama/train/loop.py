@@ -190,7 +190,7 @@ class _Run:
             if self.done < settings.steps:
                 began = time.perf_counter()
                 self.trainer.compile(evaluate=bool(self.eval_rows))
-                self.watch.say(f"compiled in {time.perf_counter() - began:.1f} s")
+                self.watch.say(f"compiled in {time.perf_counter() - began:.1f} s; {self._predicted()}")
                 if settings.sample_every:  # its programs, too, are made before the first step
                     for sample in self._samples():
                         self.watch.say(f"before step {self.done + 1}: {sample['prompt']}{sample['text']}")
@@ -217,6 +217,17 @@ class _Run:
             loss=loss,
             programs_after_warmup=late,
         )
+
+    def _predicted(self) -> str:
+        """What a step takes on each device, in words."""
+        from ..cost import shown_bytes
+        from ..train_cost import train_memory
+        from .layout import train_step
+        from .options import slots
+
+        options, plan = self.trainer.options, self.trainer.plan
+        memory = train_memory(plan, train_step(options, plan.model.layers, self.mesh.backend.name), slots=len(slots(options)))
+        return f"predicted on each device: {shown_bytes(memory.activations)} of activations, {shown_bytes(memory.total)} in all"
 
     def _step(self, sinks: list[Sink]) -> float:
         """One optimizer step, with all that comes with it; its loss."""

@@ -119,13 +119,6 @@ class Reduction:
         return total
 
 
-def slots(options: StepOptions) -> tuple[str, ...]:
-    """What an optimizer keeps of each parameter, as prefixes of names in the state."""
-    if options.optimizer == "adamw":
-        return ("adam.m", "adam.v")
-    return ("sgd.momentum",) if options.momentum else ()
-
-
 def decayed(placement: Placement) -> bool:
     """Whether a parameter has weight decay: matrices do, norms and biases don't."""
     return len(placement.shape) > 1
@@ -144,7 +137,7 @@ def update(
     """One parameter's update, as `torch.optim.AdamW` and `torch.optim.SGD` do it: the new parameter, and what is kept of it.
 
     Args:
-        kept: what `slots` names.
+        kept: what `options.slots` names.
         lr: `[1]` fp32.
         step: `[1]` fp32, the number of this step, from 1.
         finite: `[1]` bool; where it is false everything stays as it was.

@@ -109,6 +109,13 @@ class StepOptions:
         return self.remat == "full" or (isinstance(self.remat, int) and layer % self.remat == 0)
 
 
+def slots(options: StepOptions) -> tuple[str, ...]:
+    """What an optimizer keeps of each parameter, as prefixes of names in the state."""
+    if options.optimizer == "adamw":
+        return ("adam.m", "adam.v")
+    return ("sgd.momentum",) if options.momentum else ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What came of one optimizer step.

@@ -19,7 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..mesh import DeviceMesh
-from ..ops import held_until, scope
+from ..ops import held_until, optimization_barrier, scope
 from ..topology import DATA, MODEL
 from ..train_collectives import BACKWARD
 from . import regions
@@ -40,7 +40,12 @@ class Gradients:
 
     def add(self, name: str, gradient: torch.Tensor) -> None:
         gradient = gradient.float()
-        self.sums[name] = self.sums[name] + gradient if name in self.sums else gradient
+        # A barrier, or XLA would add them up where the sum is used: every micro-step's gradients would be kept.
+        self.sums[name] = optimization_barrier(self.sums[name] + gradient) if name in self.sums else gradient
+
+    def all_there(self) -> torch.Tensor | None:
+        """A number that is only there when every sum so far is; None if there is none."""
+        return torch.stack([each.flatten()[0] for each in self.sums.values()]).sum() if self.sums else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +99,13 @@ class Passes:
         self._scales = {id(vector) for vector in self._vectors.values()} if mesh.backend.weights_first else set()
         self._one = (rank.flatten()[:1] >= 0).float()
         self._tape: list[_Run] = []
+        self._after: torch.Tensor | None = None
 
     def run(self, micro_step: MicroStep, scale: torch.Tensor | None, dropout: Dropout | None = None) -> torch.Tensor:
         """The sum of the losses of a device's positions, fp32 scalar. Where `scale` is given, gradients of `scale * sum` are added to those before."""
         with self._installed(), _Form(self), torch.set_grad_enabled(scale is not None):
             self._tape, self._micro_step, self._dropout = [], micro_step, dropout
+            self._after = self.gradients.all_there() if scale is not None else None
             hidden = self.base(
                 input_ids=micro_step.ids, position_ids=micro_step.positions, use_cache=False, documents=micro_step.documents
             ).last_hidden_state
@@ -128,7 +135,14 @@ class Passes:
         return out if bias is None else out + bias
 
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
-        """`[B, S]` -> `[B, S, E]`, or the device's part of `S`. Its gradient is added by `_backward`."""
+        """`[B, S]` -> `[B, S, E]`, or the device's part of `S`. Its gradient is added by `_backward`.
+
+        A micro-step begins when the one before is done: XLA would run all of them forward first, and keep the activations of all.
+        """
+        rows = self._embedded(ids)
+        return rows if self._after is None else held_until(rows, self._after)
+
+    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
         table = self._weights["model.embed_tokens.weight"].whole(ids)
         if not self.plan.split("embed_tokens"):
             return torch.nn.functional.embedding(ids, table)

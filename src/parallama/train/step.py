@@ -29,7 +29,7 @@ from . import lora, optimizer, packed
 from .batch import Batch
 from .layout import TrainingPlan, check_fit, training_plan
 from .optimizer import Reduction
-from .options import StepOptions, StepResult
+from .options import StepOptions, StepResult, slots
 from .passes import MicroStep, Passes
 
 PARAMETER = "param."
@@ -315,7 +315,7 @@ class Trainer:
         clip = None if options.max_grad_norm is None else (options.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         out = {STEP: torch.where(finite, step, own[STEP])}
         for placement in self.plan.trained:
-            names = [PARAMETER + placement.name, *(f"{slot}.{placement.name}" for slot in optimizer.slots(options))]
+            names = [PARAMETER + placement.name, *(f"{slot}.{placement.name}" for slot in slots(options))]
             before = [own[name] for name in names]
             gradient = gradients[placement.name] if clip is None else gradients[placement.name] * clip
             after = optimizer.update(options, placement, before[0], gradient, tuple(before[1:]), lr, step, finite)
@@ -347,7 +347,7 @@ class Trainer:
     # -- beginnings
 
     def _zeros(self) -> list[str]:
-        return [*(f"{slot}.{placement.name}" for placement in self.plan.trained for slot in optimizer.slots(self.options)), STEP]
+        return [*(f"{slot}.{placement.name}" for placement in self.plan.trained for slot in slots(self.options)), STEP]
 
     def _read(self, tensors: Iterator[tuple[str, torch.Tensor]], progress: Callable[[int, int], None] | None) -> None:
         wanted = [placement.name for placement in self.plan.parameters if placement.name not in self.plan.adapters]
