@@ -66,7 +66,7 @@ class PlainLoop:
             capture_output=True,
             text=True,
             env=KEPT | {"OMP_WAIT_POLICY": "PASSIVE"},  # threads that wait for each other, spinning, are slow on a busy machine
-            timeout=1200,
+            timeout=3600,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout)
@@ -131,7 +131,7 @@ def test_the_losses_of_a_run_are_those_of_a_plain_loop(
         capture_output=True,
         text=True,
         env=KEPT,
-        timeout=1200,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "0 programs after warm-up" in done.stderr
