@@ -20,6 +20,7 @@ from parallama.checkpoint import SafetensorsFolder
 from parallama.errors import CheckpointError, RunError, UsageError
 from parallama.export import export_checkpoint, export_weights
 from parallama.loading import find
+from parallama.verification import verify
 
 COMMAND = str(Path(sys.executable).with_name("parallama"))
 
@@ -105,6 +106,38 @@ def test_the_manifest_has_every_file_with_its_sha256(dressed, tmp_path):
     damaged[-1] ^= 1
     weights.write_bytes(damaged)
     with pytest.raises(CheckpointError, match="SHA-256"):
+        manifest.check(tmp_path / "out")
+
+
+def test_chat_templates_beside_the_default_one_are_copied_and_stand_in_the_manifest(dressed, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(dressed, folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages[0]['content'] }}!")
+    exported = export_checkpoint(find(str(folder)), tmp_path / "out")
+    name = "additional_chat_templates/tool_use.jinja"
+    assert name in exported.files
+    checked = manifest.check(tmp_path / "out")
+    assert checked is not None and name in checked
+    messages = [{"role": "user", "content": "Hello"}]
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(messages, chat_template="tool_use", tokenize=False) == "Hello!"
+    )
+    assert verify(str(tmp_path / "out")).passed
+    (tmp_path / "out" / name).write_text("{{ messages[0]['content'] }}?")
+    found = verify(str(tmp_path / "out"))
+    assert [finding.check for finding in found.findings] == ["manifest"] and f"{name} has SHA-256" in found.findings[0].message
+
+
+@pytest.mark.parametrize(
+    "name", ["../out/config.json", "a/b", "additional_chat_templates/../config.json", "additional_chat_templates/a/b", "/etc/passwd"]
+)
+def test_a_manifest_names_no_file_elsewhere(dressed, tmp_path, name):
+    export_checkpoint(find(str(dressed)), tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    told["files"][name] = told["files"]["config.json"]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match="leads out of the model folder"):
         manifest.check(tmp_path / "out")
 
 

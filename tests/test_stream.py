@@ -47,7 +47,10 @@ def test_a_process_that_owns_some_devices_reads_only_their_slices(models, mesh, 
 
 
 def test_repeated_heads_are_read_for_every_device_that_holds_them_and_zero_heads_never(models):
-    counts, checkpoint = read_by(models(heads=9, kv_heads=3).folder, "1x8", tuple(range(8)))
+    """By devices that belong to eight processes."""
+    folder = models(heads=9, kv_heads=3).folder
+    each = [read_by(folder, "1x8", (device,)) for device in range(8)]
+    counts, checkpoint = {name: sum(found[name] for found, _ in each) for name in each[0][0]}, each[0][1]
     layout = make_plan(checkpoint.spec, MeshShape.parse("1x8")).head_layout
     head = checkpoint.spec.head_dim * checkpoint.spec.hidden * 4
     for name, sources in (("q_proj", layout.query_sources), ("k_proj", layout.kv_sources)):

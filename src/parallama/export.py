@@ -99,7 +99,7 @@ def export_weights(
         files = write(unfinished, passing(), kinds, shard_bytes)
         files += _write_config(source, unfinished, dtypes.pop() if len(dtypes) == 1 else None)
         files += _write_others(source, unfinished)
-        manifest.write(unfinished, [name for name in files if model_files.is_plain(name)])
+        manifest.write(unfinished, files)
         files.append(manifest.NAME)
         size = sum((unfinished / name).stat().st_size for name in files)
     return Exported(

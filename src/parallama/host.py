@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
 _peak_before = 0
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
 """What of a processor matters for matrix products, as Linux names it."""
@@ -35,6 +35,29 @@ def lean_host_memory() -> Iterator[Callable[[], None]]:
     try:
         yield lambda: trim(0)
     finally:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
+        trim(0)
+
+
+@contextmanager
+def reused_host_memory() -> Iterator[None]:
+    """While many tensors come and few go: every block comes from one heap, and a freed one is the next one's.
+
+    The system clears each page that it hands out, which takes longer than to fill it. What is free goes back at the end.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        mallopt, trim = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError):  # not glibc
+        yield
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_MAX, 1 << 16)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 17)
         mallopt(_M_MMAP_THRESHOLD, 1 << 25)
         trim(0)
 

@@ -1,6 +1,7 @@
 """manifest.json of an exported model: size and SHA-256 of each of its files. Pure.
 
 {"format": "parallama-manifest", "version": 1, "files": {"model.safetensors": {"bytes": 1234, "sha256": "ab..."}}}
+A name is that of a file in the folder, or `additional_chat_templates/NAME`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def write(folder: Path, names: Iterable[str]) -> Path:
     """
     files = {}
     for name in sorted(set(names)):
-        entry = measure(model_files.require(folder, name))
+        path = _find(folder, name)
+        if path is None:
+            raise CheckpointError(lines(f"{name} is missing in {str(folder)!r}", "expected a file of this name"))
+        entry = measure(path)
         files[name] = {"bytes": entry.bytes, "sha256": entry.sha256}
     text = json.dumps({"format": _FORMAT, "version": _VERSION, "files": files}, indent=2) + "\n"
     path, unfinished = folder / NAME, folder / f".{NAME}.part"
@@ -91,7 +95,7 @@ def check_file(folder: Path, name: str, entry: Entry) -> None:
     Raises:
         CheckpointError: it is missing or differs.
     """
-    path = model_files.find(folder, name)
+    path = _find(folder, name)
     if path is None:
         raise CheckpointError(lines(f"{NAME} names {shown(name)}, which is missing", "copy or download the folder again"))
     size = path.stat().st_size
@@ -100,6 +104,12 @@ def check_file(folder: Path, name: str, entry: Entry) -> None:
     found = measure(path)
     if found != entry:
         raise CheckpointError(lines(f"{name} has SHA-256 {found.sha256}", f"expected {entry.sha256}, from {NAME}"))
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    """A file of the folder, or of the one folder that a model folder can have."""
+    inside, _, inner = name.partition("/")
+    return model_files.find(folder, inner, inside=inside) if inside == model_files.TEMPLATES else model_files.find(folder, name)
 
 
 def measure(path: Path) -> Entry:

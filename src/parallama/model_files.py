@@ -17,6 +17,8 @@ from typing import Any
 from .errors import CheckpointError, cause, lines, shown
 
 ADAPTER = "adapter_config.json"
+TEMPLATES = "additional_chat_templates"
+"""The one folder that a model folder can have whose files belong to the model."""
 JSON_LIMIT_BYTES = 16 << 20
 """The longest JSON that is read: a hundred times what the largest model's index has."""
 _KINDS = (

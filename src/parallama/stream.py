@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from . import finite
-from .host import lean_host_memory, peak_rss_bytes, rss_bytes
+from .host import lean_host_memory, peak_rss_bytes, reused_host_memory, rss_bytes
 from .mesh import DeviceMesh
 from .plan import Plan
 from .shard import DeviceWeights, Layout, cut
@@ -67,13 +67,15 @@ def parts(
     holders = plan.mesh.holders(layout.axes)
     wanted = dict.fromkeys(holders[device] for device in devices)
 
-    def read(slices: Slices) -> torch.Tensor:
+    def read(slices: Slices | None) -> torch.Tensor:
         part = source.read(slices)
         if not allow_nonfinite:
             finite.refuse(source.name, part, source.file)
         return part
 
-    return {device: cut(read, layout, device, dtype) for device in wanted}
+    # All of it is looked at at once: each operation of a reader waits until no transfer keeps the interpreter.
+    slicing = read(None).__getitem__ if len(wanted) == len(set(holders)) else read
+    return {device: cut(slicing, layout, device, dtype) for device in wanted}
 
 
 def put(
@@ -103,9 +105,11 @@ def put(
     ready: deque[tuple[TensorSource, Future[dict[int, torch.Tensor]]]] = deque()
     tensors: dict[str, torch.Tensor] = {}
     make = functools.partial(parts, plan=plan, dtype=dtype, devices=range(mesh.shape.devices), allow_nonfinite=allow_nonfinite)
+    # On one device a transfer goes on while the next tensor comes; one heap then holds twice as much of the largest.
+    memory = reused_host_memory if mesh.spmd else lean_host_memory
     readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
     try:
-        with lean_host_memory(), _one_thread_each():
+        with memory(), _one_thread_each():
             while waiting or ready:
                 while waiting and (not ready or (len(ready) < _AHEAD and under_way + sizes[waiting[0].name] <= most)):
                     source = waiting.popleft()

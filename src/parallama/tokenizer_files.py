@@ -15,7 +15,7 @@ _PLAIN = (
     *("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "tiktoken.model"),
 )
-_CONFIG, _TEMPLATES = "tokenizer_config.json", "additional_chat_templates"
+_CONFIG, _TEMPLATES = "tokenizer_config.json", model_files.TEMPLATES
 _LIMIT_BYTES = 256 << 20
 _CODE_KEYS = ("auto_map", "trust_remote_code", "name_or_path", "init_inputs", "processor_class", "fast_tokenizer_files")
 
