@@ -31,7 +31,7 @@ class Data:
     steps: int
     packing: bool
     sequences: int = 4
-    seq_len: int = 96
+    seq_len: int = 112
 
 
 class PlainLoop:
