@@ -165,3 +165,26 @@ def test_a_file_of_nothing_but_header_takes_no_more_memory_than_twice_its_size(g
         done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=120, check=True)
         grown, damaged = map(int, done.stdout.split())
         assert damaged == 1 and size // 2 < grown * 1024 < 2 * size
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_json_of_nothing_but_brackets_takes_little_memory_and_a_longer_one_is_not_read(file, good, tmp_path):
+    make("as it is", tmp_path / "model", good)
+    code = (
+        "import sys; from pathlib import Path; from parallama.model_files import read_json; from parallama.errors import CheckpointError\n"
+        "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
+        "before = peak()\n"
+        "try: read_json(Path(sys.argv[1]) / sys.argv[2])\n"
+        "except CheckpointError as error: print(error)\n"
+        "print(peak() - before)\n"
+    )
+    grown = []
+    for pieces in ((2 << 20) // 3 - 8, 64 << 20):
+        (tmp_path / "model" / file).write_bytes(b"[" + b"[]," * pieces + b"[]]")
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "model"), file], capture_output=True, text=True, timeout=60, check=True
+        )
+        *said, kilobytes = done.stdout.splitlines()
+        grown.append(int(kilobytes) * 1024)
+    assert grown[0] < 64 << 20 and grown[1] < 8 << 20
+    assert said[0] == f"{file} has more than {2 << 20} bytes"

@@ -19,8 +19,8 @@ from .errors import CheckpointError, cause, lines, shown
 ADAPTER = "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
 """The one folder that a model folder can have whose files belong to the model."""
-JSON_LIMIT_BYTES = 16 << 20
-"""The longest JSON that is read: a hundred times what the largest model's index has."""
+JSON_LIMIT_BYTES = 2 << 20
+"""The longest JSON that is read: ten times what the largest models' indexes have. As Python objects, hostile JSON takes up to thirty times its length."""
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a FIFO"),
