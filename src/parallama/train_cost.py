@@ -11,7 +11,7 @@ from .cost import activation_bytes, local_rows
 from .kinds import local_elements
 from .plan import Placement, Plan
 from .topology import DATA
-from .train_collectives import TrainStep, trained_parameters
+from .train_collectives import ADAPTER, TrainStep, trained_parameters
 
 _FP32 = 4
 
@@ -78,6 +78,11 @@ def train_memory(plan: Plan, step: TrainStep, *, slots: int = 2) -> TrainMemory:
     queries, kept_heads, inner = len(plan.head_layout.query_sources) // split, plan.head_layout.slots // split, plan.intermediate // split
     residual = model.hidden // split if step.sequence_parallel else model.hidden
     numbers = 2 * residual + 2 * model.hidden + (2 * queries + 2 * kept_heads) * model.head_dim + 5 * inner
+    adapted = {placement.name.split(".")[-3] for placement in plan.parameters if placement.style == ADAPTER}
+    if adapted:  # of the others' weights there is no gradient to be made: their inputs are not kept
+        inputs = {("q_proj", "k_proj", "v_proj"): model.hidden, ("gate_proj", "up_proj"): model.hidden}
+        inputs |= {("o_proj",): queries * model.head_dim, ("down_proj",): inner}
+        numbers -= sum(count for targets, count in inputs.items() if adapted.isdisjoint(targets))
     weights = tokens * queries * step.seq * (_FP32 + (itemsize if itemsize != _FP32 else 0))
     layer = tokens * numbers * itemsize + weights
     top = activation_bytes(plan, step.batch, step.seq, step.seq, itemsize)
