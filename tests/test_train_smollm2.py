@@ -20,7 +20,8 @@ from parallama.train.tokens import prepare
 
 HERE = Path(__file__).parent
 SEED = 3
-HOW: dict[str, Any] = {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0}
+# AdamW's first updates are nearly the signs of gradients, so differences of rounding (1e-6 in the first loss) grow with the learning rate: at 1e-4 the 17th loss of 2x4 was 1.3e-4 off.
+HOW: dict[str, Any] = {"lr": 3e-5, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0}
 KEPT = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))} | {"HF_HUB_OFFLINE": "1"}
 
 
