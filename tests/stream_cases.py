@@ -12,6 +12,7 @@ from parallama.checkpoint import SafetensorsFolder
 from parallama.loading import to_devices
 from parallama.mesh import DeviceMesh
 from parallama.plan import make_plan
+from parallama.program import compiled_programs
 
 
 def loaded(folder: str, mesh: str, dtype: str) -> dict[str, Any]:
@@ -19,8 +20,13 @@ def loaded(folder: str, mesh: str, dtype: str) -> dict[str, Any]:
     checkpoint, device_mesh = SafetensorsFolder(Path(folder)), DeviceMesh(mesh)
     reported: list[tuple[int, int]] = []
     plan = make_plan(checkpoint.spec, device_mesh.shape)
+    compiled = compiled_programs()
     made = to_devices(checkpoint, plan, device_mesh, getattr(torch, dtype), lambda done, total: reported.append((done, total)))
+    compiled = compiled_programs() - compiled
     return {
+        "programs": compiled,
+        "measured": made.weights.bytes_per_device(),
+        "planned": plan.parameter_bytes(getattr(torch, dtype).itemsize),
         "bytes_read": made.stats.bytes_read,
         "order": list(made.weights.tensors),
         "tensors": {name: made.weights.fetch(name) for name in made.weights.tensors},

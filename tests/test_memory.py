@@ -14,9 +14,10 @@ mesh = DeviceMesh(sys.argv[1])
 import torch, transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM
 from transformers.integrations.gguf import reader
-mesh.put(torch.zeros(8, 8), (None, None))
+first = mesh.put(torch.zeros(8, 8), (None, None)) + 1  # what the first transfer and the first program take is not the model's
+mesh.run()
 import parallama
-llm = parallama.load("smollm2", mesh=mesh)
+llm = parallama.load(sys.argv[2], mesh=mesh)
 stats = llm.load_stats
 print(json.dumps({"growth": stats.peak_rss_bytes - stats.baseline_rss_bytes, "largest": stats.largest_tensor_bytes,
     "file": llm.source.location.stat().st_size, "devices": llm.param_bytes_per_device(), "plan": llm.plan.parameter_bytes(4)}))
@@ -25,13 +26,23 @@ print(json.dumps({"growth": stats.peak_rss_bytes - stats.baseline_rss_bytes, "la
 
 @pytest.mark.parametrize("mesh", ["1x1", "1x8"])
 def test_loading_never_holds_a_second_full_copy(mesh):
-    done = subprocess.run([sys.executable, "-c", LOAD, mesh], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", LOAD, mesh, "smollm2"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["devices"] == found["plan"]
     # The model on its devices, the file, which is mapped, and the largest tensor (a fifth of this model): quantized numbers as they are turned into fp32.
     devices = sum(found["devices"])
     assert found["growth"] < devices + found["file"] + 3 * found["largest"] < 2 * devices
+
+
+def test_a_mesh_that_repeats_every_tensor_takes_no_copy_for_each_device(models):
+    """On 8x1: besides the devices the largest tensor (128 MB), and half as much for what allocators and four programs keep. Copies for each device took six times the largest."""
+    folder = models(heads=8, kv_heads=8, hidden=512, intermediate=16384, vocab=65536, layers=1, tied=True).folder
+    done = subprocess.run([sys.executable, "-c", LOAD, "8x1", folder], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["devices"] == found["plan"] and found["largest"] == 65536 * 512 * 4
+    assert found["growth"] < sum(found["devices"]) + 1.5 * found["largest"]
 
 
 def test_the_peak_is_this_programs_own_and_not_that_of_what_started_it():

@@ -103,14 +103,28 @@ def test_a_model_on_the_devices_is_the_files_to_the_bit_and_each_byte_was_read_o
     assert found["threads"] == workers[8].call("torch:get_num_threads")
 
 
-def test_a_tensor_that_the_readers_refuse_ends_the_load(tmp_path, models, workers):
-    tiny = models(heads=16, kv_heads=8, intermediate=64, vocab=96)
+@pytest.mark.parametrize(("mesh", "programs"), [("8x1", 3), ("2x4", 1)])
+def test_large_tensors_that_a_mesh_repeats_are_read_once_and_repeated_on_the_devices(models, workers, mesh, programs):
+    """One program for each shape whose first dim the devices put together: on 2x4 only that of `down_proj`, whose second dim is split already."""
+    tiny = models(heads=9, kv_heads=3, hidden=288, intermediate=8200, vocab=9000, layers=1)
+    stored = load_file(Path(tiny.folder) / "model.safetensors")
+    found = workers[8].call("stream_cases:loaded", folder=tiny.folder, mesh=mesh, dtype="float32")
+    assert found["programs"] == programs
+    assert found["bytes_read"] == sum(tensor.nbytes for tensor in stored.values())
+    assert found["measured"] == found["planned"]
+    for name, tensor in stored.items():
+        assert torch.equal(found["tensors"][name], tensor), name
+
+
+@pytest.mark.parametrize(("mesh", "intermediate"), [("1x8", 64), ("8x1", 8192)])
+def test_a_tensor_that_the_readers_refuse_ends_the_load(tmp_path, models, workers, mesh, intermediate):
+    tiny = models(heads=16, kv_heads=8, intermediate=intermediate, vocab=96)
     stored = load_file(Path(tiny.folder) / "model.safetensors")
     stored[DOWN][0, -1] = float("nan")
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((Path(tiny.folder) / "config.json").read_bytes())
     with pytest.raises(Exception, match=f"tensor {DOWN} holds NaN or infinity") as caught:
-        workers[8].call("stream_cases:loaded", folder=str(tmp_path), mesh="1x8", dtype="float32")
+        workers[8].call("stream_cases:loaded", folder=str(tmp_path), mesh=mesh, dtype="float32")
     assert caught.value.kind == CheckpointError.__name__
     assert workers[8].alive
 

@@ -33,13 +33,11 @@ def without_repeats(shape: tuple[int, ...], axes: Axes, mesh: MeshShape) -> _Axe
     return tuple(split)
 
 
-def _narrowed(shape: tuple[int, ...], itemsize: int, axes: Axes, mesh: DeviceMesh) -> _Axes:
-    """`without_repeats` where that is worth a program."""
-    split = without_repeats(shape, axes, mesh.shape)
+def crossing(shape: tuple[int, ...], itemsize: int, axes: Axes, mesh: MeshShape) -> _Axes:
+    """How a tensor lies while it crosses: `without_repeats` where that is worth a program, otherwise as `axes` say."""
+    split = without_repeats(shape, axes, mesh)
     whole = math.prod(shape) * itemsize
-    saved = whole * (
-        math.prod(mesh.shape.size(axis) for axis in split if axis) // math.prod(mesh.shape.size(axis) for axis in axes if axis) - 1
-    )
+    saved = whole * (math.prod(mesh.size(axis) for axis in split if axis) // math.prod(mesh.size(axis) for axis in axes if axis) - 1)
     return split if saved >= WORTH_BYTES else tuple(axes)
 
 
@@ -50,7 +48,7 @@ def fetch(mesh: DeviceMesh, take: Callable[[], torch.Tensor], axes: Axes) -> tor
         take: gives the tensor, and is called once: who has no other use for it gives it away, so that it is freed before its numbers reach the host.
     """
     tensor = take()
-    split = _narrowed(tuple(tensor.shape), tensor.element_size(), axes, mesh)
+    split = crossing(tuple(tensor.shape), tensor.element_size(), axes, mesh.shape)
     if split != tuple(axes):
         tensor = _laid(mesh, tensor, split)
     return mesh.fetch(tensor, split)
@@ -65,9 +63,14 @@ def put(
         part: how the tensor shall lie and a device's number to that device's part of it.
         shape: of the whole.
     """
-    split = _narrowed(shape, dtype.itemsize, axes, mesh)
-    arrived = mesh.put_shards(lambda device: part(split, device), split)
-    return arrived if split == tuple(axes) else _laid(mesh, arrived, axes)
+    split = crossing(shape, dtype.itemsize, axes, mesh.shape)
+    return put_crossing(mesh, lambda device: part(split, device), split, axes)
+
+
+def put_crossing(mesh: DeviceMesh, shard: Callable[[int], torch.Tensor], split: Axes, axes: Axes) -> torch.Tensor:
+    """Make a tensor that lies as `axes` say from parts that cross as `split` says; see `DeviceMesh.put_shards`."""
+    arrived = mesh.put_shards(shard, split)
+    return arrived if tuple(split) == tuple(axes) else _laid(mesh, arrived, axes)
 
 
 def _laid(mesh: DeviceMesh, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:

@@ -12,14 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from . import finite
+from . import finite, replicas
 from .host import lean_host_memory, peak_rss_bytes, reused_host_memory, rss_bytes
 from .mesh import DeviceMesh
-from .plan import Plan
+from .plan import Axes, Plan
 from .shard import DeviceWeights, Layout, cut
 from .tensor_source import Slices, TensorSource
 
@@ -52,10 +52,42 @@ class StreamStats:
         return self.bytes_read / self.seconds
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """How a tensor reaches the devices.
+
+    Attributes:
+        split: how it lies while it crosses.
+        axes: how it shall lie.
+        copies: that torch-xla makes of it on the host meanwhile: of each device's part one.
+    """
+
+    split: Axes
+    axes: Axes
+    copies: int
+
+    @classmethod
+    def of(cls, layout: Layout, dtype: torch.dtype) -> _Way:
+        """What the mesh repeats crosses once if the devices then put it together along the first dim; along another one that takes longer, and as many copies on the devices."""
+        split = replicas.crossing(layout.shape, dtype.itemsize, layout.axes, layout.mesh)
+        if split[:1] == tuple(layout.axes[:1]):
+            split = layout.axes
+        return cls(split=split, axes=layout.axes, copies=layout.mesh.devices // len(set(layout.mesh.holders(split))))
+
+
 def parts(
-    source: TensorSource, plan: Plan, dtype: torch.dtype, devices: Collection[int], *, allow_nonfinite: bool = False
+    source: TensorSource,
+    plan: Plan,
+    dtype: torch.dtype,
+    devices: Collection[int],
+    *,
+    axes: Axes | None = None,
+    allow_nonfinite: bool = False,
 ) -> dict[int, torch.Tensor]:
     """The parts of a tensor that some devices hold, each distinct one once; nothing else of it is read.
+
+    Args:
+        axes: how the tensor lies meanwhile, if not as in the plan.
 
     Raises:
         CheckpointError: what is read holds NaN or infinity, unless that is allowed.
@@ -64,6 +96,8 @@ def parts(
         Device to part, cast and laid out; views of the source where they can be. The devices are those of `MeshShape.holders`.
     """
     layout = Layout.of(plan, source.name)
+    if axes is not None:
+        layout = replace(layout, axes=tuple(axes))
     holders = plan.mesh.holders(layout.axes)
     wanted = dict.fromkeys(holders[device] for device in devices)
 
@@ -105,18 +139,25 @@ def put(
     ready: deque[tuple[TensorSource, Future[dict[int, torch.Tensor]]]] = deque()
     tensors: dict[str, torch.Tensor] = {}
     make = functools.partial(parts, plan=plan, dtype=dtype, devices=range(mesh.shape.devices), allow_nonfinite=allow_nonfinite)
-    # On one device a transfer goes on while the next tensor comes; one heap then holds twice as much of the largest.
-    memory = reused_host_memory if mesh.spmd else lean_host_memory
+    ways = {name: _Way.of(Layout.of(plan, name), dtype) for name in sizes}
+
+    def room(first: TensorSource, following: TensorSource) -> bool:
+        """Whether one more may be read while the first is transferred."""
+        return under_way + sizes[first.name] * ways[first.name].copies + sizes[following.name] <= most
+
+    # On one device a transfer goes on while the next tensor comes, and one heap then holds twice as much of the largest. Copies for rows of the mesh leave holes in it.
+    memory = reused_host_memory if mesh.spmd and mesh.shape.data == 1 else lean_host_memory
     readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
     try:
         with memory(), _one_thread_each():
             while waiting or ready:
-                while waiting and (not ready or (len(ready) < _AHEAD and under_way + sizes[waiting[0].name] <= most)):
+                while waiting and (not ready or (len(ready) < _AHEAD and room(ready[0][0], waiting[0]))):
                     source = waiting.popleft()
                     under_way += sizes[source.name]
-                    ready.append((source, readers.submit(make, source)))
+                    ready.append((source, readers.submit(make, source, axes=ways[source.name].split)))
                 source, made = ready.popleft()
-                tensors[source.name] = mesh.put_shards(made.result().__getitem__, plan[source.name].axes)
+                way = ways[source.name]
+                tensors[source.name] = replicas.put_crossing(mesh, made.result().pop, way.split, way.axes)
                 del made
                 source.release()
                 under_way -= sizes[source.name]
