@@ -26,7 +26,7 @@ from . import regions
 from .layout import TrainingPlan
 from .objective import token_losses
 from .options import StepOptions
-from .weights import Weight, product, scaled
+from .weights import SUMMED, Weight, product, scaled
 
 _plain_linear = torch.nn.functional.linear
 _PRODUCTS = {torch.Tensor.mul, torch.Tensor.__mul__, torch.mul}
@@ -43,9 +43,18 @@ class Gradients:
         # A barrier, or XLA would add them up where the sum is used: every micro-step's gradients would be kept.
         self.sums[name] = optimization_barrier(self.sums[name] + gradient) if name in self.sums else gradient
 
-    def all_there(self) -> torch.Tensor | None:
-        """A number that is only there when every sum so far is; None if there is none."""
-        return torch.stack([each.flatten()[0] for each in self.sums.values()]).sum() if self.sums else None
+    def all_there(self, one: torch.Tensor) -> torch.Tensor | None:
+        """A number `[1]` that is only there when every sum so far is; None if there is none.
+
+        A product makes it, of several rows: what a sum is made from XLA would read anew in everything that waits for it, hundreds of tensors each time.
+
+        Args:
+            one: `[1]` fp32, the number 1, which XLA must not know.
+        """
+        if not self.sums:
+            return None
+        first = torch.stack([each.flatten()[0] for each in self.sums.values()])
+        return (first.expand(SUMMED, -1) @ one.expand(first.shape[0], SUMMED))[0, :1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +114,7 @@ class Passes:
         """The sum of the losses of a device's positions, fp32 scalar. Where `scale` is given, gradients of `scale * sum` are added to those before."""
         with self._installed(), _Form(self), torch.set_grad_enabled(scale is not None):
             self._tape, self._micro_step, self._dropout = [], micro_step, dropout
-            self._after = self.gradients.all_there() if scale is not None else None
+            self._after = self.gradients.all_there(self._one) if scale is not None else None
             hidden = self.base(
                 input_ids=micro_step.ids, position_ids=micro_step.positions, use_cache=False, documents=micro_step.documents
             ).last_hidden_state

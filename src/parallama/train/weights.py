@@ -16,9 +16,11 @@ from ..ops import held_until, optimization_barrier, scope
 from ..topology import DATA
 from ..train_collectives import BACKWARD
 
-_SUMMED = 8  # rows of ones
-LEAST_NATURAL = 256
-"""From so many rows on, XLA:CPU multiplies `x @ W.T` as it stands. `(W @ x.T).T` is a faster product (`products`), but lies turned, and all that is computed from it, back and forth, reads across the grain."""
+SUMMED = 8
+"""Rows of a product that stands for a sum; of one row XLA would make a sum again."""
+LEAST_NATURAL = 16
+"""From so many rows on, XLA:CPU multiplies `x @ W.T` as it stands. `(W @ x.T).T` is a faster product (`products`), but lies turned, and all that is computed from it, back and forth, reads across the grain.
+Below 256 rows it would be faster all the same; but in steps of several micro-steps on two and three devices XLA:CPU has made wrong numbers of it, see docs/log.md."""
 MOST_OUTPUTS = 4096
 """A product with more outputs is done in parts: packing a whole vocabulary against the grain takes as long as multiplying with it."""
 
@@ -55,7 +57,7 @@ class _Scaled(torch.autograd.Function):
         sums = None
         if ctx.needs_input_grad[0]:
             rows = (gradient * x).flatten(0, -2).float()
-            sums = (one.expand(_SUMMED, rows.shape[0]) @ rows)[0].to(weight.dtype)
+            sums = (one.expand(SUMMED, rows.shape[0]) @ rows)[0].to(weight.dtype)
         return sums, (gradient * weight if ctx.needs_input_grad[1] else None), None
 
 
