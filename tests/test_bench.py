@@ -102,6 +102,11 @@ def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() 
         (["--train", "--mesh", ","], 2, "there is no mesh\nexpected at least one, as 1x1,1x2"),
         (["--train", "--threads", "4096"], 2, "threads is 4096\nexpected 1 to "),
         (["--train", "--dtype", "int4"], 2, "dtype 'int4' is unknown\nexpected float32 or bfloat16"),
+        (["--load"], 2, "model 'nowhere' is no folder\nexpected safetensors"),
+        (["--load", "--mesh", ","], 2, "there is no mesh\nexpected at least one, as 1x1,1x2"),
+        (["--load", "--repeats", "0"], 2, "repeats is 0\nexpected at least 1"),
+        (["--load", "--batch", "4"], 2, "--batch was given with --load\nexpected one of the two"),
+        (["--load", "--backend", "tpu"], 2, "--backend tpu with --load\nexpected cpu"),
         (["--train", "--plot", "x.png"], 2, "--plot was given with --train\nexpected one of the two"),
     ],
 )

@@ -177,19 +177,28 @@ def test_twelve_hundred_million_parameters_load_within_a_quarter_over_their_byte
     assert found["peak"] < found["devices"] + found["largest"] + found["baseline"]
 
 
-def test_bench_load_measures_ours_and_safetensors_on_the_same_files(models):
-    command = str(Path(sys.executable).with_name("parallama"))
+def test_bench_load_measures_ours_onto_every_mesh_and_safetensors_on_the_same_files(models, tmp_path):
+    """With a tensor that holds NaN, which both commands below are asked to let pass or to refuse."""
     folder = models(heads=16, kv_heads=8, intermediate=64, vocab=96).folder
-    arguments = [command, "bench", folder, "--load", "--mesh", "1x2", "--repeats", "1", "--json", "--quiet"]
+    stored = load_file(Path(folder) / "model.safetensors")
+    stored[DOWN][0, -1] = float("nan")
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((Path(folder) / "config.json").read_bytes())
+    command = [str(Path(sys.executable).with_name("parallama")), "bench", str(tmp_path), "--load", "--repeats", "1", "--quiet"]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 3 and f"tensor {DOWN} holds NaN or infinity" in refused.stderr
+    arguments = [*command, "--allow-nonfinite", "--mesh", "1x2,1x1", "--json"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["bytes"] == sum(tensor.nbytes for tensor in load_file(Path(folder) / "model.safetensors").values())
-    ours, *theirs = told["readings"]
-    assert ours["reader"] == "parallama" and ours["ratio"] is None
-    assert [reading["reader"] for reading in theirs] == ["safetensors", "safetensors-pread"]
-    for reading in theirs:
-        assert reading["ratio"] == pytest.approx(reading["seconds"] / ours["seconds"])
-        assert reading["bytes_per_s"] == pytest.approx(told["bytes"] / reading["seconds"])
-    wrong = subprocess.run([command, "bench", "smollm2", "--load"], capture_output=True, text=True, timeout=120)
-    assert wrong.returncode == 2 and "model 'smollm2' is no folder" in wrong.stderr
+    told = json.loads(done.stdout)["meshes"]
+    total = sum(tensor.nbytes for tensor in stored.values())
+    norms = sum(tensor.nbytes for name, tensor in stored.items() if name.endswith("norm.weight"))
+    assert [(found["mesh"], found["device_bytes"]) for found in told] == [("1x2", total + norms), ("1x1", total)]
+    for found in told:
+        ours, *theirs = found["readings"]
+        assert found["bytes"] == total
+        assert ours["reader"] == "parallama" and ours["ratio"] is None
+        assert [reading["reader"] for reading in theirs] == ["safetensors", "safetensors-pread"]
+        for reading in theirs:
+            assert reading["ratio"] == pytest.approx(reading["seconds"] / ours["seconds"])
+            assert reading["bytes_per_s"] == pytest.approx(total / reading["seconds"])

@@ -10,13 +10,13 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import child
-from ..errors import RunError, UsageError, lines
+from .. import child, errors
+from ..errors import ParallamaError, RunError, UsageError, lines
 from ..host import peak_rss_bytes, rss_bytes
 
 READERS = ("parallama", "safetensors", "safetensors-pread")
@@ -43,20 +43,18 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadReport:
-    """What was measured. The keys of `--json`."""
+class MeshLoad:
+    """What was measured with one mesh: ours onto it, and the others in turns with it.
 
-    command: str
-    model: str
+    Attributes:
+        bytes: of the files.
+        device_bytes: on all devices together.
+    """
+
     mesh: str
-    dtype: str
     bytes: int
     device_bytes: int
-    repeats: int
     readings: tuple[Reading, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def table(self) -> str:
         """Markdown for people."""
@@ -69,37 +67,73 @@ class LoadReport:
         return "\n".join(rows)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What was measured. The keys of `--json`."""
+
+    command: str
+    model: str
+    dtype: str
+    repeats: int
+    meshes: tuple[MeshLoad, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """For people."""
+        return "\n\n".join(
+            f"{found.bytes / 1e9:.2f} GB of files, {found.device_bytes / 1e9:.2f} GB on {found.mesh} in {self.dtype}\n\n{found.table()}"
+            for found in self.meshes
+        )
+
+
 def run(
-    model: str, *, mesh: str, dtype: str, repeats: int, command: str, progress: Callable[[str], None], allow_nonfinite: bool = False
+    model: str,
+    *,
+    meshes: Sequence[str],
+    dtype: str,
+    repeats: int,
+    command: str,
+    progress: Callable[[str], None],
+    allow_nonfinite: bool = False,
 ) -> LoadReport:
-    """Measure a folder.
+    """Measure a folder, with one mesh after another.
 
     Raises:
-        UsageError: the model is no folder of safetensors.
+        UsageError: the model is no folder of safetensors, there is no mesh, or no repeat.
         RunError: a reading failed.
     """
+    if not meshes:
+        raise UsageError(lines("there is no mesh", "expected at least one, as 1x1,1x2"))
+    if repeats < 1:
+        raise UsageError(lines(f"repeats is {repeats}", "expected at least 1"))
     if not Path(model).is_dir():
         raise UsageError(lines(f"model {model!r} is no folder", "expected safetensors: that is what is read side by side"))
+    measured = tuple(_measure(model, mesh, dtype, repeats, progress, allow_nonfinite) for mesh in meshes)
+    return LoadReport(command=command, model=model, dtype=dtype, repeats=repeats, meshes=measured)
+
+
+def _measure(model: str, mesh: str, dtype: str, repeats: int, progress: Callable[[str], None], allow_nonfinite: bool) -> MeshLoad:
     taken: dict[str, list[dict[str, Any]]] = {reader: [] for reader in READERS}
     for turn in range(repeats + 1):
         for reader in READERS:
-            progress(f"{reader}, {'warming up' if turn == 0 else f'{turn} of {repeats}'}")
+            progress(f"{mesh}: {reader}, {'warming up' if turn == 0 else f'{turn} of {repeats}'}")
             given = json.dumps({"reader": reader, "model": model, "mesh": mesh, "dtype": dtype, "allow_nonfinite": allow_nonfinite})
             ended = child.run_module("parallama.bench.load", given, limit_s=_LIMIT_S)
             if ended.code != 0:
                 raise RunError(lines(f"{reader} {ended.how}", ended.last_words))
+            answer = json.loads(ended.out.splitlines()[-1])
+            if "refused" in answer:
+                raise getattr(errors, answer["refused"])(answer["message"])
             if turn:
-                taken[reader].append(json.loads(ended.out.splitlines()[-1]))
+                taken[reader].append(answer)
     medians = {reader: statistics.median(answer["seconds"] for answer in answers) for reader, answers in taken.items()}
     ours = taken["parallama"][0]
-    return LoadReport(
-        command=command,
-        model=model,
+    return MeshLoad(
         mesh=mesh,
-        dtype=dtype,
         bytes=ours["bytes"],
         device_bytes=ours["device_bytes"],
-        repeats=repeats,
         readings=tuple(
             Reading(
                 reader=reader,
@@ -161,4 +195,8 @@ def _theirs(reader: str, model: str) -> dict[str, Any]:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise RunError(lines("this is started by `parallama bench --load`", "expected one argument, a JSON object"))
-    sys.stdout.write(json.dumps(read(**json.loads(sys.argv[1]))) + "\n")
+    try:
+        answer = read(**json.loads(sys.argv[1]))
+    except ParallamaError as error:  # the user's to read, as it would be without a process in between
+        answer = {"refused": type(error).__name__, "message": str(error)}
+    sys.stdout.write(json.dumps(answer) + "\n")

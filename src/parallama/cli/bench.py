@@ -19,7 +19,7 @@ from . import options
 def bench(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or a shipped name; with --make the folder to write.")],
     make: Annotated[str | None, typer.Option("--make", help="Write a random-weight checkpoint of this shape (l200, ...) and stop.")] = None,
-    load: Annotated[bool, typer.Option("--load", help="Measure only reading the files onto the first mesh, beside safetensors.")] = False,
+    load: Annotated[bool, typer.Option("--load", help="Measure only reading the files onto each mesh, beside safetensors.")] = False,
     train: Annotated[
         bool, typer.Option("--train", help="Measure whole optimizer steps instead, of --batch sequences of --prompt-tokens.")
     ] = False,
@@ -52,7 +52,20 @@ def bench(
         )
         return
     if load:
-        _load(model, _meshes(mesh)[0], dtype, repeats, as_json, quiet, allow_nonfinite)
+        given = {
+            "--plot": plot,
+            "--batch": batch,
+            "--prompt-tokens": prompt,
+            "--threads": threads,
+            "--backend-option": backend_option,
+            "--train": train,
+        }
+        for option, value in given.items():
+            if value:
+                raise UsageError(lines(f"{option} was given with --load", "expected one of the two"))
+        if backend != "cpu":
+            raise UsageError(lines(f"--backend {backend} with --load", "expected cpu"))
+        _load(model, _meshes(mesh), dtype, repeats, as_json, quiet, allow_nonfinite)
         return
     if train:
         if plot is not None:
@@ -105,12 +118,12 @@ def bench(
         reporting.plot(measured, plot)
 
 
-def _load(model: str, mesh: MeshShape, dtype: str, repeats: int, as_json: bool, quiet: bool, allow_nonfinite: bool) -> None:
+def _load(model: str, meshes: tuple[MeshShape, ...], dtype: str, repeats: int, as_json: bool, quiet: bool, allow_nonfinite: bool) -> None:
     from ..bench.load import run
 
     report = run(
         model,
-        mesh=str(mesh),
+        meshes=[str(mesh) for mesh in meshes],
         dtype=dtype,
         repeats=repeats,
         command=_command(),
@@ -120,9 +133,7 @@ def _load(model: str, mesh: MeshShape, dtype: str, repeats: int, as_json: bool, 
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
     else:
-        typer.echo(
-            f"{report.bytes / 1e9:.2f} GB of files, {report.device_bytes / 1e9:.2f} GB on {report.mesh} in {report.dtype}\n\n{report.table()}"
-        )
+        typer.echo(report.text())
 
 
 def _train(wanted: dict[str, Any], as_json: bool, quiet: bool) -> None:
