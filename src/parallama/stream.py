@@ -1,6 +1,7 @@
 """A checkpoint's tensors onto the devices, slice by slice: while one is transferred, the next ones are read, cast and laid out.
 
-At no time does the host hold more of the model than its largest single tensor, besides what lies on the devices (on the CPU backend they are host memory, too).
+Besides what lies on the devices (on the CPU backend they are host memory, too) the host holds about as much of the model as its largest single tensor; on meshes with rows that take
+another dim of it too, somewhat more (docs/log.md has what was measured).
 """
 
 from __future__ import annotations
