@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +14,11 @@ import torch
 
 import parallama
 from parallama.checkpoint import SafetensorsFolder
+from parallama.host import rss_bytes
 from parallama.loading import to_devices
 from parallama.mesh import DeviceMesh
 from parallama.plan import make_plan
-from parallama.program import compiled_programs
+from parallama.program import Program, compiled_programs
 
 
 def loaded(folder: str, mesh: str, dtype: str) -> dict[str, Any]:
@@ -38,3 +44,146 @@ def loaded(folder: str, mesh: str, dtype: str) -> dict[str, Any]:
 def export(folder: str, mesh: str, out: str) -> dict[str, Any]:
     """A model loaded onto a mesh and handed back."""
     return parallama.load(folder, mesh=mesh).export(out).to_dict()
+
+
+def taken_over(dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """A host tensor that one device takes over: where its memory is then, what is read back, and when it is freed."""
+    import torch_xla
+
+    mesh = DeviceMesh("1x1")
+    host = torch.randn(shape).to(getattr(torch, dtype))
+    copy, place, gone = host.clone(), host.data_ptr(), weakref.ref(host)
+    device = mesh.take_over(host)
+    same_memory = torch_xla._XLAC._unsafe_buffer_pointer(device) == place
+    del host
+    gc.collect()
+    kept = gone() is not None
+    read, computed = mesh.fetch(device, (None,) * copy.dim()), (device + device).cpu()
+    del device
+    mesh.wait()
+    gc.collect()
+    return {"same_memory": same_memory, "given": copy, "read": read, "computed": computed, "kept": kept, "freed": gone() is None}
+
+
+def given_away(size: int, times: int) -> dict[str, Any]:
+    """A program that its argument is donated to, which starts as memory that was taken over, several times: the host's tensor, and what comes out."""
+    import torch_xla
+
+    mesh, host = DeviceMesh("1x1"), torch.arange(float(size))
+    gone, places = weakref.ref(host), []
+
+    def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"state": given["state"] * 2.0 + 1.0}
+
+    state = mesh.take_over(host)
+    program = Program("double", mesh, step, {"state": state}, ["state"])
+    for _ in range(times):
+        places.append(torch_xla._XLAC._unsafe_buffer_pointer(state))
+        state = program({"state": state})["state"]
+        mesh.wait()
+    places.append(torch_xla._XLAC._unsafe_buffer_pointer(state))
+    unchanged = torch.equal(host, torch.arange(float(size)))
+    started_there = places[0] == host.data_ptr()
+    del host, program
+    gc.collect()
+    return {
+        "unchanged": unchanged,
+        "started_there": started_there,
+        "places": [places.index(place) for place in places],
+        "state": state.cpu(),
+        "freed": gone() is None,
+    }
+
+
+def changed_in_place(size: int) -> dict[str, Any]:
+    """An optimizer step, as a user's own loop takes it, on a parameter that was taken over."""
+    import torch_xla
+
+    mesh, host = DeviceMesh("1x1"), torch.arange(float(size))
+    parameter = torch.nn.Parameter(mesh.take_over(host))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (parameter * 3.0).sum().backward()
+        optimizer.step()
+        torch_xla.sync()
+    return {"host": host, "parameter": parameter.detach().cpu()}
+
+
+def dropped_in_flight(size: int, products: int) -> dict[str, Any]:
+    """A tensor that was taken over and is dropped while a program reads it; before the drop, after it, and when the program is done: whether its memory is there."""
+    import torch_xla
+
+    mesh, host = DeviceMesh("1x1"), torch.eye(size)
+    gone = weakref.ref(host)
+    device = mesh.take_over(host)
+    del host
+
+    def chain(tensor: torch.Tensor) -> torch.Tensor:
+        result = tensor
+        for _ in range(products):
+            result = result @ tensor
+        return result
+
+    warm = chain(device)
+    torch_xla.sync()
+    mesh.wait()
+    del warm
+    result = chain(device)
+    torch_xla.sync(wait=False)
+    del device
+    there = gone() is not None
+    value = result.cpu()
+    mesh.wait()
+    for _ in range(100):  # the thread that ran the program lets go of it
+        if gone() is None:
+            break
+        time.sleep(0.05)
+    return {"there": there, "right": torch.equal(value, torch.eye(size)), "freed": gone() is None}
+
+
+def refused_to_take_over(mesh: str) -> dict[str, Any]:
+    """What a mesh says of tensors that it can't take over."""
+    device_mesh = DeviceMesh(mesh)
+    tensors = {"plain": torch.ones(4, 4), "turned": torch.ones(4, 6).t(), "within another": torch.ones(33)[1:]}
+    found: dict[str, Any] = {"shares": device_mesh.shares_host_memory}
+    for name, tensor in tensors.items():
+        try:
+            device_mesh.take_over(tensor)
+            found[name] = "taken over"
+        except AssertionError:
+            found[name] = "refused"
+    return found
+
+
+def rewritten(folder: str, dtype: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """A model on one device whose file is written over, then laid out anew."""
+    llm = parallama.load(folder, mesh="1x1", dtype=dtype)
+    weights = llm.steps.weights
+    first = llm.generate([1, 2, 3], max_new_tokens=6, ignore_eos=True)[0].token_ids
+    before = {name: weights.fetch(name) for name in weights.tensors}
+    file = Path(folder) / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    after = {name: weights.fetch(name) for name in weights.tensors}
+    report = asdict(llm.reshard(plan=plan))
+    weights = llm.steps.weights
+    moved = {name: weights.fetch(name) for name in weights.tensors}
+    again = llm.generate([1, 2, 3], max_new_tokens=6, ignore_eos=True)[0].token_ids
+    return {"before": before, "after": after, "moved": moved, "tokens": (first, again), "tensors": report["tensors"]}
+
+
+def dropped(folder: str, dtype: str) -> dict[str, int]:
+    """Memory of this process: before a model is loaded onto one device, at most until it is, afterwards, and when the model is gone."""
+    import torch_xla
+
+    DeviceMesh("1x1").put(torch.zeros(1), (None,))
+    parallama.load(folder, mesh="1x1", dtype=dtype)
+    gc.collect()
+    llm = parallama.load(folder, mesh="1x1", dtype=dtype)
+    stats, after = llm.load_stats, rss_bytes()
+    found = {"devices": sum(llm.param_bytes_per_device()), "largest": stats.largest_tensor_bytes}
+    llm = None
+    torch_xla.sync()
+    gc.collect()
+    return found | {"before": stats.baseline_rss_bytes, "loaded": after, "gone": rss_bytes()}

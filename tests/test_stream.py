@@ -85,13 +85,16 @@ def mapped_bytes(folder: str) -> int:
     return found
 
 
-@pytest.mark.parametrize(("mesh", "dtype"), [("1x8", "bfloat16"), ("2x4", "float32"), ("1x8", "float32")])
+@pytest.mark.parametrize(
+    ("mesh", "dtype"), [("1x8", "bfloat16"), ("2x4", "float32"), ("1x8", "float32"), ("1x1", "bfloat16"), ("1x1", "float32")]
+)
 def test_a_model_on_the_devices_is_the_files_to_the_bit_and_each_byte_was_read_once(tmp_path, models, workers, mesh, dtype):
     tiny = models(heads=16, kv_heads=8, intermediate=64, vocab=96)
     stored = {name: tensor.bfloat16() for name, tensor in load_file(Path(tiny.folder) / "model.safetensors").items()}
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((Path(tiny.folder) / "config.json").read_bytes())
-    found = workers[8].call("stream_cases:loaded", folder=str(tmp_path), mesh=mesh, dtype=dtype)
+    worker = workers[MeshShape.parse(mesh).devices]
+    found = worker.call("stream_cases:loaded", folder=str(tmp_path), mesh=mesh, dtype=dtype)
     assert found["tensors"].keys() == stored.keys()
     for name, tensor in found["tensors"].items():
         assert torch.equal(tensor, stored[name].to(getattr(torch, dtype))), name
@@ -100,7 +103,7 @@ def test_a_model_on_the_devices_is_the_files_to_the_bit_and_each_byte_was_read_o
     assert found["order"] == [name for name, _ in SafetensorsFolder(tmp_path).spec.parameters()]
     done = [done for done, _ in found["reported"]]
     assert done == sorted(done) and done[-1] == total and {all_ for _, all_ in found["reported"]} == {total}
-    assert found["threads"] == workers[8].call("torch:get_num_threads")
+    assert found["threads"] == worker.call("torch:get_num_threads")
 
 
 @pytest.mark.parametrize(("mesh", "programs"), [("8x1", 3), ("2x4", 1)])
@@ -116,7 +119,7 @@ def test_large_tensors_that_a_mesh_repeats_are_read_once_and_repeated_on_the_dev
         assert torch.equal(found["tensors"][name], tensor), name
 
 
-@pytest.mark.parametrize(("mesh", "intermediate"), [("1x8", 64), ("8x1", 8192)])
+@pytest.mark.parametrize(("mesh", "intermediate"), [("1x8", 64), ("8x1", 8192), ("1x1", 64)])
 def test_a_tensor_that_the_readers_refuse_ends_the_load(tmp_path, models, workers, mesh, intermediate):
     tiny = models(heads=16, kv_heads=8, intermediate=intermediate, vocab=96)
     stored = load_file(Path(tiny.folder) / "model.safetensors")
@@ -124,9 +127,70 @@ def test_a_tensor_that_the_readers_refuse_ends_the_load(tmp_path, models, worker
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((Path(tiny.folder) / "config.json").read_bytes())
     with pytest.raises(Exception, match=f"tensor {DOWN} holds NaN or infinity") as caught:
-        workers[8].call("stream_cases:loaded", folder=str(tmp_path), mesh=mesh, dtype="float32")
+        workers[MeshShape.parse(mesh).devices].call("stream_cases:loaded", folder=str(tmp_path), mesh=mesh, dtype="float32")
     assert caught.value.kind == CheckpointError.__name__
-    assert workers[8].alive
+    assert workers[MeshShape.parse(mesh).devices].alive
+
+
+# -- memory that one device takes over
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1, 7), (33, 65)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_one_device_takes_a_host_tensor_over_without_a_copy_and_frees_it_when_it_is_gone(workers, dtype, shape):
+    found = workers[1].call("stream_cases:taken_over", dtype=dtype, shape=shape)
+    assert found["same_memory"] and found["kept"] and found["freed"]
+    assert torch.equal(found["read"], found["given"]) and torch.equal(found["computed"], found["given"] + found["given"])
+
+
+def test_a_program_that_memory_taken_over_is_donated_to_copies_it_once_and_never_writes_to_it(workers):
+    """Afterwards the program updates its own buffer in place, as it does any other."""
+    found = workers[1].call("stream_cases:given_away", size=1 << 16, times=3)
+    assert found["started_there"] and found["unchanged"] and found["freed"]
+    assert found["places"] == [0, 1, 1, 1]
+    assert torch.equal(found["state"], torch.arange(float(1 << 16)) * 8 + 7)
+
+
+def test_an_optimizer_that_changes_what_was_taken_over_leaves_the_hosts_memory_as_it_was(workers):
+    found = workers[1].call("stream_cases:changed_in_place", size=1 << 12)
+    assert torch.equal(found["host"], torch.arange(float(1 << 12)))
+    assert torch.equal(found["parameter"], torch.arange(float(1 << 12)) - 3.0)
+
+
+def test_memory_taken_over_stays_until_the_last_program_that_reads_it_is_done(workers):
+    assert workers[1].call("stream_cases:dropped_in_flight", size=700, products=40) == {"there": True, "right": True, "freed": True}
+
+
+@pytest.mark.parametrize(("mesh", "plain"), [("1x1", "taken over"), ("1x2", "refused")])
+def test_only_whole_aligned_tensors_are_taken_over_and_only_where_there_is_one_device(workers, mesh, plain):
+    found = workers[MeshShape.parse(mesh).devices].call("stream_cases:refused_to_take_over", mesh=mesh)
+    assert found == {"shares": mesh == "1x1", "plain": plain, "turned": "refused", "within another": "refused"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_model_on_one_device_needs_its_file_no_more_and_is_laid_out_anew_to_the_bit(tmp_path, models, workers, dtype, tied):
+    tiny = models(heads=16, kv_heads=8, intermediate=64, vocab=96, tied=tied)
+    stored = load_file(Path(tiny.folder) / "model.safetensors")
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((Path(tiny.folder) / name).read_bytes())
+    found = workers[1].call(
+        "stream_cases:rewritten", folder=str(tmp_path), dtype=dtype, plan={UP: "replicate", UP.replace("up_", "gate_"): "replicate"}
+    )
+    assert found["before"].keys() == stored.keys()
+    for name, tensor in stored.items():
+        for state in ("before", "after", "moved"):
+            assert torch.equal(found[state][name], tensor.to(getattr(torch, dtype))), (state, name)
+    assert found["tensors"] == len(stored) and found["tokens"][0] == found["tokens"][1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_model_on_one_device_takes_its_own_bytes_and_gives_them_back(models, workers, dtype):
+    tiny = models(heads=16, kv_heads=8, hidden=256, intermediate=1 << 14, vocab=1 << 14, layers=4)
+    found = workers[1].call("stream_cases:dropped", folder=tiny.folder, dtype=dtype)
+    assert found["devices"] > 3 * found["largest"]
+    assert abs(found["loaded"] - found["before"] - found["devices"]) < 0.25 * found["devices"]
+    assert found["gone"] - found["before"] < 0.25 * found["devices"]
 
 
 def test_a_gguf_tensor_is_dequantized_once_and_forgotten():

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 Axes = Sequence[str | None]
+_ALIGNMENT = 64
+"""Bytes; XLA's, and torch's, too."""
 
 
 class DeviceMesh:
@@ -87,6 +89,24 @@ class DeviceMesh:
         return self._xla._XLAC._global_tensor_from_cpu_shards(
             [parts[device] for device in holders], self._mesh.get_op_sharding(tuple(axes))
         )
+
+    @property
+    def shares_host_memory(self) -> bool:
+        """Whether `take_over` can be used: on one CPU device. Under SPMD torch-xla's way ends the process."""
+        return not self.spmd and self.backend.name == "cpu"
+
+    def take_over(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Make a host tensor the device's, with its memory and without a copy; nobody else may write to that any more.
+
+        XLA neither writes to such a buffer nor frees it: a program that it is donated to copies it first. The memory is freed when the device tensor is gone, and the last program that reads it.
+
+        Args:
+            tensor: contiguous, with memory of its own that begins at a multiple of 64 bytes, as what torch allocates does.
+        """
+        from torch_xla.utils.dlpack import from_dlpack
+
+        assert self.shares_host_memory and tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
+        return from_dlpack(tensor)
 
     def mark(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
         """Say how a device tensor lies; inside a traced step this pins an intermediate."""

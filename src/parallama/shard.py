@@ -69,11 +69,12 @@ def device_part(source: torch.Tensor, plan: Plan, placement: Placement, device: 
     return cut(source.__getitem__, Layout.of(plan, placement.name), device, source.dtype)
 
 
-def cut(read: Callable[[Slices], torch.Tensor], layout: Layout, device: int, dtype: torch.dtype) -> torch.Tensor:
+def cut(read: Callable[[Slices], torch.Tensor], layout: Layout, device: int, dtype: torch.dtype, *, own: bool = False) -> torch.Tensor:
     """One device's part of a tensor, from slices of the checkpoint's tensor: only those that the part is made of are asked for.
 
     Args:
         read: slices of every dim to what lies there, of any dtype.
+        own: the part has memory of its own in any case.
 
     Returns:
         A tensor of `dtype` and of shape `layout.local_shape`: what was read itself, if that is the part as it is; otherwise it is copied, cast and laid out at once.
@@ -86,7 +87,7 @@ def cut(read: Callable[[Slices], torch.Tensor], layout: Layout, device: int, dty
         spans.append(list(runs(blocks.sources, first, step, blocks.block)) if blocks is not None and laid_out else [(first, step)])
     if all(len(found) == 1 and found[0][0] != heads.EMPTY for found in spans):
         part = read(tuple(slice(at, at + length) for ((at, length),) in spans))
-        return part if part.dtype == dtype else torch.empty(part.shape, dtype=dtype).copy_(part)
+        return part if part.dtype == dtype and not own else torch.empty(part.shape, dtype=dtype).copy_(part)
     whole = torch.empty(layout.local_shape, dtype=dtype)
     for pieces in itertools.product(*map(_placed, spans)):
         target = whole[tuple(slice(place, place + length) for place, _, length in pieces)]

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors onto the devices, slice by slice: while one is transferred, the next ones are read, cast and laid out.
+"""A checkpoint's tensors onto the devices, slice by slice: while one is transferred, the next ones are read, cast and laid out. One CPU device takes over what was read instead.
 
 Besides what lies on the devices (on the CPU backend they are host memory, too) the host holds about as much of the model as its largest single tensor; on meshes with rows that take
 another dim of it too, somewhat more (docs/log.md has what was measured).
@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -27,6 +27,9 @@ from .tensor_source import Slices, TensorSource
 _READERS = 2
 _AHEAD = 4
 """Tensors that are made ready while one is transferred."""
+_Parts = Future[dict[int, torch.Tensor]]
+_Read = Callable[..., _Parts]
+"""`parts`, done by a reader."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +86,14 @@ def parts(
     devices: Collection[int],
     *,
     axes: Axes | None = None,
+    own: bool = False,
     allow_nonfinite: bool = False,
 ) -> dict[int, torch.Tensor]:
     """The parts of a tensor that some devices hold, each distinct one once; nothing else of it is read.
 
     Args:
         axes: how the tensor lies meanwhile, if not as in the plan.
+        own: each part has memory of its own.
 
     Raises:
         CheckpointError: what is read holds NaN or infinity, unless that is allowed.
@@ -110,7 +115,7 @@ def parts(
 
     # All of it is looked at at once: each operation of a reader waits until no transfer keeps the interpreter.
     slicing = read(None).__getitem__ if len(wanted) == len(set(holders)) else read
-    return {device: cut(slicing, layout, device, dtype) for device in wanted}
+    return {device: cut(slicing, layout, device, dtype, own=own) for device in wanted}
 
 
 def put(
@@ -133,35 +138,24 @@ def put(
     """
     began, baseline = time.perf_counter(), rss_bytes()
     # The largest first: what a tensor takes on its way adds to the peak only while little else is there.
-    waiting = deque(sorted(sources, key=lambda source: source.nbytes, reverse=True))
+    ordered = sorted(sources, key=lambda source: source.nbytes, reverse=True)
     done, total = 0, sum(source.nbytes for source in sources)
     sizes = {source.name: math.prod(int(size) for size in plan[source.name].shape) * dtype.itemsize for source in sources}
-    most, under_way = max(sizes.values(), default=0), 0
-    ready: deque[tuple[TensorSource, Future[dict[int, torch.Tensor]]]] = deque()
-    tensors: dict[str, torch.Tensor] = {}
     make = functools.partial(parts, plan=plan, dtype=dtype, devices=range(mesh.shape.devices), allow_nonfinite=allow_nonfinite)
-    ways = {name: _Way.of(Layout.of(plan, name), dtype) for name in sizes}
-
-    def room(first: TensorSource, following: TensorSource) -> bool:
-        """Whether one more may be read while the first is transferred."""
-        return under_way + sizes[first.name] * ways[first.name].copies + sizes[following.name] <= most
-
+    tensors: dict[str, torch.Tensor] = {}
     # On one device a transfer goes on while the next tensor comes, and one heap then holds twice as much of the largest. Copies for rows of the mesh leave holes in it.
     memory = reused_host_memory if mesh.spmd and mesh.shape.data == 1 else lean_host_memory
     readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
     try:
         with memory(), _one_thread_each():
-            while waiting or ready:
-                while waiting and (not ready or (len(ready) < _AHEAD and room(ready[0][0], waiting[0]))):
-                    source = waiting.popleft()
-                    under_way += sizes[source.name]
-                    ready.append((source, readers.submit(make, source, axes=ways[source.name].split)))
-                source, made = ready.popleft()
-                way = ways[source.name]
-                tensors[source.name] = replicas.put_crossing(mesh, made.result().pop, way.split, way.axes)
-                del made
+            if mesh.shares_host_memory:
+                arriving = _taken_over(ordered, sizes, mesh, functools.partial(readers.submit, make, own=True))
+            else:
+                ways = {name: _Way.of(Layout.of(plan, name), dtype) for name in sizes}
+                arriving = _transferred(ordered, sizes, ways, mesh, functools.partial(readers.submit, make))
+            for source, tensor in arriving:
+                tensors[source.name] = tensor
                 source.release()
-                under_way -= sizes[source.name]
                 done += source.nbytes
                 if progress is not None:
                     progress(done, total)
@@ -171,12 +165,55 @@ def put(
     stats = StreamStats(
         seconds=time.perf_counter() - began,
         bytes_read=sum(source.bytes_read for source in sources),
-        largest_tensor_bytes=most,
+        largest_tensor_bytes=max(sizes.values(), default=0),
         baseline_rss_bytes=baseline,
         peak_rss_bytes=peak_rss_bytes(),
     )
-    ordered = {placement.name: tensors[placement.name] for placement in plan.parameters}
-    return DeviceWeights(plan=plan, mesh=mesh, tensors=ordered), stats
+    tensors = {placement.name: tensors[placement.name] for placement in plan.parameters}
+    return DeviceWeights(plan=plan, mesh=mesh, tensors=tensors), stats
+
+
+def _transferred(
+    sources: Sequence[TensorSource], sizes: Mapping[str, int], ways: Mapping[str, _Way], mesh: DeviceMesh, read: _Read
+) -> Iterator[tuple[TensorSource, torch.Tensor]]:
+    """Sources and their device tensors, one after another; while one is transferred, the next are read. Those under way are together never larger than the largest."""
+    waiting, ready = deque(sources), deque[tuple[TensorSource, _Parts]]()
+    most, under_way = max(sizes.values(), default=0), 0
+    while waiting or ready:
+        while waiting and (not ready or len(ready) < _AHEAD):
+            following = waiting[0].name
+            if ready and under_way + sizes[ready[0][0].name] * ways[ready[0][0].name].copies + sizes[following] > most:
+                break
+            under_way += sizes[following]
+            source = waiting.popleft()
+            ready.append((source, read(source, axes=ways[following].split)))
+        source, made = ready.popleft()
+        way = ways[source.name]
+        shard = made.result().pop
+        del made
+        yield source, replicas.put_crossing(mesh, shard, way.split, way.axes)
+        under_way -= sizes[source.name]
+
+
+def _taken_over(
+    sources: Sequence[TensorSource], sizes: Mapping[str, int], mesh: DeviceMesh, read: _Read
+) -> Iterator[tuple[TensorSource, torch.Tensor]]:
+    """Sources and their device tensors, whose memory the readers have filled: a tensor is there twice while it is read, in the file's pages and in its own.
+
+    No further one is begun unless they all, with those that have arrived, take no more than what the device will hold, and the largest.
+    """
+    waiting, ready = deque(sources), deque[tuple[TensorSource, _Parts]]()
+    left = sum(sizes.values()) + max(sizes.values(), default=0)
+    while waiting or ready:
+        while waiting and (not ready or waiting[0].nbytes + sizes[waiting[0].name] <= left):
+            source = waiting.popleft()
+            left -= source.nbytes + sizes[source.name]
+            ready.append((source, read(source)))
+        source, made = ready.popleft()
+        part = made.result().pop
+        del made
+        yield source, mesh.take_over(part(0))
+        left += source.nbytes
 
 
 @contextlib.contextmanager
