@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from broken_folders import CASES, Case, make, make_good
+import torch
+from broken_folders import CASES, HEAD, Case, make, make_good
 
 from parallama import chat_template, finite
 from parallama.chat_template import Renderer
@@ -29,15 +30,15 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def everything(folder: Path) -> SafetensorsFolder:
-    """All that loading does with a folder, but for the devices."""
+def everything(folder: Path) -> dict[str, torch.Tensor]:
+    """All that loading does with a folder, but for the devices; its parameters."""
     checkpoint = SafetensorsFolder(folder)
     tokenizer = checkpoint.tokenizer()
     eos_ids(checkpoint.generation.get("eos_token_id", checkpoint.config.eos_token_id), tokenizer, checkpoint.spec.vocab)
     make_skeleton(checkpoint.config)
-    names = [name for name, _ in finite.finite_only(checkpoint.tensors(checkpoint.spec), checkpoint.file_of)]
-    assert sorted(names) == sorted(name for name, _ in checkpoint.spec.parameters())
-    return checkpoint
+    found = list(finite.finite_only(checkpoint.tensors(checkpoint.spec), checkpoint.file_of))
+    assert sorted(name for name, _ in found) == sorted(name for name, _ in checkpoint.spec.parameters())
+    return dict(found)
 
 
 def check_message(error: CheckpointError, case: Case) -> None:
@@ -66,8 +67,16 @@ def test_a_broken_folder_is_an_error_in_three_lines(name, good, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.says])
 def test_a_legal_folder_loads(name, good, tmp_path):
+    """What it holds is what the untouched folder holds: to the bit in its own dtype or a wider one, and to the last place of a narrower one."""
     make(name, tmp_path / "model", good)
-    everything(tmp_path / "model")
+    untouched, loaded = everything(good), everything(tmp_path / "model")
+    assert loaded.keys() == untouched.keys() - ({HEAD} if name.startswith("tied ") else set())
+    for each, tensor in loaded.items():
+        place = torch.finfo(tensor.dtype)
+        exact = tensor.dtype in (torch.float32, torch.float64)
+        torch.testing.assert_close(
+            tensor.float(), untouched[each], rtol=0.0 if exact else place.eps, atol=0.0 if exact else place.smallest_normal, msg=each
+        )
 
 
 # Chat templates.
