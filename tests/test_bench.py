@@ -17,6 +17,7 @@ from parallama import cost
 from parallama.bench import shapes
 from parallama.bench.processes import EngineProcess
 from parallama.bench.run import Options
+from parallama.bench.training import TrainOptions
 from parallama.errors import CheckpointError, RunError, UsageError
 from parallama.spec import ModelSpec
 from parallama.topology import MeshShape
@@ -94,7 +95,7 @@ def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() 
         (["--repeats", "0"], 2, "repeats is 0\nexpected at least 1"),
         (["--threads", "4096"], 2, "threads is 4096\nexpected 1 to "),
         (["--dtype", "int4"], 2, "dtype 'int4' is unknown\nexpected float32 or bfloat16"),
-        (["--train", "--peers", "hf-tp"], 2, "peer 'hf-tp' does not train\nexpected hf"),
+        (["--train", "--peers", "hf-tp"], 2, "peer 'hf-tp' is unknown\nexpected one of hf"),
         (["--train", "--batch", "2,4"], 2, "--batch 2,4 with --train\nexpected one number"),
         (["--train", "--prompt-tokens", "1"], 2, "prompt-tokens is 1\nexpected at least 2"),
         (["--train", "--repeats", "0"], 2, "repeats is 0\nexpected at least 1"),
@@ -155,6 +156,23 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_options_are_checked_in_python_too() -> None:
     with pytest.raises(UsageError, match="peer 'x' is unknown"):
         Options(model="m", meshes=(ONE,), peers=("x",))
+    with pytest.raises(UsageError, match="batch 3 on mesh 2x1"):
+        TrainOptions(model="m", meshes=(MeshShape(data=2, model=1),), batch=3)
+
+
+@pytest.mark.parametrize("kind", [Options, TrainOptions])
+def test_every_engine_is_told_all_that_was_asked_for(kind: Any) -> None:
+    asked = kind(model="m", meshes=(ONE,), threads=1, dtype="bfloat16", backend="cpu", backend_options={"a": 1}, allow_nonfinite=True)
+    told = asked.engine("hf", ONE)
+    assert {name: told[name] for name in ("engine", "model", "mesh", "devices", "threads")} == {
+        "engine": "hf",
+        "model": "m",
+        "mesh": "1x1",
+        "devices": 1,
+        "threads": 1,
+    }
+    assert (told["dtype"], told["backend_options"], told["allow_nonfinite"]) == ("bfloat16", {"a": 1}, True)
+    assert told.get("train") == ({"batch": 4, "seq_len": 256, "lr": 1e-4} if kind is TrainOptions else None)
 
 
 def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:

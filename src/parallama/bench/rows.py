@@ -123,8 +123,8 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """Everything one run of `parallama bench` measured."""
+class About:
+    """What every report of a benchmark says besides its rows."""
 
     command: str
     date: str
@@ -134,6 +134,12 @@ class Report:
     threads: int
     machine: Machine
     versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(About):
+    """Everything one run of `parallama bench` measured."""
+
     starts: tuple[Start, ...]
     rows: tuple[Row, ...]
 

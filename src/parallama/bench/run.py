@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import platform
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..config_json import read_config
 from ..cost import decode_bytes, prefill_flops
-from ..errors import RunError, UsageError, lines
-from ..host import usable_cores
+from ..errors import RunError
 from ..loading import DTYPES
-from ..plugins import OptionValue
 from ..spec import ModelSpec
 from ..topology import MeshShape
+from .options import EngineOptions
 from .processes import EngineProcess
-from .rows import Machine, PeerResult, Report, Row, Speed, Start, What
+from .rows import PeerResult, Report, Row, Speed, Start, What
 
 PEERS = ("hf", "hf-compile", "hf-tp", "recipe", "recipe-openxla")
 """Peers by name; see the README for what each is."""
@@ -34,7 +30,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(EngineOptions):
     """What to measure.
 
     Attributes:
@@ -42,38 +38,18 @@ class Options:
         batches, prompts: every pair is a case.
         steps: decode steps measured in each case.
         repeats: prefills measured in each case (one only, where its prompts have more than 4,096 tokens together).
-        threads: cores that every engine may use; all if None.
-        allow_nonfinite: load weights that hold NaN or infinity, too.
     """
 
-    model: str
-    meshes: tuple[MeshShape, ...]
-    peers: tuple[str, ...] = ()
+    PEERS = PEERS
+
     batches: tuple[int, ...] = (1, 4, 16, 32)
     prompts: tuple[int, ...] = (512, 4096)
     steps: int = 24
-    repeats: int = 3
-    threads: int | None = None
-    dtype: str = "float32"
-    backend: str = "cpu"
-    backend_options: Mapping[str, OptionValue] = field(default_factory=dict)
-    allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
-        unknown = [peer for peer in self.peers if peer not in PEERS]
-        if unknown:
-            raise UsageError(lines(f"peer {unknown[0]!r} is unknown", f"expected one of {', '.join(PEERS)}"))
+        super().__post_init__()
         for name, numbers, least in (("batch", self.batches, 1), ("prompt", self.prompts, 1), ("steps", (self.steps,), 8)):
-            if not numbers or min(numbers) < least:
-                raise UsageError(lines(f"{name} is {min(numbers, default=None)}", f"expected at least {least}"))
-        if self.repeats < 1:
-            raise UsageError(lines(f"repeats is {self.repeats}", "expected at least 1"))
-        if self.dtype not in DTYPES:
-            raise UsageError(lines(f"dtype {self.dtype!r} is unknown", f"expected {' or '.join(DTYPES)}"))
-        if not self.meshes:
-            raise UsageError(lines("there is no mesh", "expected at least one, as 1x1,1x2"))
-        if self.threads is not None and not 1 <= self.threads <= usable_cores():
-            raise UsageError(lines(f"threads is {self.threads}", f"expected 1 to {usable_cores()}, the cores this process may use"))
+            self.check_least(name, min(numbers, default=None), least)
 
 
 @dataclass
@@ -124,9 +100,8 @@ def run(options: Options, command: str, progress: Progress) -> Report:
         RunError: parallama itself could not start on a mesh.
     """
     spec = ModelSpec.from_config(read_config(options.model))
-    threads = options.threads or usable_cores()
     with contextlib.ExitStack() as stack:
-        start = _Starter(options, threads, stack, progress)
+        start = _Starter(options, stack, progress)
         machine = start("machine")
         assert machine.process is not None
         readings = [reading(machine.process)]
@@ -152,46 +127,24 @@ def run(options: Options, command: str, progress: Progress) -> Report:
                 limit = {name: max(each[name] for each in readings[-2:]) for name in readings[-1]}
                 for runner, peers in zip(ours, beside, strict=True):
                     rows += _rows(runner, peers, options, spec, batch, prompt, limit)
-        versions = ours[0].started["versions"] | {"python": platform.python_version()}
+        versions = ours[0].started["versions"]
         starts = tuple(Start(mesh=runner.mesh, **runner.started["start"]) for runner in ours)
-    return Report(
-        command=command,
-        date=datetime.date.today().isoformat(),
-        model=options.model,
-        dtype=options.dtype,
-        backend=options.backend,
-        threads=threads,
-        machine=Machine(cpu=cpu_name(), **{name: max(each[name] for each in readings) for name in readings[0]}),
-        versions=versions,
-        starts=starts,
-        rows=tuple(rows),
-    )
+    return Report(**options.about(command, readings, versions), starts=starts, rows=tuple(rows))
 
 
 class _Starter:
     """Starts engines, which end with the run."""
 
-    def __init__(self, options: Options, threads: int, stack: contextlib.ExitStack, progress: Progress) -> None:
-        self._options, self._threads, self._stack, self._progress = options, threads, stack, progress
+    def __init__(self, options: Options, stack: contextlib.ExitStack, progress: Progress) -> None:
+        self._options, self._stack, self._progress = options, stack, progress
 
     def __call__(self, name: str, mesh: MeshShape | None = None) -> _Runner:
         mesh = mesh or MeshShape(data=1, model=1)
         processes = mesh.devices if name == "hf-tp" else 1
         runner = _Runner(name=name, mesh=str(mesh), processes=processes)
         self._progress(f"starting {name} {mesh}")
-        engine = {
-            "engine": name,
-            "model": self._options.model,
-            "mesh": str(mesh),
-            "devices": mesh.devices,
-            "dtype": self._options.dtype,
-            "backend": self._options.backend,
-            "backend_options": dict(self._options.backend_options),
-            "allow_nonfinite": self._options.allow_nonfinite,
-            "threads": self._threads,
-        }
         try:
-            runner.process = self._stack.enter_context(EngineProcess(engine, processes=processes))
+            runner.process = self._stack.enter_context(EngineProcess(self._options.engine(name, mesh), processes=processes))
         except RunError as error:
             if name in ("parallama", "machine"):
                 raise
@@ -310,12 +263,3 @@ def _beside(what: What, speed: Speed, ours: _Runner, peers: Mapping[str, _Runner
             )
         )
     return tuple(results)
-
-
-def cpu_name() -> str:
-    """The processor's name, where the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -32,7 +32,7 @@ class Ours:
         from ..train.step import Trainer
 
         mesh = DeviceMesh(given["mesh"], backend=given["backend"], backend_options=given["backend_options"])
-        self._trainer, self._lr = Trainer(find(given["model"]), mesh, options), lr
+        self._trainer, self._lr = Trainer(find(given["model"]), mesh, options, allow_nonfinite=given["allow_nonfinite"]), lr
         self._trainer.compile()
 
     def step(self, rows: list[list[int]]) -> float:

@@ -7,8 +7,6 @@ times its weights.
 from __future__ import annotations
 
 import contextlib
-import datetime
-import platform
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +16,12 @@ from typing import Any
 from ..config_json import read_config
 from ..cost import train_flops
 from ..errors import RunError, UsageError, lines
-from ..host import usable_cores
-from ..loading import DTYPES
-from ..plugins import OptionValue
 from ..spec import ModelSpec
 from ..topology import MeshShape
+from .options import EngineOptions
 from .processes import EngineProcess
-from .rows import Machine, Speed
-from .run import cpu_name, first_line, reading
+from .rows import About, Speed
+from .run import first_line, reading
 
 TRAIN_PEERS = ("hf",)
 SAME_LOSS = 1e-4
@@ -34,45 +30,34 @@ _LR = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(EngineOptions):
     """What to measure.
 
     Attributes:
+        repeats: steps measured, after one that isn't.
         batch: sequences of a step.
         seq_len: tokens of a sequence.
-        repeats: steps measured, after one that isn't.
-        threads: cores that every engine may use; all if None.
     """
 
-    model: str
-    meshes: tuple[MeshShape, ...]
+    PEERS = TRAIN_PEERS
+
     peers: tuple[str, ...] = TRAIN_PEERS
     batch: int = 4
     seq_len: int = 256
-    repeats: int = 3
-    threads: int | None = None
-    dtype: str = "float32"
-    backend: str = "cpu"
-    backend_options: Mapping[str, OptionValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        unknown = [peer for peer in self.peers if peer not in TRAIN_PEERS]
-        if unknown:
-            raise UsageError(lines(f"peer {unknown[0]!r} does not train", f"expected {' or '.join(TRAIN_PEERS)}"))
-        for name, number, least in (("batch", self.batch, 1), ("prompt-tokens", self.seq_len, 2), ("repeats", self.repeats, 1)):
-            if number < least:
-                raise UsageError(lines(f"{name} is {number}", f"expected at least {least}"))
-        if self.dtype not in DTYPES:
-            raise UsageError(lines(f"dtype {self.dtype!r} is unknown", f"expected {' or '.join(DTYPES)}"))
-        if not self.meshes:
-            raise UsageError(lines("there is no mesh", "expected at least one, as 1x1,1x2"))
+        super().__post_init__()
+        self.check_least("batch", self.batch, 1)
+        self.check_least("prompt-tokens", self.seq_len, 2)
         for mesh in self.meshes:
             if self.batch % mesh.data:
                 raise UsageError(
                     lines(f"batch {self.batch} on mesh {mesh}", f"expected a multiple of {mesh.data}, the devices along 'data'")
                 )
-        if self.threads is not None and not 1 <= self.threads <= usable_cores():
-            raise UsageError(lines(f"threads is {self.threads}", f"expected 1 to {usable_cores()}, the cores this process may use"))
+
+    def engine(self, name: str, mesh: MeshShape) -> dict[str, Any]:
+        """See `EngineOptions.engine`; one that trains."""
+        return super().engine(name, mesh) | {"train": {"batch": self.batch, "seq_len": self.seq_len, "lr": _LR}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,17 +107,9 @@ class TrainRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainReport:
+class TrainReport(About):
     """What was measured. The keys of `--json`."""
 
-    command: str
-    date: str
-    model: str
-    dtype: str
-    backend: str
-    threads: int
-    machine: Machine
-    versions: dict[str, str]
     rows: tuple[TrainRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,20 +137,20 @@ def run(options: TrainOptions, command: str, progress: Callable[[str], None]) ->
         RunError: parallama itself could not start on a mesh, or take a step.
     """
     spec = ModelSpec.from_config(read_config(options.model))
-    threads = options.threads or usable_cores()
     if options.seq_len > spec.max_positions:
         raise UsageError(lines(f"prompt-tokens is {options.seq_len}", f"expected at most {spec.max_positions}, the model's positions"))
-    rows, readings, versions = [], [], {}
-    with _engine(options, "machine", MeshShape(), threads) as machine:
+    rows, readings = [], []
+    versions: dict[str, str] = {}
+    with EngineProcess(options.engine("machine", MeshShape())) as machine:
         for mesh in options.meshes:
             with contextlib.ExitStack() as stack:
                 progress(f"starting parallama {mesh}")
-                ours = stack.enter_context(_engine(options, "parallama", mesh, threads))
+                ours = stack.enter_context(EngineProcess(options.engine("parallama", mesh)))
                 peers: dict[str, EngineProcess | str] = {}
                 for name in options.peers:
                     progress(f"starting {name}")
                     try:
-                        peers[name] = stack.enter_context(_engine(options, name, MeshShape(), threads))
+                        peers[name] = stack.enter_context(EngineProcess(options.engine(name, MeshShape())))
                     except RunError as error:
                         peers[name] = first_line(error, name)
                 progress(f"{options.repeats} steps of {options.batch} x {options.seq_len} tokens")
@@ -183,17 +160,7 @@ def run(options: TrainOptions, command: str, progress: Callable[[str], None]) ->
                 versions = ours.started["versions"]
                 peak = max(each["gemm_flops_per_s"] for each in readings[-2:])
                 rows.append(_row(options, spec, str(mesh), ours, peers, taken, peak))
-    return TrainReport(
-        command=command,
-        date=datetime.date.today().isoformat(),
-        model=options.model,
-        dtype=options.dtype,
-        backend=options.backend,
-        threads=threads,
-        machine=Machine(cpu=cpu_name(), **{name: max(each[name] for each in readings) for name in readings[0]}),
-        versions=versions | {"python": platform.python_version()},
-        rows=tuple(rows),
-    )
+    return TrainReport(**options.about(command, readings, versions), rows=tuple(rows))
 
 
 @dataclass
@@ -203,22 +170,6 @@ class _Taken:
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
-
-
-def _engine(options: TrainOptions, name: str, mesh: MeshShape, threads: int) -> EngineProcess:
-    return EngineProcess(
-        {
-            "engine": name,
-            "model": options.model,
-            "mesh": str(mesh),
-            "devices": mesh.devices,
-            "dtype": options.dtype,
-            "backend": options.backend,
-            "backend_options": dict(options.backend_options),
-            "threads": threads,
-            "train": {"batch": options.batch, "seq_len": options.seq_len, "lr": _LR},
-        }
-    )
 
 
 def _take(options: TrainOptions, spec: ModelSpec, ours: EngineProcess, peers: dict[str, EngineProcess | str]) -> dict[str, _Taken]:

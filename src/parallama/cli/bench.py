@@ -83,6 +83,7 @@ def bench(
                 "dtype": dtype,
                 "backend": backend,
                 "backend_options": parse_options(backend_option or []),
+                "allow_nonfinite": allow_nonfinite,
             },
             as_json,
             quiet,

@@ -1,0 +1,106 @@
+"""What a benchmark of any kind is told, and how its report begins."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import UsageError, lines
+from ..host import usable_cores
+from ..loading import DTYPES
+from ..plugins import OptionValue
+from ..topology import MeshShape
+from .rows import Machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What engines are measured on which meshes, and how they run.
+
+    Attributes:
+        repeats: how often each thing is measured.
+        threads: cores that every engine may use; all if None.
+        allow_nonfinite: load weights that hold NaN or infinity, too.
+    """
+
+    PEERS: ClassVar[tuple[str, ...]]
+    """Those that there are."""
+
+    model: str
+    meshes: tuple[MeshShape, ...]
+    peers: tuple[str, ...] = ()
+    repeats: int = 3
+    threads: int | None = None
+    dtype: str = "float32"
+    backend: str = "cpu"
+    backend_options: Mapping[str, OptionValue] = field(default_factory=dict)
+    allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [peer for peer in self.peers if peer not in self.PEERS]
+        if unknown:
+            raise UsageError(lines(f"peer {unknown[0]!r} is unknown", f"expected one of {', '.join(self.PEERS)}"))
+        self.check_least("repeats", self.repeats, 1)
+        if self.dtype not in DTYPES:
+            raise UsageError(lines(f"dtype {self.dtype!r} is unknown", f"expected {' or '.join(DTYPES)}"))
+        if not self.meshes:
+            raise UsageError(lines("there is no mesh", "expected at least one, as 1x1,1x2"))
+        if self.threads is not None and not 1 <= self.threads <= usable_cores():
+            raise UsageError(lines(f"threads is {self.threads}", f"expected 1 to {usable_cores()}, the cores this process may use"))
+
+    @staticmethod
+    def check_least(name: str, number: int | None, least: int) -> None:
+        """Raise `UsageError` for a number that is too small, or none."""
+        if number is None or number < least:
+            raise UsageError(lines(f"{name} is {number}", f"expected at least {least}"))
+
+    @property
+    def cores(self) -> int:
+        """What `threads` comes to."""
+        return self.threads or usable_cores()
+
+    def engine(self, name: str, mesh: MeshShape) -> dict[str, Any]:
+        """What the process of an engine is told; see `worker`."""
+        return {
+            "engine": name,
+            "model": self.model,
+            "mesh": str(mesh),
+            "devices": mesh.devices,
+            "dtype": self.dtype,
+            "backend": self.backend,
+            "backend_options": dict(self.backend_options),
+            "allow_nonfinite": self.allow_nonfinite,
+            "threads": self.cores,
+        }
+
+    def about(self, command: str, readings: Sequence[Mapping[str, float]], versions: Mapping[str, str]) -> dict[str, Any]:
+        """The fields of a `rows.About`.
+
+        Args:
+            readings: of the machine's limits; the best of each counts.
+            versions: of an engine of ours.
+        """
+        return {
+            "command": command,
+            "date": datetime.date.today().isoformat(),
+            "model": self.model,
+            "dtype": self.dtype,
+            "backend": self.backend,
+            "threads": self.cores,
+            "machine": Machine(cpu=_cpu_name(), **{name: max(each[name] for each in readings) for name in readings[0]}),
+            "versions": dict(versions) | {"python": platform.python_version()},
+        }
+
+
+def _cpu_name() -> str:
+    """The processor's name, where the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
