@@ -3,7 +3,7 @@
     python kill_cases.py < jobs
 
 A job is a line of JSON; for each, its child's exit code comes back when that has ended: by itself, or by a signal that it gives itself, before the k-th operation of the save protocol or some
-time after a step. No device exists before the fork, so a child may have any number of them.
+time after a step. No device exists before the fork, so a child may have any number of them. Other jobs don't kill, but let file operations fail.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,95 @@ def save(folder: str, step: int, kill_at: int | None = None, keep_last: int = 2,
     checkpoints.write(Path(folder), snapshot(step), keep_last=keep_last, disk=disk)
     Path(folder, "operations").write_text(json.dumps(done))
     return 0
+
+
+def commands(runs: list[dict[str, Any]], found: str, user: int | None = None) -> int:
+    """`parallama train` on the command line, for each of some runs in turn; how each ended goes into a file.
+
+    Args:
+        runs: arguments of `_command`.
+        found: the file; for each run what `_command` gives back.
+        user: to run as.
+    """
+    if user is not None:
+        os.setuid(user)
+    Path(found).write_text(json.dumps([_command(**run) for run in runs]))
+    return 0
+
+
+def _command(
+    options: list[str], errno: int | None = None, fail_at: int | None = None, after: int | None = None, then: list[Any] | None = None
+) -> dict[str, Any]:
+    """One run: its exit code, what it said, the operations of its disk, all names among its checkpoints, and the newest whole one with its files' hashes.
+
+    Args:
+        fail_at: which operation fails, with `errno`.
+        after: a step, or 0 for before the run.
+        then: a function of this module and its arguments, which is called there.
+    """
+    import contextlib
+    import io
+
+    from parallama import __main__
+    from parallama.train import checkpoints, loop
+
+    disk, done = counting(None, errno, fail_at)
+    train = loop.train
+
+    def reached(step: int) -> None:
+        if step == after and then is not None:
+            globals()[then[0]](*then[1:])
+
+    def observed(settings: Any, *, watch: Any) -> Any:
+        watch.step = lambda entry, _steps: reached(entry["step"])
+        return train(settings, watch=watch, disk=disk)
+
+    reached(0)
+    loop.train = observed
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            code = __main__.run(["train", *options, "--quiet"])
+    finally:
+        loop.train = train
+    folder = Path(options[options.index("--out") + 1], "checkpoints")
+    newest = checkpoints.newest(folder)
+    hashes = {} if newest is None else {name: entry.sha256 for name, entry in checkpoints.verify(newest).files.items()}
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    whole = None if newest is None else newest.name
+    return {"code": code, "said": said.getvalue(), "operations": done, "names": names, "newest": whole, "hashes": hashes}
+
+
+def fill(folder: str, left: int, behind: str | None = None) -> None:
+    """Fill a file system up but for so many bytes, when a file is there."""
+    wait_for(behind)
+    with Path(folder, "ballast").open("wb") as stream:
+        about = os.statvfs(folder)
+        stream.write(bytes(max(about.f_bavail * about.f_frsize - left, 0)))
+
+
+def free(folder: str) -> None:
+    """Undo `fill`."""
+    Path(folder, "ballast").unlink()
+
+
+def allow(folder: str, mode: int, behind: str | None = None) -> None:
+    """Set the rights to a folder, when a file is there."""
+    wait_for(behind)
+    Path(folder).chmod(mode)
+
+
+def wait_for(path: str | None) -> None:
+    while path is not None and not Path(path).exists():
+        time.sleep(0.01)
+
+
+def limit_files(path: str | None, more: int = 0) -> None:
+    """From now on no file of this process may be larger than this one is, and so many bytes; None: as large as before."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before if path is None else Path(path).stat().st_size + more, before))
 
 
 def train(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from PIL import Image
 
 from parallama.__main__ import run
-from parallama.errors import ParallamaError
-from parallama.train.logs import JsonLog, TensorBoard, WandB, read_log
+from parallama.errors import ParallamaError, RunError
+from parallama.train import logs
+from parallama.train.logs import JsonLog, TensorBoard, WandB, closing, read_log
 
 
 def entry(step: int, **more: Any) -> dict[str, Any]:
@@ -130,6 +132,29 @@ def test_tensorboard_gets_every_number_under_its_step(tmp_path: Path) -> None:
                 found[value.tag] = (event.step, value.simple_value)
     assert found["train/loss"] == (3, pytest.approx(5 / 3)) and found["train/tokens_per_s"] == (3, 103.0)
     assert texts == [b"Once more"]
+
+
+def test_events_that_cannot_be_written_end_the_run_and_do_not_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file may be larger than the first few events are."""
+    first, second, third = (TensorBoard(tmp_path, step) for step in (0, 8, 9))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = r"TensorBoard's events .*tensorboard' cannot be written: File too large[\s\S]*make room"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        with pytest.raises(RunError, match=said), closing([first]):
+            first.write(entry(1))
+        monkeypatch.setattr(logs, "FLUSH_S", math.inf)
+        second.write(entry(9))
+        with pytest.raises(RunError, match=said), closing([second]):
+            pass
+        third.write(entry(10))
+        with pytest.raises(RunError, match="what came first"), closing([third]):
+            raise RunError("what came first")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written: Not a directory"):
+        TensorBoard(tmp_path / "file", 0)
 
 
 def test_without_wandb_it_says_how_to_get_it(tmp_path: Path) -> None:

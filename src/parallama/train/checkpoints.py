@@ -12,13 +12,12 @@ Whatever has a checkpoint's name is therefore complete, and what a kill leaves b
 
 from __future__ import annotations
 
-import errno
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -26,14 +25,12 @@ from ..errors import CheckpointError, RunError, cause, lines, shown
 from ..mesh import DeviceMesh
 from ..plan import Blocks
 from ..shard import correspondence
-from .disk import Disk, sha256
+from .disk import Disk, remedy, sha256
 from .manifest import NAME, BlockRuns, FileEntry, Manifest, Mesh, TensorEntry, read_manifest
 
 LATEST = "latest"
 _TEMPORARY, _OLD = ".saving-", ".old-"
 _AXES: dict[str, Literal["data", "model"]] = {"data": "data", "model": "model"}
-_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +124,12 @@ def clean(folder: Path) -> None:
 
 
 def _failed(folder: Path, step: int, error: OSError) -> RunError:
-    hint = "make room" if error.errno in _ROOM else "make the folder writable" if error.errno in _RIGHTS else "check the disk"
-    what = f"{error.strerror or cause(error)} ({Path(str(error.filename)).name})" if error.filename else cause(error)
+    what = (error.strerror or cause(error)) + (f" ({Path(str(error.filename)).name})" if error.filename else "")
     return RunError(
         lines(
             f"the checkpoint of step {step} cannot be saved in {str(folder)!r}: {what}",
             _kept(folder),
-            f"{hint}, then go on with --resume auto",
+            f"{remedy(error)}, then go on with --resume auto",
         )
     )
 
@@ -278,8 +274,11 @@ class Saver:
         """Which checkpoint there is to go back to, in words."""
         return _kept(self.folder)
 
-    def end(self) -> None:
-        """Let what is being written come to its end, and say nothing about it: for a run that breaks for another reason."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Let what is being written come to its end, and say nothing about it: the run breaks for another reason, or has heard of it in `wait`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -6,6 +6,8 @@ every one.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -17,6 +19,9 @@ from typing import IO
 from ..errors import RunError, UsageError, cause, lines
 
 _CHUNK = 1 << 24
+_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 class Disk:
@@ -47,6 +52,11 @@ class Disk:
             self._before("sync", path)
             os.fsync(stream.fileno())
         return hashed.hexdigest()
+
+    def sync(self, path: Path, stream: IO[str]) -> None:
+        """Write what was written to an open file, which is there for long, through to the disk."""
+        self._before("sync", path)
+        os.fsync(stream.fileno())
 
     def sync_folder(self, path: Path) -> None:
         """Write a folder's entries through to the disk."""
@@ -82,6 +92,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def remedy(error: OSError) -> str:
+    """What to do about an error, in words."""
+    known = {"make room": _ROOM, "make the folder writable": _RIGHTS, "choose another --out": _PLACE}
+    return next((what for what, numbers in known.items() if error.errno in numbers), "check the disk")
+
+
+def unwritable(what: str, path: Path, error: OSError) -> RunError:
+    """A file or folder of a run that can't be written."""
+    return RunError(
+        lines(
+            f"{what} {str(path)!r} cannot be written: {error.strerror or cause(error)}",
+            "expected room, and the right to write there",
+            f"{remedy(error)}, then go on with --resume auto",
+        )
+    )
+
+
 class RunLock:
     """Holds a run's folder for this process; the system lets go of it when the process ends, however it does.
 
@@ -95,9 +122,7 @@ class RunLock:
             folder.mkdir(parents=True, exist_ok=True)
             self._stream: IO[str] = (folder / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
-            raise RunError(
-                lines(f"the run's folder {str(folder)!r} cannot be written: {cause(error)}", "expected a folder that may be written to")
-            ) from None
+            raise unwritable("the run's folder", folder, error) from None
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -111,9 +136,14 @@ class RunLock:
                     "wait for it, or choose another --out",
                 )
             ) from None
-        self._stream.truncate(0)
-        self._stream.write(str(os.getpid()))
-        self._stream.flush()
+        try:
+            self._stream.truncate(0)
+            self._stream.write(str(os.getpid()))
+            self._stream.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # it tries to write once more
+                self._stream.close()
+            raise unwritable("the run's folder", folder, error) from None
 
     def release(self) -> None:
         """Let another process have it."""

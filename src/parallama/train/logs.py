@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RunError, UsageError, cause, lines
+from .disk import Disk, unwritable
 
 NAME = "log.jsonl"
+FLUSH_S = 10.0
+"""TensorBoard's events reach the disk so often, and at the end."""
 Entry = dict[str, Any]
 
 
@@ -23,8 +28,22 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Take no more."""
+        """Take no more. Raises `RunError` where something of it can't be written."""
         ...
+
+
+@contextmanager
+def closing(sinks: list[Sink]) -> Iterator[None]:
+    """Closes what the list has in the end. Where something broke, that is what is heard of."""
+    try:
+        yield
+    except BaseException:
+        for sink in sinks:
+            with suppress(Exception):
+                sink.close()
+        raise
+    for sink in sinks:
+        sink.close()
 
 
 class JsonLog:
@@ -33,13 +52,15 @@ class JsonLog:
     Args:
         folder: of the run.
         steps_done: entries of later steps, which a run that was killed has left, are cut off.
+        disk: what it is synced with.
 
     Raises:
         RunError: it can't be written.
     """
 
-    def __init__(self, folder: Path, steps_done: int) -> None:
+    def __init__(self, folder: Path, steps_done: int, disk: Disk | None = None) -> None:
         self._path = folder / NAME
+        self._disk = disk or Disk()
         try:
             if self._path.exists():
                 kept = "".join(json.dumps(entry) + "\n" for entry in _whole_entries(self._path) if entry["step"] <= steps_done)
@@ -61,41 +82,72 @@ class JsonLog:
     def sync(self) -> None:
         """Everything so far is on the disk when this returns."""
         try:
-            os.fsync(self._stream.fileno())
+            self._disk.sync(self._path, self._stream)
         except OSError as error:
             raise _unwritable(self._path, error) from None
 
     def close(self) -> None:
         """Take no more."""
-        self._stream.close()
+        try:
+            self._stream.close()
+        except OSError as error:
+            raise _unwritable(self._path, error) from None
 
 
 class TensorBoard:
     """Event files in `RUN/tensorboard`. A resumed run adds a file, whose steps take the place of those after the checkpoint.
 
+    Events are written by this thread: tensorboardX's own would end at the first that can't be, and let the run wait for it for ever.
+
     Raises:
         UsageError: tensorboardX isn't installed.
+        RunError: the files can't be written.
     """
 
     def __init__(self, folder: Path, steps_done: int) -> None:
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX.proto.event_pb2 import SessionLog
+            from tensorboardX.record_writer import RecordWriter
         except ImportError:
             raise UsageError(
                 lines("report_to tensorboard needs the package 'tensorboardX'", "pip install 'parallama[tensorboard]'")
             ) from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=steps_done + 1)
+        self._folder, self._flushed = folder / "tensorboard", -math.inf
+        with self._written():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._writer = RecordWriter(str(self._folder / f"events.out.tfevents.{int(time.time())}.{platform.node()}.{steps_done}"))
+            self._add(0, file_version="brain.Event:2")
+            self._add(steps_done + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, entry: Entry) -> None:
         """Every number of an entry as a scalar, every sample as text."""
-        for name, value in _numbers(entry):
-            self._writer.add_scalar(f"train/{name}", value, entry["step"])
-        for number, sample in enumerate(entry.get("samples", [])):
-            self._writer.add_text(f"sample/{number}", f"{sample['prompt']}{sample['text']}", entry["step"])
+        from tensorboardX.summary import scalar, text
+
+        made = [scalar(f"train/{name}", value) for name, value in _numbers(entry)]
+        made += [text(f"sample/{number}", f"{each['prompt']}{each['text']}") for number, each in enumerate(entry.get("samples", []))]
+        with self._written():
+            for summary in made:
+                self._add(entry["step"], summary=summary)
+            if time.monotonic() - self._flushed > FLUSH_S:
+                self._writer.flush()
+                self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Take no more."""
-        self._writer.close()
+        with self._written():
+            self._writer.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write(Event(step=step, wall_time=time.time(), **content).SerializeToString())
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise unwritable("the folder of TensorBoard's events", self._folder, error) from None
 
 
 class WandB:
@@ -174,4 +226,4 @@ def _plain(value: Any) -> Any:
 
 
 def _unwritable(path: Path, error: OSError) -> RunError:
-    return RunError(lines(f"the log {str(path)!r} cannot be written: {cause(error)}", "expected a file that may be written to, and room"))
+    return unwritable("the log", path, error)

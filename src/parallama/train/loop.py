@@ -15,13 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RunError, lines
+from ..errors import RunError, cause, lines
 from ..versions import version_of
 from . import resume
 from . import settings as settings_of
 from .batch import PADDING
-from .disk import Disk, RunLock
-from .logs import JsonLog, Sink, TensorBoard, WandB
+from .disk import Disk, RunLock, unwritable
+from .logs import JsonLog, Sink, TensorBoard, WandB, closing
 from .packing import Position, Row, Rows, empty_row, make_batch
 from .settings import TrainSettings
 
@@ -103,7 +103,7 @@ class _Run:
         from .speed import Speed
         from .step import Trainer
 
-        self.settings, self.watch = settings, watch
+        self.settings, self.watch, self.disk = settings, watch, disk or Disk()
         self.sequences = settings.grad_accum * settings.batch_size
         self.folder = Path(settings.out).expanduser()
         saved = self.folder / CHECKPOINTS
@@ -135,13 +135,12 @@ class _Run:
             self.trainer.load(checkpoints.read_tensors(resumed.path, manifest))
             self.done, self.tokens = manifest.step, manifest.tokens
             position = Position(epoch=manifest.data.epoch, row=manifest.data.row)
-            self.last_save = self.done if resumed.path.parent == saved.resolve() else -1
             watch.say(f"resumed from {resumed.path} after {self.done} steps on mesh {manifest.mesh.shape}")
         held = self.trainer.bytes_per_device()
         self.bytes_per_device = [sum(each) for each in zip(*held.values(), strict=True)]
         self.rows = Rows(self.corpus, settings.seq_len, seed=settings.seed, packing=settings.packing, position=position)
         self.speed = Speed.of(spec, self.sequences, settings.seq_len, self.mesh.backend.name)
-        self.saver = checkpoints.Saver(saved, keep_last=settings.keep_last, asynchronous=settings.async_save, disk=disk)
+        self.saver = checkpoints.Saver(saved, keep_last=settings.keep_last, asynchronous=settings.async_save, disk=self.disk)
 
     def _data(self) -> tuple[Corpus, list[Row]]:
         """Tokenized data, and the rows of a validation: the first of its data, in whole batches, the same every time."""
@@ -178,11 +177,14 @@ class _Run:
         from ..program import compiled_programs
 
         settings = self.settings
-        (self.folder / CONFIG).write_text(settings_of.dump(settings), encoding="utf-8")
-        log = JsonLog(self.folder, self.done)
+        try:
+            (self.folder / CONFIG).write_text(settings_of.dump(settings), encoding="utf-8")
+        except OSError as error:
+            raise unwritable("the config", self.folder / CONFIG, error) from None
+        log = JsonLog(self.folder, self.done, self.disk)
         sinks: list[Sink] = [log]
         loss: float | None = None
-        try:
+        with self.saver, closing(sinks):
             if "tensorboard" in settings.report_to:
                 sinks.append(TensorBoard(self.folder, self.done))
             if "wandb" in settings.report_to:
@@ -200,14 +202,12 @@ class _Run:
                     loss = self._step(sinks)
                     if self.done == settings.steps or (settings.save_every and self.done % settings.save_every == 0):
                         self._save(log)
-                if self.done != self.last_save:
+                if (
+                    self.done != self.last_save
+                ):  # of a run that was complete, what its last save left undone: the link, older ones to remove
                     self._save(log)
                 self.saver.wait()
             late = compiled_programs() - compiled
-        finally:
-            for sink in sinks:
-                sink.close()
-            self.saver.end()
         stopped = caught[0] if caught and self.done < settings.steps else None
         return Outcome(
             steps=self.done,
@@ -316,6 +316,7 @@ class _Run:
         from . import checkpoints
 
         settings, position = self.settings, self.rows.position
+        self.saver.wait()
         log.sync()
         self.saver.save(
             checkpoints.take(
@@ -337,19 +338,22 @@ class _Run:
     def _export(self) -> Path:
         """The trained model as a folder that transformers loads, in float32, as it was trained; adapters merged, and also by themselves, for PEFT."""
         import torch
+        from safetensors import SafetensorError
 
         from ..export import export_weights
         from .lora import save_adapter
 
-        lora = self.trainer.options.lora
-        if lora is not None:
-            save_adapter(self.folder / ADAPTER, self.trainer.adapters(), lora, self.settings.model)
-        folder = self.folder / MODEL
-        if not folder.exists():  # a run that is complete already may be resumed once more
-            try:
+        lora, folder = self.trainer.options.lora, self.folder / MODEL
+        try:
+            if lora is not None:
+                save_adapter(self.folder / ADAPTER, self.trainer.adapters(), lora, self.settings.model)
+            if not folder.exists():  # a run that is complete already may be resumed once more
                 export_weights(self.trainer.host_parameters(), self.model, folder, dtype=torch.float32)
-            except RunError as error:
-                raise RunError(lines(str(error).splitlines()[0], "make room, then run again with --resume auto")) from None
+        except (OSError, SafetensorError, RunError) as error:
+            what = str(error).splitlines()[0] if isinstance(error, RunError) else f"the adapter cannot be written: {cause(error)}"
+            raise RunError(
+                lines(what, self.saver.state(), "make room in a folder that is writable, then run again with --resume auto")
+            ) from None
         return folder
 
 
