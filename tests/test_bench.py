@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from parallama.bench.processes import EngineProcess
 from parallama.bench.run import Options
 from parallama.bench.training import TrainOptions
 from parallama.errors import CheckpointError, RunError, UsageError
+from parallama.host import usable_cores
 from parallama.spec import ModelSpec
 from parallama.topology import MeshShape
 
@@ -109,6 +111,7 @@ def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() 
         (["--load", "--batch", "4"], 2, "--batch was given with --load\nexpected one of the two"),
         (["--load", "--backend", "tpu"], 2, "--backend tpu with --load\nexpected cpu"),
         (["--train", "--plot", "x.png"], 2, "--plot was given with --train\nexpected one of the two"),
+        (["--load", "--profile"], 2, "--profile was given with --load\nexpected one of the two"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_runs(capsys: Any, arguments: list[str], code: int, said: str) -> None:
@@ -260,6 +263,46 @@ def test_a_run_measures_ours_beside_peers_that_choose_the_same_tokens(tiny: str,
         (what, "18000 prompt tokens, over the limit of 16384") for what in ("prefill", "decode")
     ]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_profile_without_perf_says_how_to_get_it(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from parallama.__main__ import run
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(["bench", "nowhere", "--profile"]) == 2
+    said = "--profile needs Linux's perf\nexpected it on the PATH; on Debian run: apt-get install linux-perf"
+    assert capsys.readouterr().err == f"parallama: {said}\n"
+
+
+@pytest.mark.skipif(shutil.which("perf") is None, reason="perf is not installed")
+def test_a_profile_shows_what_every_engine_does(tiny: str) -> None:
+    arguments = [
+        "--mesh",
+        "1x2",
+        "--peers",
+        "hf",
+        "--batch",
+        "16",
+        "--prompt-tokens",
+        "256",
+        "--steps",
+        "16",
+        "--repeats",
+        "8",
+        "--profile",
+    ]
+    for row in rows_of(bench(tiny, *arguments, "--json"))["rows"]:
+        ours, (theirs,) = row["profile"], [peer["profile"] for peer in row["peers"]]
+        for taken in (ours, theirs):
+            assert taken["samples"] > 20 and taken["ms_per_pass"] > 0
+            cores = sum(taken["core_ms_per_pass"].values()) / taken["ms_per_pass"]
+            assert cores == pytest.approx(usable_cores(), rel=0.3)
+        assert ours["core_ms_per_pass"]["compiled"] > theirs["core_ms_per_pass"]["compiled"] == 0
+        assert theirs["core_ms_per_pass"]["torch"] > ours["core_ms_per_pass"]["torch"]
+    (row,) = rows_of(bench(tiny, "--train", "--batch", "4", "--prompt-tokens", "256", "--repeats", "1", "--profile", "--json"))["rows"]
+    assert row["profile"]["samples"] > 20 and row["peers"][0]["profile"]["core_ms_per_pass"]["torch"] > 0
+    assert row["profile"]["core_ms_per_pass"]["compiled"] > 0
+    assert not list(Path("/tmp").glob("perf-*.map"))
 
 
 def test_training_steps_are_measured_beside_an_eager_loop_that_has_the_same_losses(tiny: str) -> None:

@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from markdown_it import MarkdownIt
 from rich.cells import cell_len
 from rich.console import Console
 
+from parallama.bench import profile
 from parallama.bench.report import markdown, plot, render
-from parallama.bench.rows import Machine, PeerResult, Report, Row, Speed, Start, What
+from parallama.bench.rows import Machine, PeerResult, Profile, Report, Row, Speed, Start, What
 from parallama.errors import RunError, UsageError
 
 WIDTHS = (80, 100, 120, 200)
@@ -149,7 +150,8 @@ def test_the_json_document_holds_everything_that_was_measured() -> None:
     assert document["machine"].keys() == {"cpu", "bandwidth_bytes_per_s", "gemm_flops_per_s"}
     assert document["starts"][0]["param_bytes_per_device"] == [411_000_000, 411_000_000]
     prefill, decode, _, skipped = document["rows"]
-    keys = {"what", "mesh", "batch", "prompt", "tokens_per_s", "mbu", "mfu", "host_ms_per_step", "peak_rss_bytes", "peers", "skipped"}
+    keys = {field.name for field in fields(Row)}
+    assert len(keys) == 12
     assert all(row.keys() == keys | {"versions", "threads"} for row in document["rows"])
     assert (prefill["threads"], prefill["versions"]) == (2, document["versions"])
     assert decode["tokens_per_s"] == {"median": 23.1, "min": 23.1 * 0.9, "max": 23.1 * 1.05, "samples": 32}
@@ -409,3 +411,51 @@ def test_a_plot_without_matplotlib_says_how_to_get_it(tmp_path: Path, monkeypatc
 def test_reporting_imports_neither_torch_nor_matplotlib() -> None:
     code = "import sys, parallama.bench.report; print({'torch', 'torch_xla', 'matplotlib'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_where_the_time_goes_is_told_by_what_a_core_runs() -> None:
+    printed = """
+           812  [JIT] tid 4711                          [.] jit_avx512_common_gemm_f32_xbyak_gemm.9
+             3  _XLAC.cpython-311-x86_64-linux-gnu.so   [.] Eigen::internal::gebp_kernel<float, float, long>::operator()(float const*)
+            41  _XLAC.cpython-311-x86_64-linux-gnu.so   [.] Eigen::internal::gemm_pack_colmajor_block<float, long>::operator()(float*, long)
+            30  [JIT] tid 4711                          [.] 0x00007fe3e25e00e3
+             7  _XLAC.cpython-311-x86_64-linux-gnu.so   [.] xla::cpu::(anonymous namespace)::ReduceScatter<(xla::PrimitiveType)11>
+             5  _XLAC.cpython-311-x86_64-linux-gnu.so   [.] Eigen::ThreadPoolTempl<tsl::thread::EigenEnvironment>::MaybeGetTask
+             9  [kernel.kallsyms]                       [k] clear_page_erms
+           100  libtorch_cpu.so                         [.] mkl_blas_avx512_sgemm_kernel_0
+            20  libtorch_cpu.so                         [.] mkl_blas_avx512_sgemm_scopy_right48_ea
+            11  libtorch_cpu.so                         [.] at::native::AVX512::VectorizedLoop2d
+             4  libgomp.so.1                            [.] 0x000000000001de62
+             2  libpython3.11.so.1.0                    [.] _PyEval_EvalFrameDefault
+    """
+    assert profile.count(printed) == {
+        "products": 915,
+        "packing": 61,
+        "compiled": 30,
+        "collectives": 7,
+        "waiting": 9,
+        "system": 9,
+        "torch": 11,
+        "other": 2,
+    }
+
+
+def test_a_profile_adds_up_to_all_cores() -> None:
+    taken = profile.Recording()
+    taken.seconds, taken.counted = 2.0, profile.count("1999 libtorch_cpu.so [.] at::add\n 999 [kernel.kallsyms] [k] clear_page_erms")
+    told = taken.profile(passes=4, cores=2)
+    assert told.samples == 2998
+    assert told.ms_per_pass == 500
+    assert told.core_ms_per_pass["torch"] == 250
+    assert sum(told.core_ms_per_pass.values()) == pytest.approx(1000)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_terminal_shows_where_the_time_goes(width: int) -> None:
+    spent = {kind: 0.0 for kind in profile.KINDS} | {"products": 71.5, "idle": 33.25}
+    taken = Profile(samples=9, ms_per_pass=81.5, core_ms_per_pass=spent)
+    shown = rendered(report(row("decode", 23.1, replace(peer("transformers", 10.0, 23.1), profile=taken), profile=taken)), width)
+    _, _, table = shown.partition("Where the time goes")
+    assert table.count("81.5") == 2 and table.count("71.5") == 2 and table.count("33.2") == 2
+    assert all(kind in table for kind in profile.KINDS)
+    assert "Where the time goes" not in rendered(FULL, width)

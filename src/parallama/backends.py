@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from . import flags, plugins, versions
+from . import flags, host, plugins, versions
 from .errors import BackendError, FitError, UsageError, cause, lines
 from .plugins import OptionValue
 
@@ -126,6 +126,11 @@ def keep_one_process() -> None:
     os.environ["DISABLE_MULTIPROC"] = "1"
 
 
+def name_kernels() -> None:
+    """Have oneDNN write the names of the kernels that it makes into /tmp/perf-PID.map, where Linux's perf looks for them."""
+    os.environ["ONEDNN_JIT_PROFILE"] = "2"
+
+
 def dump_programs(folder: Path) -> None:
     """Have the HLO of every program written into a folder as text, with the names of the modules that its instructions come from.
 
@@ -162,6 +167,7 @@ def _start_cpu(devices: int) -> Backend:
     # Importing torch_xla would load every installed plugin, and some print, or set variables that are for their devices only.
     os.environ.setdefault("XLA_REGISTER_INSTALLED_PLUGINS", "0")
     _use_spmd(devices)
+    host.keep_freed_memory()  # the devices' buffers are the host's
     return Backend(name="cpu", devices=devices, weights_first=True)
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8  # of glibc's mallopt
 _peak_before = 0
+_keeps = False
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
 """What of a processor matters for matrix products, as Linux names it."""
 
@@ -23,20 +24,17 @@ def lean_host_memory() -> Iterator[Callable[[], None]]:
 
     glibc learns from freed blocks to keep ever larger ones (up to 32 MB) for itself, and a loader that frees a tensor for each that it makes then peaks at almost
     twice the model. Blocks over 8 MB go back at once here; smaller ones are used again, which saves the system from clearing their pages each time, and what is left of
-    them goes back at the end, or when what is yielded is called. Afterwards the threshold stays at its maximum, which is where running programs' buffers belong.
+    them goes back at the end, or when what is yielded is called. Afterwards memory is as programs want it, see `keep_freed_memory`.
     """
-    try:
-        libc = ctypes.CDLL(None)
-        mallopt, trim = libc.mallopt, libc.malloc_trim
-    except (OSError, AttributeError):  # not glibc
+    libc = _glibc()
+    if libc is None:
         yield lambda: None
         return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 23)
+    _set_malloc(libc, most_mapped=1 << 16, mapped_from=1 << 23, kept=1 << 17)
     try:
-        yield lambda: trim(0)
+        yield lambda: libc.malloc_trim(0)
     finally:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
-        trim(0)
+        _restore(libc)
 
 
 @contextmanager
@@ -45,21 +43,68 @@ def reused_host_memory() -> Iterator[None]:
 
     The system clears each page that it hands out, which takes longer than to fill it. What is free goes back at the end.
     """
-    try:
-        libc = ctypes.CDLL(None)
-        mallopt, trim = libc.mallopt, libc.malloc_trim
-    except (OSError, AttributeError):  # not glibc
+    libc = _glibc()
+    if libc is None:
         yield
         return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+    _set_malloc(libc, most_mapped=0, kept=1 << 30)
     try:
         yield
     finally:
-        mallopt(_M_MMAP_MAX, 1 << 16)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 17)
-        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
-        trim(0)
+        _restore(libc)
+
+
+def keep_freed_memory() -> None:
+    """From now on: what is freed stays with this process, for whoever wants it next.
+
+    A program's buffers are made and freed at every run. Large ones glibc would map and unmap each time, and the system would clear their pages again: a tenth of a prompt's time.
+    """
+    global _keeps
+    libc = _glibc()
+    if libc is not None:
+        _keeps = True
+        _restore(libc)
+
+
+def use_one_heap() -> None:
+    """From now on: threads that have no heap of their own yet use the first one.
+
+    A thread's own heap has no room for large blocks, which are mapped and unmapped then. Small ones cost a little more, for threads wait for one another: worth it for a
+    training step, whose buffers are large, and not for decoding.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def _restore(libc: ctypes.CDLL) -> None:
+    """As it is between loads: give back what is free now, and treat what will be freed as programs want it."""
+    if _keeps:
+        _set_malloc(libc, most_mapped=0, kept=-1)
+    else:
+        _set_malloc(libc, most_mapped=1 << 16, mapped_from=1 << 25, kept=1 << 17)
+    libc.malloc_trim(0)
+
+
+def _set_malloc(libc: ctypes.CDLL, *, most_mapped: int, kept: int, mapped_from: int | None = None) -> None:
+    """Args:
+    most_mapped: so many blocks may be mapped by themselves; with none every block comes from a heap.
+    kept: bytes that may be free at a heap's end before they go back; -1 is any number.
+    mapped_from: bytes from which on a block is mapped.
+    """
+    libc.mallopt(_M_MMAP_MAX, most_mapped)
+    libc.mallopt(_M_TRIM_THRESHOLD, kept)
+    if mapped_from is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, mapped_from)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt, libc.malloc_trim  # noqa: B018 - other C libraries don't have them
+    except (OSError, AttributeError):
+        return None
+    return libc
 
 
 def usable_cores() -> int:

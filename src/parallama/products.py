@@ -24,7 +24,8 @@ from .topology import DATA
 
 _plain_linear = torch.nn.functional.linear
 _ELEMENTWISE = {torch.Tensor.mul, torch.Tensor.__mul__, torch.mul, torch.nn.functional.silu, torch.nn.functional.gelu}
-_TRIGONOMETRIC = {torch.Tensor.cos, torch.Tensor.sin, torch.cos, torch.sin}
+TRIGONOMETRIC = {torch.Tensor.cos, torch.Tensor.sin, torch.cos, torch.sin}
+"""Transformers computes these once a step; fused into what uses them, XLA:CPU would again for every head of every layer, see `unfused`."""
 MOST_SINGLE_ROWS = 3
 """So many rows are multiplied with a weight one by one; packing costs as much as four passes."""
 MOST_SINGLE_QUERIES = 4
@@ -112,9 +113,8 @@ class LinearForm(TorchFunctionMode):
         if function is torch.nn.functional.embedding:
             embedded = function(*args, **(kwargs or {}))
             return self._mesh.mark(embedded, _rows_whole(embedded))
-        if function in _TRIGONOMETRIC:
-            # Transformers computes these once; fused into what uses them, XLA would again for every head of every layer.
-            return _unfused(function(*args, **(kwargs or {})))
+        if function in TRIGONOMETRIC:
+            return unfused(function(*args, **(kwargs or {})))
         known = [self._columns.get(id(argument)) for argument in args]
         if function in _ELEMENTWISE and args and all(known) and not (kwargs or {}).get("inplace"):
             return self._rows(function(*(columns.transposed for columns in known if columns)), args[0].shape)
@@ -147,7 +147,7 @@ class LinearForm(TorchFunctionMode):
         return tensor
 
 
-def _unfused(x: torch.Tensor) -> torch.Tensor:
+def unfused(x: torch.Tensor) -> torch.Tensor:
     """`[..., D]`, itself: a product with the identity, which is exact, is what XLA:CPU does not compute anew in everything that reads it."""
     return torch.matmul(x, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
 

@@ -15,6 +15,7 @@ from ..host import usable_cores
 from ..loading import DTYPES
 from ..plugins import OptionValue
 from ..topology import MeshShape
+from .profile import check_perf
 from .rows import Machine
 
 
@@ -26,6 +27,7 @@ class EngineOptions:
         repeats: how often each thing is measured.
         threads: cores that every engine may use; all if None.
         allow_nonfinite: load weights that hold NaN or infinity, too.
+        profile: sample every engine after it was measured, to see where the time goes.
     """
 
     PEERS: ClassVar[tuple[str, ...]]
@@ -40,6 +42,7 @@ class EngineOptions:
     backend: str = "cpu"
     backend_options: Mapping[str, OptionValue] = field(default_factory=dict)
     allow_nonfinite: bool = False
+    profile: bool = False
 
     def __post_init__(self) -> None:
         unknown = [peer for peer in self.peers if peer not in self.PEERS]
@@ -52,6 +55,8 @@ class EngineOptions:
             raise UsageError(lines("there is no mesh", "expected at least one, as 1x1,1x2"))
         if self.threads is not None and not 1 <= self.threads <= usable_cores():
             raise UsageError(lines(f"threads is {self.threads}", f"expected 1 to {usable_cores()}, the cores this process may use"))
+        if self.profile:
+            check_perf()
 
     @staticmethod
     def check_least(name: str, number: int | None, least: int) -> None:
@@ -76,6 +81,7 @@ class EngineOptions:
             "backend_options": dict(self.backend_options),
             "allow_nonfinite": self.allow_nonfinite,
             "threads": self.cores,
+            "profiled": self.profile,
         }
 
     def about(self, command: str, readings: Sequence[Mapping[str, float]], versions: Mapping[str, str]) -> dict[str, Any]:

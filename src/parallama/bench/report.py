@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import RunError, UsageError, lines
-from .rows import PeerResult, Report, Row, Speed, Start, What
+from .profile import KINDS
+from .rows import PeerResult, Profile, Report, Row, Speed, Start, What
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +53,10 @@ def render(report: Report, console: Console) -> None:
         for note, number in notes.items():
             console.print(Text(f"[{number}] {note}", overflow="fold"))
         console.print(Text(_LEGEND))
+    profiles = [cells for row in report.rows for cells in _profile_cells(row)]
+    if profiles:
+        _print_title(console, "Where the time goes: core-milliseconds of a prefill or a step, sampled after the above")
+        _print_table(console, _PROFILE_HEADS, profiles, keys=_KEYS + 1)
     for what in get_args(What):
         _print_bars(console, what, [row for row in report.rows if row.what == what and row.tokens_per_s], notes)
 
@@ -278,6 +283,19 @@ def _peer_cell(row: Row, peer: str, notes: _Notes) -> str:
             found.append(_mark(notes, _failure(result)))
     itself = peer == f"{_OURS} {row.mesh}"
     return "\n".join(found) or (_NONE if row.tokens_per_s is None or itself else "not run")
+
+
+_PROFILE_HEADS = ("what", "mesh", "batch", "prompt", "engine", "ms a\npass", *KINDS, "idle")
+
+
+def _profile_cells(row: Row) -> list[list[str]]:
+    engines: list[tuple[str, Profile | None]] = [(_OURS, row.profile), *((", ".join(_named(peer)), peer.profile) for peer in row.peers)]
+    case = [row.what, _clean(row.mesh), str(row.batch), str(row.prompt)]
+    return [
+        [*case, name, _number(taken.ms_per_pass), *(_number(taken.core_ms_per_pass[kind]) for kind in (*KINDS, "idle"))]
+        for name, taken in engines
+        if taken is not None
+    ]
 
 
 def _mark(notes: _Notes, note: str) -> str:

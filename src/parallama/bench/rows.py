@@ -30,6 +30,21 @@ class Speed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Where the time of a prefill or of a decode step goes, sampled in passes of its own after the measured ones.
+
+    Attributes:
+        samples: on all cores.
+        ms_per_pass: wall clock, while sampled.
+        core_ms_per_pass: of all cores together, by what they do: see `profile.Kind`; and `idle`.
+    """
+
+    samples: int
+    ms_per_pass: float
+    core_ms_per_pass: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PeerResult:
     """What a peer did with the same weights, tokens, dtype and cores; interleaved with ours in the same run.
 
@@ -45,6 +60,7 @@ class PeerResult:
     ratio: float | None = None
     same_tokens: bool | None = None
     peak_rss_bytes: int | None = None
+    profile: Profile | None = None
     error: str | None = None
 
 
@@ -60,6 +76,7 @@ class Row:
         mbu: model bandwidth utilisation of decode: bytes of weights and cache that a step must read, over what the machine reads in that time.
         mfu: model FLOPs utilisation of prefill: FLOPs of its products, over what the machine's matrix product does in that time.
         host_ms_per_step: of a decode step outside of the executable and of waiting for it.
+        profile: where the time goes, if that was asked for.
         skipped: why the case was not run, or None.
     """
 
@@ -73,6 +90,7 @@ class Row:
     host_ms_per_step: float | None = None
     peak_rss_bytes: int | None = None
     peers: tuple[PeerResult, ...] = ()
+    profile: Profile | None = None
     skipped: str | None = None
 
 

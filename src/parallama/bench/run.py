@@ -16,7 +16,8 @@ from ..spec import ModelSpec
 from ..topology import MeshShape
 from .options import EngineOptions
 from .processes import EngineProcess
-from .rows import PeerResult, Report, Row, Speed, Start, What
+from .profile import recording
+from .rows import PeerResult, Profile, Report, Row, Speed, Start, What
 
 PEERS = ("hf", "hf-compile", "hf-tp", "recipe", "recipe-openxla")
 """Peers by name; see the README for what each is."""
@@ -65,6 +66,7 @@ class _Runner:
     tokens: list[list[int]] = field(default_factory=list)
     prefill_s: list[float] = field(default_factory=list)
     decode_s: list[float] = field(default_factory=list)
+    profiles: dict[What, Profile] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any] | None:
@@ -85,7 +87,15 @@ class _Runner:
 
     def begin(self) -> None:
         """Forget the last case."""
-        self.case_error, self.tokens, self.prefill_s, self.decode_s, self.last = self.error, [], [], [], {}
+        self.case_error, self.tokens, self.prefill_s, self.decode_s, self.profiles, self.last = self.error, [], [], [], {}, {}
+
+    def sample(self, what: What, passes: int, cores: int, do: Callable[[], object]) -> None:
+        """Do so many passes with a profile taken."""
+        if self.process is None or self.case_error is not None:
+            return
+        with recording(self.process.pid) as taken:
+            do()
+        self.profiles[what] = taken.profile(passes, cores)
 
 
 def run(options: Options, command: str, progress: Progress) -> Report:
@@ -208,6 +218,14 @@ def _measure(runners: Sequence[_Runner], options: Options, spec: ModelSpec, batc
                 runner.decode_s += reply["seconds"][_WARM_UP if done == 0 else 0 :]
                 runner.tokens = runner.tokens + reply["tokens"]
         done += steps
+    if options.profile:
+        for runner in runners:
+            _sample(runner, options, prompts, repeats)
+
+
+def _sample(runner: _Runner, options: Options, prompts: list[list[int]], repeats: int) -> None:
+    runner.sample("prefill", repeats, options.cores, lambda: [runner.ask("prefill", prompts=prompts) for _ in range(repeats)])
+    runner.sample("decode", options.steps, options.cores, lambda: runner.ask("decode", steps=options.steps))
 
 
 def _rows(
@@ -230,6 +248,7 @@ def _rows(
             tokens_per_s=prefill,
             mfu=flops * prefill.median / limit["gemm_flops_per_s"],
             peak_rss_bytes=peak,
+            profile=ours.profiles.get("prefill"),
             peers=_beside("prefill", prefill, ours, peers, batch * prompt),
         ),
         Row(
@@ -239,6 +258,7 @@ def _rows(
             mbu=moved * decode.median / limit["bandwidth_bytes_per_s"],
             host_ms_per_step=ours.last["host_ms_per_step"],
             peak_rss_bytes=peak,
+            profile=ours.profiles.get("decode"),
             peers=_beside("decode", decode, ours, peers, batch),
         ),
     ]
@@ -260,6 +280,7 @@ def _beside(what: What, speed: Speed, ours: _Runner, peers: Mapping[str, _Runner
                 ratio=speed.median / theirs.median,
                 same_tokens=same,
                 peak_rss_bytes=peer.last["peak_rss_bytes"],
+                profile=peer.profiles.get(what),
             )
         )
     return tuple(results)

@@ -20,13 +20,15 @@ from ..spec import ModelSpec
 from ..topology import MeshShape
 from .options import EngineOptions
 from .processes import EngineProcess
-from .rows import About, Speed
+from .profile import KINDS, recording
+from .rows import About, Profile, Speed
 from .run import first_line, reading
 
 TRAIN_PEERS = ("hf",)
 SAME_LOSS = 1e-4
 """Relative: first losses nearer than this are the same, rounding apart."""
 _LR = 1e-4
+_SAMPLED = 2  # steps of a profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,7 @@ class TrainPeer:
     same_losses: bool | None = None
     bytes_per_device: dict[str, list[int]] | None = None
     peak_rss_bytes: int | None = None
+    profile: Profile | None = None
     error: str | None = None
 
 
@@ -104,6 +107,7 @@ class TrainRow:
     bytes_per_device: dict[str, list[int]]
     peak_rss_bytes: int
     peers: tuple[TrainPeer, ...]
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +131,17 @@ class TrainReport(About):
             cells += [f"{row.step_s:.2f}", f"{row.mfu:.1%}", f"{held / 1e9:.2f} GB", f"{row.peak_rss_bytes / 1e9:.2f} GB"]
             table.append([*cells, *(_peer_cell(row, peer) for peer in peers)])
         return "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+
+    def profiles(self) -> str:
+        """Where a step's time goes, in core-milliseconds, as GitHub markdown; empty if nothing was sampled."""
+        heads = ["what", "mesh", "engine", "ms a step", *KINDS, "idle"]
+        table = [heads, ["---" if index < 3 else "---:" for index in range(len(heads))]]
+        for row in self.rows:
+            for name, taken in (("parallama", row.profile), *((peer.peer, peer.profile) for peer in row.peers)):
+                if taken is not None:
+                    spent = [f"{taken.core_ms_per_pass[kind]:,.0f}" for kind in (*KINDS, "idle")]
+                    table.append([row.what, row.mesh, name, f"{taken.ms_per_pass:,.0f}", *spent])
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in table) if len(table) > 2 else ""
 
 
 def run(options: TrainOptions, command: str, progress: Callable[[str], None]) -> TrainReport:
@@ -170,6 +185,7 @@ class _Taken:
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
+    profile: Profile | None = None
 
 
 def _take(options: TrainOptions, spec: ModelSpec, ours: EngineProcess, peers: dict[str, EngineProcess | str]) -> dict[str, _Taken]:
@@ -188,11 +204,20 @@ def _take(options: TrainOptions, spec: ModelSpec, ours: EngineProcess, peers: di
                     taken[name].seconds.append(reply["seconds"])
                 if step == options.repeats:
                     taken[name].last = engine.ask("held")
+                    if options.profile:
+                        taken[name].profile = _sampled(options, engine, rows)
             except RunError as error:
                 if name == "parallama":
                     raise
                 peers[name] = first_line(error, name)
     return taken
+
+
+def _sampled(options: TrainOptions, engine: EngineProcess, rows: list[list[int]]) -> Profile:
+    with recording(engine.pid) as taken:
+        for _ in range(_SAMPLED):
+            engine.ask("step", rows=rows)
+    return taken.profile(_SAMPLED, options.cores)
 
 
 def _row(
@@ -221,6 +246,7 @@ def _row(
                 same_losses=_same(mine.losses, taken[name].losses),
                 bytes_per_device=taken[name].last["bytes_per_device"],
                 peak_rss_bytes=taken[name].last["peak_rss_bytes"],
+                profile=taken[name].profile,
             )
         )
     return TrainRow(
@@ -235,6 +261,7 @@ def _row(
         bytes_per_device=mine.last["bytes_per_device"],
         peak_rss_bytes=mine.last["peak_rss_bytes"],
         peers=tuple(beside),
+        profile=mine.profile,
     )
 
 

@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..backends import name_kernels
 from ..errors import ParallamaError, cause, lines
 from ..host import peak_rss_bytes
 from ..loading import DTYPES
 from .engine import Engine, Ours
+from .profile import kernel_names
 
 VERSIONS = ("parallama", "torch", "torch_xla", "transformers")
 
@@ -29,6 +31,8 @@ def main() -> None:
     given = json.loads(sys.argv[1])
     cores = sorted(os.sched_getaffinity(0))[: given["threads"]]
     os.sched_setaffinity(0, cores)
+    if given.get("profiled"):
+        name_kernels()
     try:
         served: Any = _made(given)
     except Exception as error:
@@ -47,6 +51,8 @@ def main() -> None:
             reply = {"error": _reason(error)}
         _say(stream, reply | {"peak_rss_bytes": peak_rss_bytes()})
     served.close()
+    if given.get("profiled"):
+        kernel_names(os.getpid()).unlink(missing_ok=True)
     sys.stderr.flush()
     os._exit(0)  # XLA's threads need not be joined one by one
 

@@ -38,6 +38,9 @@ def bench(
     backend_option: options.BackendOptions = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
     allow_nonfinite: options.AllowNonfinite = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Sample each engine afterwards, to show where the time goes (Linux's perf).")
+    ] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the rows into this PNG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
     quiet: options.Quiet = False,
@@ -59,6 +62,7 @@ def bench(
             "--threads": threads,
             "--backend-option": backend_option,
             "--train": train,
+            "--profile": profile,
         }
         for option, value in given.items():
             if value:
@@ -84,6 +88,7 @@ def bench(
                 "backend": backend,
                 "backend_options": parse_options(backend_option or []),
                 "allow_nonfinite": allow_nonfinite,
+                "profile": profile,
             },
             as_json,
             quiet,
@@ -107,6 +112,7 @@ def bench(
         backend=backend,
         backend_options=parse_options(backend_option or []),
         allow_nonfinite=allow_nonfinite,
+        profile=profile,
     )
     measured = run(wanted, _command(), (lambda _what: None) if quiet else options.say)
     if as_json:
@@ -147,6 +153,7 @@ def _train(wanted: dict[str, Any], as_json: bool, quiet: bool) -> None:
     gemm = f"{report.machine.gemm_flops_per_s / 1e9:.0f} GFLOP/s"
     typer.echo(
         f"{report.model} in {report.dtype}, {report.threads} threads; a 2048 x 2048 product: {gemm} ({report.machine.cpu})\n\n{report.table()}"
+        + (f"\n\n{profiles}" if (profiles := report.profiles()) else "")
     )
 
 

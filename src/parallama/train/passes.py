@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..mesh import DeviceMesh
 from ..ops import held_until, optimization_barrier, scope
+from ..products import TRIGONOMETRIC, unfused
 from ..topology import DATA, MODEL
 from ..train_collectives import BACKWARD
 from . import regions
@@ -315,7 +316,7 @@ class _Layer:
 
 
 class _Form(TorchFunctionMode):
-    """The model's linears and its embedding go to `Passes`."""
+    """The model's linears and its embedding go to `Passes`; its rotary table is computed once."""
 
     def __init__(self, passes: Passes) -> None:
         super().__init__()
@@ -329,6 +330,8 @@ class _Form(TorchFunctionMode):
             return self._passes.linear(given["input"], given["weight"], given.get("bias"))
         if function in _PRODUCTS and not kwargs and (found := self._passes.scaled(*args)) is not None:
             return found
+        if function in TRIGONOMETRIC and self._passes.mesh.backend.weights_first:
+            return unfused(function(*args, **(kwargs or {})))
         if function is torch.nn.functional.embedding and id(args[1]) in self._passes._by_tensor:
             return self._passes.embedding(args[0])
         return function(*args, **(kwargs or {}))

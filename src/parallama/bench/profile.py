@@ -1,0 +1,143 @@
+"""Where the cores' time goes while an engine computes, by Linux's `perf`: it samples what runs on each thread, whichever library it is of.
+
+XLA's own profiler has only the start of a product that several threads share; samples show the kernel itself. oneDNN, which XLA:CPU multiplies with, names its kernels for perf if asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+from ..errors import RunError, UsageError, lines
+from .rows import Profile
+
+Kind = Literal["products", "packing", "compiled", "torch", "collectives", "system", "waiting", "other"]
+"""What a core does: a library's matrix products; copying their operands for them; XLA's own code, which is loops, attention's softmax and products of one row; torch's own
+loops; sums over devices; the system, mostly clearing memory; waiting for other threads; anything else."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+HERTZ = 1999
+_ATTACH_S = 1.0
+_SYMBOLS: tuple[tuple[str, Kind], ...] = (
+    (r"gemm_pack|_scopy_|_dcopy_|omp_parallel_[ab]copy|gblock_by_", "packing"),
+    (r"_gemm_f32_|_gemm_kernel|gebp_kernel|gemm_kernel|gemv|brgemm|mkl_blas_\w*gemm", "products"),
+    (r"AllReduce|ReduceScatter|AllGather|CollectivePermute|Rendezvous|gloo", "collectives"),
+    (r"RunQueue|MaybeGetTask|NonEmptyQueueIndex|WaitForWork|EventCount|sched_yield", "waiting"),
+)
+_LINE = re.compile(r"\s*(?P<samples>\d+)\s+(?P<object>\[JIT\] tid \d+|\S+)\s+\[\S\]\s+(?P<symbol>.*\S)")
+
+
+def check_perf() -> None:
+    """Raise `UsageError` where there is no perf: before anything is measured."""
+    if shutil.which("perf") is None:
+        raise UsageError(lines("--profile needs Linux's perf", "expected it on the PATH; on Debian run: apt-get install linux-perf"))
+
+
+def kernel_names(pid: int) -> Path:
+    """Where a process that was told to (`backends.name_kernels`) says how its kernels are called."""
+    return Path(f"/tmp/perf-{pid}.map")
+
+
+def kind_of(object_: str, symbol: str) -> Kind:
+    """What code does.
+
+    Args:
+        object_: the file it is of, as perf prints it; `[JIT] ...` for code made at run time.
+        symbol: its function's name, or its address where it has none.
+    """
+    if object_.startswith("[k") or object_.startswith("[guest.k"):
+        return "system"
+    for pattern, kind in _SYMBOLS:
+        if re.search(pattern, symbol):
+            return kind
+    if object_.startswith(("[JIT]", "[unknown]", "[anon]", "perf-")):
+        return "compiled"
+    if "gomp" in object_ or "libiomp" in object_:
+        return "waiting"
+    return "torch" if "libtorch" in object_ or "libmkl" in object_ else "other"
+
+
+def count(report: str) -> Counter[Kind]:
+    """Samples of each kind, from what `perf report` prints of samples, objects and symbols."""
+    counted: Counter[Kind] = Counter()
+    for line in report.splitlines():
+        if found := _LINE.match(line):
+            counted[kind_of(found["object"], found["symbol"])] += int(found["samples"])
+    return counted
+
+
+class Recording:
+    """Of one stretch of an engine's work.
+
+    Attributes:
+        seconds: how long it took.
+        counted: samples of each kind; there once the stretch is over.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.counted: Counter[Kind] = Counter()
+
+    def profile(self, passes: int, cores: int) -> Profile:
+        """What a pass takes, in the mean.
+
+        Args:
+            passes: prefills or steps in the stretch.
+            cores: that the engine may use.
+        """
+        each: dict[str, float] = {kind: 1e3 * self.counted[kind] / HERTZ / passes for kind in KINDS}
+        idle = max(0.0, 1e3 * self.seconds * cores / passes - sum(each.values()))
+        return Profile(samples=self.counted.total(), ms_per_pass=1e3 * self.seconds / passes, core_ms_per_pass={**each, "idle": idle})
+
+
+@contextlib.contextmanager
+def recording(pid: int) -> Iterator[Recording]:
+    """Sample a process and all that it started, from when this is entered until it is left.
+
+    Raises:
+        RunError: perf can't; the message says why.
+    """
+    taken = Recording()
+    with tempfile.TemporaryDirectory(prefix="parallama-perf-") as folder:
+        data = Path(folder) / "data"
+        command = ["perf", "record", "--quiet", "--event", "cpu-clock", "--freq", str(HERTZ), "--pid", _family(pid), "--output", str(data)]
+        with (Path(folder) / "log").open("w+") as log:
+            perf = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    perf.wait(_ATTACH_S)
+                began = time.perf_counter()
+                yield taken
+                taken.seconds = time.perf_counter() - began
+            finally:
+                perf.send_signal(signal.SIGINT)
+                perf.wait()
+            log.seek(0)
+            if not data.is_file():
+                raise RunError(
+                    lines(f"perf cannot record: {' '.join(log.read().split())[:200]}", "see /proc/sys/kernel/perf_event_paranoid")
+                )
+        taken.counted = count(_report(data))
+
+
+def _report(data: Path) -> str:
+    command = ["perf", "report", "--stdio", "--quiet", "--no-children", "--percent-limit", "0", "--fields", "sample,dso,sym"]
+    return subprocess.run([*command, "--input", str(data)], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL).stdout
+
+
+def _family(pid: int) -> str:
+    """A process and all below it, with commas between them."""
+    found = [pid]
+    for each in found:
+        for children in Path(f"/proc/{each}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += [int(child) for child in children.read_text().split()]
+    return ",".join(map(str, found))
