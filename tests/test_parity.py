@@ -271,7 +271,7 @@ def check_any_sizes(workers: Any, models: Any, mesh: str, drawn: dict[str, Any])
     assert got["measured"] == got["planned"]
 
 
-@pytest.mark.parametrize("mesh", ["1x2", "1x3", "1x8", "2x4"])
+@pytest.mark.parametrize("mesh", ["1x2", "1x3", "2x4"])
 @settings(max_examples=3, deadline=None, derandomize=True, database=None)
 @given(drawn=sizes())
 def test_models_of_any_sizes_continue_as_transformers_does(workers: Any, models: Any, mesh: str, drawn: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import train_models
 
 README = Path(__file__).parent.parent / "README.md"
 COMMAND = str(Path(sys.executable).with_name("parallama"))
@@ -73,10 +74,16 @@ def test_a_command_that_proves_something_runs(command: str, tmp_path: Path) -> N
     assert "layers.*.mlp.down_proj" in done.stdout and "all-reduce" in done.stdout
 
 
-def test_the_training_commands_of_the_readme_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
+def test_the_training_commands_of_the_readme_run(model: str, tmp_path: Path) -> None:
+    """On a tiny model; tests/test_train_smollm2.py has the trained one trained and exported."""
     train, report = (command for command, _ in shown_commands() if command.startswith(("parallama train", "parallama report")))
-    assert "--steps 20" in train
-    run([COMMAND, *shlex.split(train.replace("--steps 20", "--steps 2"))[1:], "--cache", str(tmp_path / "cache")], tmp_path)
+    assert "--steps 20" in train and "--model smollm2" in train
+    words = shlex.split(train.replace("--steps 20", "--steps 2"))[1:]
+    if model == "tiny":
+        words[words.index("smollm2")] = train_models.make(tmp_path / "tiny")
+        words += ["--too_long", "truncate"]  # its tokens are letters and little more
+    run([COMMAND, *words, "--cache", str(tmp_path / "cache")], tmp_path)
     done = run([COMMAND, *shlex.split(report)[1:]], tmp_path)
     assert (
         "tokens/s" in done.stdout and (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "model" / "config.json").exists()

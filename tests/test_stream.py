@@ -241,7 +241,8 @@ def test_twelve_hundred_million_parameters_load_within_a_quarter_over_their_byte
     assert found["peak"] < found["devices"] + found["largest"] + found["baseline"]
 
 
-def test_bench_load_measures_ours_onto_every_mesh_and_safetensors_on_the_same_files(models, tmp_path):
+@pytest.mark.parametrize("meshes", [["1x2"], pytest.param(["1x2", "1x1"], marks=pytest.mark.slow)], ids=" ".join)
+def test_bench_load_measures_ours_onto_every_mesh_and_safetensors_on_the_same_files(models, tmp_path, meshes):
     """With a tensor that holds NaN, which both commands below are asked to let pass or to refuse."""
     folder = models(heads=16, kv_heads=8, intermediate=64, vocab=96).folder
     stored = load_file(Path(folder) / "model.safetensors")
@@ -251,13 +252,13 @@ def test_bench_load_measures_ours_onto_every_mesh_and_safetensors_on_the_same_fi
     command = [str(Path(sys.executable).with_name("parallama")), "bench", str(tmp_path), "--load", "--repeats", "1", "--quiet"]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert refused.returncode == 3 and f"tensor {DOWN} holds NaN or infinity" in refused.stderr
-    arguments = [*command, "--allow-nonfinite", "--mesh", "1x2,1x1", "--json"]
+    arguments = [*command, "--allow-nonfinite", "--mesh", ",".join(meshes), "--json"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)["meshes"]
     total = sum(tensor.nbytes for tensor in stored.values())
     norms = sum(tensor.nbytes for name, tensor in stored.items() if name.endswith("norm.weight"))
-    assert [(found["mesh"], found["device_bytes"]) for found in told] == [("1x2", total + norms), ("1x1", total)]
+    assert [(found["mesh"], found["device_bytes"]) for found in told] == [("1x2", total + norms), ("1x1", total)][: len(meshes)]
     for found in told:
         ours, *theirs = found["readings"]
         assert found["bytes"] == total
