@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from parallama import cost
 from parallama.bench import shapes
@@ -109,9 +110,14 @@ def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() 
         (["--load", "--mesh", ","], 2, "there is no mesh\nexpected at least one, as 1x1,1x2"),
         (["--load", "--repeats", "0"], 2, "repeats is 0\nexpected at least 1"),
         (["--load", "--batch", "4"], 2, "--batch was given with --load\nexpected one of the two"),
+        (["--load", "--peers", "hf"], 2, "--peers was given with --load\nexpected one of the two"),
+        (["--load", "--steps", "24"], 2, "--steps was given with --load\nexpected one of the two"),
+        (["--load", "--train"], 2, "--train was given with --load\nexpected one of the two"),
+        (["--load", "--threads", "0"], 2, "--threads was given with --load\nexpected one of the two"),
         (["--load", "--backend", "tpu"], 2, "--backend tpu with --load\nexpected cpu"),
         (["--train", "--plot", "x.png"], 2, "--plot was given with --train\nexpected one of the two"),
         (["--load", "--profile"], 2, "--profile was given with --load\nexpected one of the two"),
+        (["--train", "--steps", "24"], 2, "--steps was given with --train\nexpected one of the two"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_runs(capsys: Any, arguments: list[str], code: int, said: str) -> None:
@@ -303,6 +309,21 @@ def test_a_profile_shows_what_every_engine_does(tiny: str) -> None:
     assert row["profile"]["samples"] > 20 and row["peers"][0]["profile"]["core_ms_per_pass"]["torch"] > 0
     assert row["profile"]["core_ms_per_pass"]["compiled"] > 0
     assert not list(Path("/tmp").glob("perf-*.map"))
+
+
+def test_a_model_that_holds_nan_is_measured_only_where_that_is_allowed(tiny: str, tmp_path: Path) -> None:
+    stored = load_file(Path(tiny) / "model.safetensors")
+    stored["model.layers.0.mlp.down_proj.weight"][0, -1] = float("nan")
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((Path(tiny) / "config.json").read_bytes())
+    few = [str(tmp_path), "--peers", ",", "--batch", "1", "--prompt-tokens", "8", "--steps", "8", "--repeats", "1", "--quiet", "--json"]
+    refused = bench(*few)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "tensor model.layers.0.mlp.down_proj.weight holds NaN or infinity (1 of 11264 numbers" in refused.stderr
+    report = rows_of(bench(*few, "--allow-nonfinite"))
+    assert report["command"].endswith("--allow-nonfinite")
+    check_report(report, ["1x1"])
+    assert [(row["what"], row["peers"]) for row in report["rows"]] == [("prefill", []), ("decode", [])]
 
 
 def test_training_steps_are_measured_beside_an_eager_loop_that_has_the_same_losses(tiny: str) -> None:

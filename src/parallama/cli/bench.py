@@ -25,13 +25,16 @@ def bench(
     ] = False,
     mesh: Annotated[str, typer.Option("--mesh", help="Meshes with commas between them; the first also stands beside the others.")] = "1x1",
     peers: Annotated[
-        str, typer.Option("--peers", help="Of hf, hf-compile, hf-tp, recipe, recipe-openxla, with commas; 'all' is every one.")
-    ] = "hf",
+        str | None,
+        typer.Option(
+            "--peers", help="Of hf, hf-compile, hf-tp, recipe, recipe-openxla, with commas; 'all' is every one.", show_default="hf"
+        ),
+    ] = None,
     batch: Annotated[str | None, typer.Option("--batch", help="Rows, with commas.", show_default="1,4,16,32; 4 with --train")] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt-tokens", help="Prompt lengths, with commas.", show_default="512,4096; 256 with --train")
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", help="Decode steps measured in each case.")] = 24,
+    steps: Annotated[int | None, typer.Option("--steps", help="Decode steps measured in each case.", show_default="24")] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Prefills measured in each case; steps with --train.")] = 3,
     threads: Annotated[int | None, typer.Option("--threads", help="Cores that every engine may use.", show_default="all")] = None,
     backend: options.BackendName = "cpu",
@@ -55,31 +58,31 @@ def bench(
         )
         return
     if load:
-        given = {
-            "--plot": plot,
-            "--batch": batch,
-            "--prompt-tokens": prompt,
-            "--threads": threads,
-            "--backend-option": backend_option,
-            "--train": train,
-            "--profile": profile,
-        }
-        for option, value in given.items():
-            if value:
-                raise UsageError(lines(f"{option} was given with --load", "expected one of the two"))
+        _refuse_beside(
+            "--load",
+            {
+                "--plot": plot,
+                "--peers": peers,
+                "--batch": batch,
+                "--prompt-tokens": prompt,
+                "--steps": steps,
+                "--threads": threads,
+                "--backend-option": backend_option,
+                "--train": train or None,
+                "--profile": profile or None,
+            },
+        )
         if backend != "cpu":
             raise UsageError(lines(f"--backend {backend} with --load", "expected cpu"))
         _load(model, _meshes(mesh), dtype, repeats, as_json, quiet, allow_nonfinite)
         return
     if train:
-        if plot is not None:
-            raise UsageError(lines("--plot was given with --train", "expected one of the two"))
-        wanted_peers = "hf" if peers == "all" else peers
+        _refuse_beside("--train", {"--plot": plot, "--steps": steps})
         _train(
             {
                 "model": model,
                 "meshes": _meshes(mesh),
-                "peers": tuple(name.strip() for name in wanted_peers.split(",") if name.strip()),
+                "peers": _names(None if peers == "all" else peers),
                 "batch": _number("--batch", batch or "4"),
                 "seq_len": _number("--prompt-tokens", prompt or "256"),
                 "repeats": repeats,
@@ -102,10 +105,10 @@ def bench(
     wanted = Options(
         model=model,
         meshes=_meshes(mesh),
-        peers=PEERS if peers == "all" else tuple(name.strip() for name in peers.split(",") if name.strip()),
+        peers=PEERS if peers == "all" else _names(peers),
         batches=_numbers("--batch", batch or "1,4,16,32"),
         prompts=_numbers("--prompt-tokens", prompt or "512,4096"),
-        steps=steps,
+        steps=24 if steps is None else steps,
         repeats=repeats,
         threads=threads,
         dtype=dtype,
@@ -123,6 +126,12 @@ def bench(
         reporting.render(measured, Console())
     if plot is not None:
         reporting.plot(measured, plot)
+
+
+def _refuse_beside(mode: str, given: dict[str, Any]) -> None:
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(lines(f"{option} was given with {mode}", "expected one of the two"))
 
 
 def _load(model: str, meshes: tuple[MeshShape, ...], dtype: str, repeats: int, as_json: bool, quiet: bool, allow_nonfinite: bool) -> None:
@@ -167,6 +176,10 @@ def _meshes(text: str) -> tuple[MeshShape, ...]:
     if len(set(shapes)) != len(shapes):
         raise UsageError(lines(f"--mesh {text} names a mesh twice", "expected each once"))
     return shapes
+
+
+def _names(peers: str | None) -> tuple[str, ...]:
+    return ("hf",) if peers is None else tuple(name.strip() for name in peers.split(",") if name.strip())
 
 
 def _number(option: str, text: str) -> int:
