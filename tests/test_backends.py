@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from parallama import backends, plugins
+from parallama import backends, flags, plugins
 from parallama.errors import BackendError, UsageError
+from parallama.host import usable_cores
 
 START = """
 import os, sys
@@ -27,6 +28,12 @@ except FitError as error:
 sys.stdout.flush()
 os._exit(0)  # joining XLA's threads can take long on a busy machine
 """
+
+
+TWO_DEVICES = " ".join(
+    f"{key}={value}"
+    for key, value in {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2", **flags.cpu_threads(2, usable_cores(), os.environ)}.items()
+)
 
 
 def started(before: str) -> str:
@@ -45,8 +52,17 @@ def test_devices_start_after_another_package_has_imported_torch_xla_and_with_our
 def test_devices_do_not_start_once_torch_xla_runs_with_others() -> None:
     assert started("torch.ones(1).to('xla')").splitlines() == [
         "torch_xla's runtime was started before parallama could ask for 2 CPU device(s)",
-        "import parallama and load the model first, or set PJRT_DEVICE=CPU and CPU_NUM_DEVICES yourself",
+        f"import parallama and load the model first, or set {TWO_DEVICES} yourself",
     ]
+
+
+def test_a_large_product_is_right_after_more_split_loops_than_a_threads_queue_holds() -> None:
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "long_program.py"), "1100"], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["wrong"] == 0 and found["largest"] > 1
 
 
 # -- plugins. The real one of the package xla-cpu-pjrt is too new to run a program, but makes a client: under the name of Tenstorrent's file, whose backend takes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parallama.flags import FLAGS, NOT_MEASURED, VARIABLES, with_defaults
+from parallama.flags import FLAGS, NOT_MEASURED, VARIABLES, cpu_threads, with_defaults
 
 
 @pytest.mark.parametrize("backend", sorted(FLAGS))
@@ -25,3 +25,22 @@ def test_every_flag_says_what_it_does_and_whether_that_was_measured_here(backend
     for flag in FLAGS[backend]:
         assert len(flag.effect) > 20 and not flag.name.startswith("-")
         assert (NOT_MEASURED in flag.effect) == (backend != "cpu")
+
+
+@pytest.mark.parametrize(
+    ("devices", "cores", "given", "wanted"),
+    [
+        (1, 2, {}, None),
+        (2, 2, {}, "3"),
+        (8, 2, {}, "9"),
+        (8, 9, {}, None),
+        (2, 1, {}, None),  # on one core XLA splits no loop
+        (2, 2, {"PJRT_NPROC": "3"}, None),
+        (2, 16, {"PJRT_NPROC": "2"}, "3"),
+        (2, 16, {"NPROC": "1"}, "3"),
+        (2, 16, {"PJRT_NPROC": "4", "NPROC": "1"}, None),
+        (2, 16, {"NPROC": "all"}, None),  # no number: XLA passes over it
+    ],
+)
+def test_xla_gets_a_thread_more_than_there_are_devices(devices: int, cores: int, given: dict[str, str], wanted: str | None) -> None:
+    assert cpu_threads(devices, cores, given) == ({} if wanted is None else {"PJRT_NPROC": wanted})

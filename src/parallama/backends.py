@@ -17,6 +17,7 @@ from typing import Any
 
 from . import flags, host, plugins, versions
 from .errors import BackendError, FitError, UsageError, cause, lines
+from .host import usable_cores
 from .plugins import OptionValue
 
 NAMES = ("cpu", "tpu", "tt")
@@ -153,17 +154,15 @@ def _set_flags(name: str) -> None:
 def _start_cpu(devices: int) -> Backend:
     if not 1 <= devices <= MOST_CPU_DEVICES:
         raise FitError(lines(f"{devices} virtual CPU devices", f"expected 1 to {MOST_CPU_DEVICES}"))
-    if _runtime_runs():
-        wanted = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices)}
-        if any(os.environ.get(key) != value for key, value in wanted.items()):
-            raise FitError(
-                lines(
-                    f"torch_xla's runtime was started before parallama could ask for {devices} CPU device(s)",
-                    "import parallama and load the model first, or set PJRT_DEVICE=CPU and CPU_NUM_DEVICES yourself",
-                )
+    variables = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(devices), **flags.cpu_threads(devices, usable_cores(), os.environ)}
+    if _runtime_runs() and any(os.environ.get(key) != value for key, value in variables.items()):
+        raise FitError(
+            lines(
+                f"torch_xla's runtime was started before parallama could ask for {devices} CPU device(s)",
+                f"import parallama and load the model first, or set {' '.join(f'{key}={value}' for key, value in variables.items())} yourself",
             )
-    os.environ["PJRT_DEVICE"] = "CPU"
-    os.environ["CPU_NUM_DEVICES"] = str(devices)
+        )
+    os.environ |= variables
     # Importing torch_xla would load every installed plugin, and some print, or set variables that are for their devices only.
     os.environ.setdefault("XLA_REGISTER_INSTALLED_PLUGINS", "0")
     _use_spmd(devices)

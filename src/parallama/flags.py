@@ -62,3 +62,18 @@ def with_defaults(backend: str, given: str) -> str:
     named = {word.lstrip("-").partition("=")[0] for word in given.split()}
     ours = [str(flag) for flag in FLAGS[backend] if flag.name not in named]
     return " ".join([*([given] if given else []), *ours])
+
+
+def cpu_threads(devices: int, cores: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variable to set so that XLA:CPU's thread pool has more threads than there are devices; empty where it has, or needs none.
+
+    A loop that XLA splits over cores leaves a task in the queue of the thread that started it. Where every thread of the pool runs a device's program, nobody takes them out; a full queue
+    runs what comes next at once, in the midst of Eigen's products, and large ones come out wrong (docs/log.md). On one core XLA splits no loop.
+
+    Args:
+        cores: that the process may use; as many threads XLA makes if no variable says otherwise, and at least one for each device.
+        environment: variables as they are. `PJRT_NPROC`, or else `NPROC`, is the user's number of threads; one that is too small is raised.
+    """
+    given = [environment[name] for name in ("PJRT_NPROC", "NPROC") if environment.get(name, "").isdecimal()]
+    enough = cores == 1 or (int(given[0]) if given else cores) > devices
+    return {} if enough else {"PJRT_NPROC": str(devices + 1)}

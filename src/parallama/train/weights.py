@@ -20,7 +20,7 @@ SUMMED = 8
 """Rows of a product that stands for a sum; of one row XLA would make a sum again."""
 LEAST_NATURAL = 16
 """From so many rows on, XLA:CPU multiplies `x @ W.T` as it stands. `(W @ x.T).T` is a faster product (`products`), but lies turned, and all that is computed from it, back and forth, reads across the grain.
-Below 256 rows it would be faster all the same; but in steps of several micro-steps on two and three devices XLA:CPU has made wrong numbers of it, see docs/log.md."""
+Below 256 rows it would be faster all the same. It is not used there since XLA:CPU made wrong numbers of it, which it doesn't any more (`flags.cpu_threads`)."""
 MOST_OUTPUTS = 4096
 """A product with more outputs is done in parts: packing a whole vocabulary against the grain takes as long as multiplying with it."""
 
