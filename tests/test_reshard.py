@@ -144,18 +144,22 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "dtype", "meshes"),
-    [("l1b-bf16", "bfloat16", ["2x4", "1x8"]), ("l200", "float32", ["2x4", "4x2", "8x1", "4x2", "2x4", "1x8"])],
-    ids=["1.2 billion", "200 million"],
+    ("shape", "dtype", "meshes", "most"),
+    [
+        ("l1b-bf16", "bfloat16", ["2x4", "1x8"], 2),
+        ("l200", "float32", ["2x4", "4x2", "2x4", "1x8"], 1),
+        ("l200", "float32", ["8x1", "4x2", "1x8"], 2),
+    ],
+    ids=["1.2 billion", "200 million", "200 million on eight rows"],
 )
-def test_the_host_never_holds_a_second_copy_of_a_large_model(tmp_path, shape, dtype, meshes):
-    """The devices' memory is the process's here. What grows is what the new mesh holds more than the old one, and less than two copies of the largest tensor on its way."""
+def test_the_host_never_holds_a_second_copy_of_a_large_model(tmp_path, shape, dtype, meshes, most):
+    """The devices' memory is the process's here. What grows is what the new mesh holds more than the old one, and less than one or two copies of the largest tensor on its way."""
     from parallama.bench.shapes import make
 
     make(shape, tmp_path / shape)
     done = subprocess.run([sys.executable, "-c", MOVE, str(tmp_path / shape), dtype, *meshes], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     for move in json.loads(done.stdout):
-        assert move["growth"] < max(0, move["after"] - move["before"]) + 2 * move["largest"], move
+        assert move["growth"] < max(0, move["after"] - move["before"]) + most * move["largest"], move
         assert 2 * move["largest"] < min(move["before"], move["after"])
         assert move["programs"] < 20, move

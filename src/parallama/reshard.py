@@ -22,6 +22,9 @@ from .program import compiled_programs
 from .shard import Layout, cut, settle, undo
 from .topology import MeshShape
 
+_TRIMS = 8
+"""How often freed memory is given back while as much is moved as the largest tensor has. What is moved leaves twice as much behind in holes of the heap that the next tensors don't fit in."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Resharding:
@@ -128,7 +131,7 @@ class Mover:
                 freed, size = self.mesh.local_bytes(tensors[name]), tensors[name].numel() * tensors[name].element_size()
                 moved[name] = relay(partial(tensors.pop, name), self.mesh, old(name), self.new_mesh, new(name), rows)
                 waiting += size
-                if 2 * waiting >= self._largest:
+                if _TRIMS * waiting >= self._largest:
                     give_back()
                     waiting = 0
                 made = self.new_mesh.local_bytes(moved[name])

@@ -1,7 +1,6 @@
 """A checkpoint's tensors onto the devices, slice by slice: while one is transferred, the next ones are read, cast and laid out. One CPU device takes over what was read instead.
 
-Besides what lies on the devices (on the CPU backend they are host memory, too) the host holds about as much of the model as its largest single tensor; on meshes with rows that take
-another dim of it too, somewhat more (docs/log.md has what was measured).
+Besides what lies on the devices (on the CPU backend they are host memory, too) the host holds about as much of the model as its largest single tensor (docs/log.md has what was measured).
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ _AHEAD = 4
 _Parts = Future[dict[int, torch.Tensor]]
 _Read = Callable[..., _Parts]
 """`parts`, done by a reader."""
+_Memory = Callable[[], contextlib.AbstractContextManager[Callable[[], None] | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +144,10 @@ def put(
     make = functools.partial(parts, plan=plan, dtype=dtype, devices=range(mesh.shape.devices), allow_nonfinite=allow_nonfinite)
     tensors: dict[str, torch.Tensor] = {}
     # On one device a transfer goes on while the next tensor comes, and one heap then holds twice as much of the largest. Copies for rows of the mesh leave holes in it.
-    memory = reused_host_memory if mesh.spmd and mesh.shape.data == 1 else lean_host_memory
+    memory: _Memory = reused_host_memory if mesh.spmd and mesh.shape.data == 1 else lean_host_memory
     readers = ThreadPoolExecutor(_READERS, thread_name_prefix="reader")
     try:
-        with memory(), _one_thread_each():
+        with memory() as give_back, _one_thread_each():
             if mesh.shares_host_memory:
                 arriving = _taken_over(ordered, sizes, mesh, functools.partial(readers.submit, make, own=True))
             else:
@@ -157,6 +157,8 @@ def put(
                 tensors[source.name] = tensor
                 source.release()
                 done += source.nbytes
+                if give_back is not None and total - done <= ordered[0].nbytes < total - done + source.nbytes:
+                    give_back()  # from here on holes in the heap add to the peak
                 if progress is not None:
                     progress(done, total)
             mesh.wait()
