@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from . import flags, host, plugins, versions
+from . import flags, plugins, versions
 from .errors import BackendError, FitError, UsageError, cause, lines
 from .host import usable_cores
 from .plugins import OptionValue
@@ -166,7 +166,6 @@ def _start_cpu(devices: int) -> Backend:
     # Importing torch_xla would load every installed plugin, and some print, or set variables that are for their devices only.
     os.environ.setdefault("XLA_REGISTER_INSTALLED_PLUGINS", "0")
     _use_spmd(devices)
-    host.keep_freed_memory()  # the devices' buffers are the host's
     return Backend(name="cpu", devices=devices, weights_first=True)
 
 

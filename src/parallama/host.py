@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8  # of glibc's mallopt
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
 _peak_before = 0
-_keeps = False
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
 """What of a processor matters for matrix products, as Linux names it."""
 
@@ -24,7 +23,7 @@ def lean_host_memory() -> Iterator[Callable[[], None]]:
 
     glibc learns from freed blocks to keep ever larger ones (up to 32 MB) for itself, and a loader that frees a tensor for each that it makes then peaks at almost
     twice the model. Blocks over 8 MB go back at once here; smaller ones are used again, which saves the system from clearing their pages each time, and what is left of
-    them goes back at the end, or when what is yielded is called. Afterwards memory is as programs want it, see `keep_freed_memory`.
+    them goes back at the end, or when what is yielded is called. Afterwards the threshold is at its maximum, which is where running programs' buffers belong.
     """
     libc = _glibc()
     if libc is None:
@@ -54,35 +53,9 @@ def reused_host_memory() -> Iterator[None]:
         _restore(libc)
 
 
-def keep_freed_memory() -> None:
-    """From now on: what is freed stays with this process, for whoever wants it next.
-
-    A program's buffers are made and freed at every run. Large ones glibc would map and unmap each time, and the system would clear their pages again: a tenth of a prompt's time.
-    """
-    global _keeps
-    libc = _glibc()
-    if libc is not None:
-        _keeps = True
-        _restore(libc)
-
-
-def use_one_heap() -> None:
-    """From now on: threads that have no heap of their own yet use the first one.
-
-    A thread's own heap has no room for large blocks, which are mapped and unmapped then. Small ones cost a little more, for threads wait for one another: worth it for a
-    training step, whose buffers are large, and not for decoding.
-    """
-    libc = _glibc()
-    if libc is not None:
-        libc.mallopt(_M_ARENA_MAX, 1)
-
-
 def _restore(libc: ctypes.CDLL) -> None:
-    """As it is between loads: give back what is free now, and treat what will be freed as programs want it."""
-    if _keeps:
-        _set_malloc(libc, most_mapped=0, kept=-1)
-    else:
-        _set_malloc(libc, most_mapped=1 << 16, mapped_from=1 << 25, kept=1 << 17)
+    """As it is between loads."""
+    _set_malloc(libc, most_mapped=1 << 16, mapped_from=1 << 25, kept=1 << 17)
     libc.malloc_trim(0)
 
 

@@ -28,9 +28,10 @@ class Ours:
     """`train.step.Trainer`, its program compiled before the first step."""
 
     def __init__(self, given: dict[str, Any], options: StepOptions, lr: float) -> None:
-        from ..train.step import Trainer, training_mesh
+        from ..mesh import DeviceMesh
+        from ..train.step import Trainer
 
-        mesh = training_mesh(given["mesh"], backend=given["backend"], backend_options=given["backend_options"])
+        mesh = DeviceMesh(given["mesh"], backend=given["backend"], backend_options=given["backend_options"])
         self._trainer, self._lr = Trainer(find(given["model"]), mesh, options, allow_nonfinite=given["allow_nonfinite"]), lr
         self._trainer.compile()
 

@@ -2,7 +2,6 @@
 
 `batch` is what a step takes in, `options` how it is done, `step.Trainer` does it:
 
-- `training_mesh("1x2")` makes the devices, before anything else uses them.
 - `Trainer(checkpoint, mesh, options, seed=...)` reads the weights and makes the state; `compile()` makes the program.
 - `trainer.step(batch, lr)` is one optimizer step, `trainer.evaluate(batch)` the loss of a batch.
 - `trainer.state` holds all that a checkpoint must: named device tensors. `trainer.layout(name)` says how each lies: `placement.axes` over the mesh, and `blocks`, how the laid-out dim is

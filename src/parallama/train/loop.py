@@ -95,12 +95,13 @@ class _Run:
 
     def __init__(self, settings: TrainSettings, watch: Watch, disk: Disk | None) -> None:
         from .. import loading
+        from ..mesh import DeviceMesh
         from ..plan import make_plan, read_overrides
         from ..spec import ModelSpec
         from . import checkpoints
         from .layout import check_fit, training_plan
         from .speed import Speed
-        from .step import Trainer, training_mesh
+        from .step import Trainer
 
         self.settings, self.watch, self.disk = settings, watch, disk or Disk()
         self.sequences = settings.grad_accum * settings.batch_size
@@ -109,7 +110,7 @@ class _Run:
         checkpoints.clean(saved)
         resumed = resume.find(settings, saved, watch.say)
         overrides = read_overrides(settings.plan) if settings.plan is not None else None
-        self.mesh = training_mesh(settings.mesh_shape, backend=settings.backend)
+        self.mesh = DeviceMesh(settings.mesh_shape, backend=settings.backend)
         self.model = loading.find(settings.model)
         self.tokenizer = self.model.tokenizer()
         spec = ModelSpec.from_config(self.model.config)

@@ -15,16 +15,15 @@ from .. import heads
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, lines, listed
 from ..finite import finite_only
-from ..host import lean_host_memory, use_one_heap
+from ..host import lean_host_memory
 from ..loading import make_skeleton
 from ..mesh import DeviceMesh
 from ..ops import name_scopes, scope
 from ..plan import Axes, Blocks, Placement, Plan, make_plan
-from ..plugins import OptionValue
 from ..program import Program
 from ..shard import put_parameter, take_off
 from ..spec import ModelSpec
-from ..topology import AXES, DATA, MODEL, MeshShape
+from ..topology import AXES, DATA, MODEL
 from ..train_collectives import TOGETHER
 from . import lora, optimizer, packed
 from .batch import Batch
@@ -39,23 +38,12 @@ _INPUTS = ("ids", "targets", "positions", "documents")
 _BATCH_AXES: Axes = (None, DATA, None)
 
 
-def training_mesh(shape: str | MeshShape, *, backend: str = "cpu", backend_options: Mapping[str, OptionValue] | None = None) -> DeviceMesh:
-    """A mesh to train on; on virtual devices one of the process's first acts, for it says how its threads are to get memory.
-
-    Raises:
-        BackendError, FitError, UsageError: as `DeviceMesh` does.
-    """
-    if backend == "cpu":
-        use_one_heap()
-    return DeviceMesh(shape, backend=backend, backend_options=backend_options)
-
-
 class Trainer:
     """A model in training on a mesh.
 
     Args:
         checkpoint: config and weights to begin with.
-        mesh: the devices, from `training_mesh`; any `DeviceMesh` does, a little slower on virtual ones.
+        mesh: the devices.
         plan: how parameters lie; the default plan of the mesh if None.
         seed: of adapters and of dropout.
         progress: called while weights are read, with tensors done and their number.
