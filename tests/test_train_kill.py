@@ -106,13 +106,13 @@ def assert_same(out: Path, never_killed: Path) -> None:
     assert our_files == their_files
 
 
-def test_killed_at_seven_moments_a_run_ends_as_if_it_never_was(killer: Killer, model: str, never_killed: Path, tmp_path: Path) -> None:
-    """Three kills are before operations of a save; the others at random moments of steps and saves."""
+def test_killed_at_ten_moments_a_run_ends_as_if_it_never_was(killer: Killer, model: str, never_killed: Path, tmp_path: Path) -> None:
+    """Four kills are before operations of a save, one of each of its parts; the others at random moments of steps and saves."""
     total = len(json.loads((never_killed / "operations").read_text()))
     draw = random.Random(1)
-    operations = [draw.randrange(total // 16 * part) + 1 for part in (1, 2, 4)]
-    done = killed_and_resumed(killer, model, tmp_path / "run", 7, 7, operations)
-    assert done >= 5
+    operations = [draw.randrange(total // 16 * part) + 1 for part in (1, 2, 3, 4)]
+    done = killed_and_resumed(killer, model, tmp_path / "run", 10, 7, operations)
+    assert done >= 8
     assert_same(tmp_path / "run", never_killed)
 
 
