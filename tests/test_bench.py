@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from parallama import cost
-from parallama.bench import shapes
+from parallama.bench import profile, shapes
 from parallama.bench.processes import EngineProcess
 from parallama.bench.run import Options
 from parallama.bench.training import TrainOptions
@@ -278,6 +278,14 @@ def test_a_profile_without_perf_says_how_to_get_it(capsys: Any, monkeypatch: pyt
     assert run(["bench", "nowhere", "--profile"]) == 2
     said = "--profile needs Linux's perf\nexpected it on the PATH; on Debian run: apt-get install linux-perf"
     assert capsys.readouterr().err == f"parallama: {said}\n"
+
+
+@pytest.mark.skipif(shutil.which("perf") is None, reason="perf is not installed")
+def test_a_profile_that_cannot_be_taken_says_what_perf_said() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with pytest.raises(RunError, match=r"^perf cannot record: .+\nsee /proc/sys/kernel/perf_event_paranoid$"), profile.recording(ended.pid):
+        pass
 
 
 @pytest.mark.skipif(shutil.which("perf") is None, reason="perf is not installed")

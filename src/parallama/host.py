@@ -60,11 +60,7 @@ def _restore(libc: ctypes.CDLL) -> None:
 
 
 def _set_malloc(libc: ctypes.CDLL, *, most_mapped: int, kept: int, mapped_from: int | None = None) -> None:
-    """Args:
-    most_mapped: so many blocks may be mapped by themselves; with none every block comes from a heap.
-    kept: bytes that may be free at a heap's end before they go back; -1 is any number.
-    mapped_from: bytes from which on a block is mapped.
-    """
+    """Say how many blocks may be mapped by themselves, from how many bytes on, and how many bytes may be free at a heap's end before they go back."""
     libc.mallopt(_M_MMAP_MAX, most_mapped)
     libc.mallopt(_M_TRIM_THRESHOLD, kept)
     if mapped_from is not None:

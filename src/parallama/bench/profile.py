@@ -108,23 +108,22 @@ def recording(pid: int) -> Iterator[Recording]:
     taken = Recording()
     with tempfile.TemporaryDirectory(prefix="parallama-perf-") as folder:
         data = Path(folder) / "data"
-        command = ["perf", "record", "--quiet", "--event", "cpu-clock", "--freq", str(HERTZ), "--pid", _family(pid), "--output", str(data)]
+        command = ["perf", "record", "--event", "cpu-clock", "--freq", str(HERTZ), "--pid", _family(pid), "--output", str(data)]
         with (Path(folder) / "log").open("w+") as log:
             perf = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             try:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     perf.wait(_ATTACH_S)
+                if perf.returncode is not None:
+                    log.seek(0)
+                    said = " ".join(log.read().split())[:200]
+                    raise RunError(lines(f"perf cannot record: {said}", "see /proc/sys/kernel/perf_event_paranoid"))
                 began = time.perf_counter()
                 yield taken
                 taken.seconds = time.perf_counter() - began
             finally:
                 perf.send_signal(signal.SIGINT)
                 perf.wait()
-            log.seek(0)
-            if not data.is_file():
-                raise RunError(
-                    lines(f"perf cannot record: {' '.join(log.read().split())[:200]}", "see /proc/sys/kernel/perf_event_paranoid")
-                )
         taken.counted = count(_report(data))
 
 

@@ -202,9 +202,8 @@ class _Run:
                     loss = self._step(sinks)
                     if self.done == settings.steps or (settings.save_every and self.done % settings.save_every == 0):
                         self._save(log)
-                if (
-                    self.done != self.last_save
-                ):  # of a run that was complete, what its last save left undone: the link, older ones to remove
+                # Of a run that was complete, what its last save left undone: the link, older ones to remove.
+                if self.done != self.last_save:
                     self._save(log)
                 self.saver.wait()
             late = compiled_programs() - compiled
