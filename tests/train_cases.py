@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from parallama import loading
+from parallama.host import rss_bytes
 from parallama.mesh import DeviceMesh
 from parallama.plan import make_plan
 from parallama.program import Program, compiled_programs
@@ -56,6 +57,18 @@ def run(
         "compiled_later": compiled_programs() - compiled,
         "parameters": dict(made.host_parameters()) if final else {},
     }
+
+
+def grown(model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], steps: int) -> dict[str, int]:
+    """By how many bytes the process grew over so many steps, after three; and what one of them sets aside, as predicted."""
+    made = trainer(model, mesh, options)
+    for _ in range(3):
+        made.step(batch_of(arrays), 1e-3)
+    before = rss_bytes()
+    for _ in range(steps):
+        made.step(batch_of(arrays), 1e-3)
+    predicted = train_memory(made.plan, train_step(made.options, made.plan.model.layers, "cpu"))
+    return {"growth": rss_bytes() - before, "activations": predicted.activations}
 
 
 def adapted(model: str, mesh: str, options: dict[str, Any], batches: list[dict[str, np.ndarray]], lr: float, folder: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def lean_host_memory() -> Iterator[Callable[[], None]]:
 
     glibc learns from freed blocks to keep ever larger ones (up to 32 MB) for itself, and a loader that frees a tensor for each that it makes then peaks at almost
     twice the model. Blocks over 8 MB go back at once here; smaller ones are used again, which saves the system from clearing their pages each time, and what is left of
-    them goes back at the end, or when what is yielded is called. Afterwards the threshold is at its maximum, which is where running programs' buffers belong.
+    them goes back at the end, or when what is yielded is called.
     """
     libc = _glibc()
     if libc is None:
@@ -54,8 +54,8 @@ def reused_host_memory() -> Iterator[None]:
 
 
 def _restore(libc: ctypes.CDLL) -> None:
-    """As it is between loads."""
-    _set_malloc(libc, most_mapped=1 << 16, mapped_from=1 << 25, kept=1 << 17)
+    """As glibc has it by itself once blocks of 32 MB have come and gone: a product's packed blocks come and go with it, and the system need not clear them anew."""
+    _set_malloc(libc, most_mapped=1 << 16, mapped_from=1 << 25, kept=1 << 26)
     libc.malloc_trim(0)
 
 
