@@ -53,14 +53,30 @@ def test_a_steps_working_memory_is_near_what_was_predicted(auditors: Any, models
     assert near(*found), found
 
 
+def check_growth(found: dict[str, int]) -> None:
+    """Over ten steps the process grew by less than what one of them sets aside; freed buffers that the next step's don't fit in would be added at every step."""
+    assert found["activations"] > 100 << 20  # on each device
+    assert found["growth"] < found["activations"], found
+
+
 @pytest.mark.parametrize("mesh", ["1x1", "1x2"])
 def test_the_process_does_not_grow_from_step_to_step(workers: Workers, models: TinyModels, mesh: str) -> None:
-    """Freed buffers that the next step's don't fit in would be added at every step."""
     sizes = {"batch_size": 8, "seq_len": 256}
     batch = train_data.random_batch((1, 8, 256), WIDE["vocab"])
-    found = workers[devices(mesh)].call("train_cases:grown", model=models(**WIDE).folder, mesh=mesh, options=sizes, arrays=batch, steps=6)
-    assert found["activations"] > 100 << 20  # on each device
-    assert found["growth"] < found["activations"] / 2, found
+    check_growth(
+        workers[devices(mesh)].call("train_cases:grown", model=models(**WIDE).folder, mesh=mesh, options=sizes, arrays=batch, steps=18)
+    )
+
+
+@pytest.mark.slow
+def test_the_process_does_not_grow_where_a_buffer_is_a_gigabyte(workers: Workers, tmp_path: Path) -> None:
+    """With every block in one heap of glibc 2.36 it grew by 1.6 GB a step at this size, and not at smaller ones."""
+    from parallama.bench.shapes import make
+
+    make("l200", tmp_path / "l200")
+    batch = train_data.random_batch((1, 4, 256), 30_000)
+    sizes = {"batch_size": 4, "seq_len": 256}
+    check_growth(workers[1].call("train_cases:grown", model=str(tmp_path / "l200"), mesh="1x1", options=sizes, arrays=batch, steps=18))
 
 
 def check_share(held: dict[str, Any], parts: int) -> None:
