@@ -117,6 +117,8 @@ def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() 
         (["--load", "--backend", "tpu"], 2, "--backend tpu with --load\nexpected cpu"),
         (["--train", "--plot", "x.png"], 2, "--plot was given with --train\nexpected one of the two"),
         (["--load", "--profile"], 2, "--profile was given with --load\nexpected one of the two"),
+        (["--make", "l200", "--threads", "2"], 2, "--threads was given with --make\nexpected one of the two"),
+        (["--make", "l200", "--load"], 2, "--load was given with --make\nexpected one of the two"),
         (["--train", "--steps", "24"], 2, "--steps was given with --train\nexpected one of the two"),
     ],
 )
@@ -326,8 +328,12 @@ def test_a_model_that_holds_nan_is_measured_only_where_that_is_allowed(tiny: str
     (tmp_path / "config.json").write_bytes((Path(tiny) / "config.json").read_bytes())
     few = [str(tmp_path), "--peers", ",", "--batch", "1", "--prompt-tokens", "8", "--steps", "8", "--repeats", "1", "--quiet", "--json"]
     refused = bench(*few)
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert "tensor model.layers.0.mlp.down_proj.weight holds NaN or infinity (1 of 11264 numbers" in refused.stderr
+    assert (refused.returncode, refused.stdout) == (3, "")
+    first, remedy = refused.stderr.splitlines()
+    assert first.startswith(
+        "parallama: model.safetensors: tensor model.layers.0.mlp.down_proj.weight holds NaN or infinity (1 of 11264 numbers"
+    )
+    assert "--allow-nonfinite" in remedy
     report = rows_of(bench(*few, "--allow-nonfinite"))
     assert report["command"].endswith("--allow-nonfinite")
     check_report(report, ["1x1"])

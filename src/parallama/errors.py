@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class ParallamaError(ValueError):
     """Base of every error that a user can cause.
@@ -56,6 +58,17 @@ def lines(*parts: str) -> str:
     kept = [_printable(part) for part in parts if part]
     assert len(kept) <= 3, kept
     return "\n".join(kept)
+
+
+def to_reply(error: ParallamaError) -> dict[str, str]:
+    """For another process of ours, where `from_reply` makes the same error of it."""
+    return {"refused": type(error).__name__, "message": str(error)}
+
+
+def from_reply(reply: Mapping[str, str]) -> ParallamaError:
+    """The error of `to_reply`."""
+    found: ParallamaError = globals()[reply["refused"]](reply["message"])
+    return found
 
 
 def listed(names: list[str], limit: int = 4) -> str:

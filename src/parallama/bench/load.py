@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import child, errors
-from ..errors import ParallamaError, RunError, UsageError, lines
+from .. import child
+from ..errors import ParallamaError, RunError, UsageError, from_reply, lines, to_reply
 from ..host import peak_rss_bytes, rss_bytes
 
 READERS = ("parallama", "safetensors", "safetensors-pread")
@@ -125,7 +125,7 @@ def _measure(model: str, mesh: str, dtype: str, repeats: int, progress: Callable
                 raise RunError(lines(f"{reader} {ended.how}", ended.last_words))
             answer = json.loads(ended.out.splitlines()[-1])
             if "refused" in answer:
-                raise getattr(errors, answer["refused"])(answer["message"])
+                raise from_reply(answer)
             if turn:
                 taken[reader].append(answer)
     medians = {reader: statistics.median(answer["seconds"] for answer in answers) for reader, answers in taken.items()}
@@ -198,5 +198,5 @@ if __name__ == "__main__":
     try:
         answer = read(**json.loads(sys.argv[1]))
     except ParallamaError as error:  # the user's to read, as it would be without a process in between
-        answer = {"refused": type(error).__name__, "message": str(error)}
+        answer = to_reply(error)
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import ParallamaError, RunError, lines
+from ..errors import ParallamaError, RunError, from_reply, lines
 
 START_LIMIT_S, ASK_LIMIT_S = 600.0, 1200.0
 
@@ -28,7 +28,7 @@ class EngineProcess:
         ask_limit_s: how long one command may take.
 
     Raises:
-        RunError: it could not start; the message says why.
+        ParallamaError: it could not start; the message says why. What parallama itself refuses is the same error here.
 
     Attributes:
         started: what it said when it was ready.
@@ -104,6 +104,8 @@ class EngineProcess:
         if not line:
             raise RunError(lines(f"{self.name} has died: {self._last_words()}"))
         reply: dict[str, Any] = json.loads(line)
+        if "refused" in reply:
+            raise from_reply(reply)
         if "error" in reply:
             raise RunError(lines(f"{self.name}: {reply['error']}"))
         return reply

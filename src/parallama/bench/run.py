@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config_json import read_config
 from ..cost import decode_bytes, prefill_flops
-from ..errors import RunError
+from ..errors import ParallamaError, RunError
 from ..loading import DTYPES
 from ..spec import ModelSpec
 from ..topology import MeshShape
@@ -107,7 +107,7 @@ def run(options: Options, command: str, progress: Progress) -> Report:
 
     Raises:
         CheckpointError: the model cannot be read.
-        RunError: parallama itself could not start on a mesh.
+        ParallamaError: parallama itself could not start on a mesh.
     """
     spec = ModelSpec.from_config(read_config(options.model))
     with contextlib.ExitStack() as stack:
@@ -155,14 +155,14 @@ class _Starter:
         self._progress(f"starting {name} {mesh}")
         try:
             runner.process = self._stack.enter_context(EngineProcess(self._options.engine(name, mesh), processes=processes))
-        except RunError as error:
+        except ParallamaError as error:
             if name in ("parallama", "machine"):
                 raise
             runner.error = first_line(error, name)
         return runner
 
 
-def first_line(error: RunError, name: str) -> str:
+def first_line(error: ParallamaError, name: str) -> str:
     """What an engine says that went wrong."""
     return str(error).splitlines()[0].removeprefix(f"{name}: ")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..config_json import read_config
 from ..cost import train_flops
-from ..errors import RunError, UsageError, lines
+from ..errors import ParallamaError, RunError, UsageError, lines
 from ..spec import ModelSpec
 from ..topology import MeshShape
 from .options import EngineOptions
@@ -149,7 +149,7 @@ def run(options: TrainOptions, command: str, progress: Callable[[str], None]) ->
 
     Raises:
         CheckpointError: the model cannot be read.
-        RunError: parallama itself could not start on a mesh, or take a step.
+        ParallamaError: parallama itself could not start on a mesh, or take a step.
     """
     spec = ModelSpec.from_config(read_config(options.model))
     if options.seq_len > spec.max_positions:
@@ -166,7 +166,7 @@ def run(options: TrainOptions, command: str, progress: Callable[[str], None]) ->
                     progress(f"starting {name}")
                     try:
                         peers[name] = stack.enter_context(EngineProcess(options.engine(name, MeshShape())))
-                    except RunError as error:
+                    except ParallamaError as error:
                         peers[name] = first_line(error, name)
                 progress(f"{options.repeats} steps of {options.batch} x {options.seq_len} tokens")
                 before = reading(machine)

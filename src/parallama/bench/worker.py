@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..backends import name_kernels
-from ..errors import ParallamaError, cause, lines
+from ..errors import ParallamaError, cause, lines, to_reply
 from ..host import peak_rss_bytes
 from ..loading import DTYPES
 from .engine import Engine, Ours
@@ -35,6 +35,9 @@ def main() -> None:
         name_kernels()
     try:
         served: Any = _made(given)
+    except ParallamaError as error:
+        _say(_connect(given), to_reply(error))
+        return
     except Exception as error:
         _say(_connect(given), {"error": _reason(error)})
         return

@@ -49,7 +49,18 @@ def bench(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure prefill, decode and cold start, interleaved with what a user would pick instead."""
+    given = {
+        "--plot": plot,
+        "--peers": peers,
+        "--batch": batch,
+        "--prompt-tokens": prompt,
+        "--steps": steps,
+        "--threads": threads,
+        "--backend-option": backend_option,
+        "--profile": profile or None,
+    }
     if make is not None:
+        _refuse_beside("--make", given | {"--load": load or None, "--train": train or None})
         from ..bench.shapes import make as write
 
         count = write(make, Path(model))
@@ -58,26 +69,13 @@ def bench(
         )
         return
     if load:
-        _refuse_beside(
-            "--load",
-            {
-                "--plot": plot,
-                "--peers": peers,
-                "--batch": batch,
-                "--prompt-tokens": prompt,
-                "--steps": steps,
-                "--threads": threads,
-                "--backend-option": backend_option,
-                "--train": train or None,
-                "--profile": profile or None,
-            },
-        )
+        _refuse_beside("--load", given | {"--train": train or None})
         if backend != "cpu":
             raise UsageError(lines(f"--backend {backend} with --load", "expected cpu"))
         _load(model, _meshes(mesh), dtype, repeats, as_json, quiet, allow_nonfinite)
         return
     if train:
-        _refuse_beside("--train", {"--plot": plot, "--steps": steps})
+        _refuse_beside("--train", {option: given[option] for option in ("--plot", "--steps")})
         _train(
             {
                 "model": model,
