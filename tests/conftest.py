@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -143,12 +144,20 @@ class Auditors:
             worker.stop()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `--dist loadgroup` leaves together: all tests that compute in the same workers, so that there is one set of those; and of the others those of a file."""
-    for item in items:
-        shared = [fixture for fixture in ("workers", "auditors") if fixture in getattr(item, "fixturenames", ())]
-        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Two processes of pytest (`-n 2 --dist loadfile`): all files that compute in workers go to one of them, so that there is one set of workers; the others wait for processes of their own."""
+    from xdist.scheduler import LoadFileScheduling
+
+    sharing = {path.name for path in HERE.glob("test_*.py") if re.search(r"\b(workers|auditors): ", path.read_text(encoding="utf-8"))}
+    sharing -= {"test_cli.py", "test_export.py"}  # they mostly run commands, and need a worker for a few cases only
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "workers" if Path(file).name in sharing else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
