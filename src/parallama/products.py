@@ -24,6 +24,17 @@ from .topology import DATA
 
 _plain_linear = torch.nn.functional.linear
 _ELEMENTWISE = {torch.Tensor.mul, torch.Tensor.__mul__, torch.mul, torch.nn.functional.silu, torch.nn.functional.gelu}
+# What residual additions and norms are made of.
+_OF_THE_STREAM = {
+    torch.Tensor.add,
+    torch.Tensor.__add__,
+    torch.add,
+    torch.Tensor.pow,
+    torch.pow,
+    torch.Tensor.rsqrt,
+    torch.rsqrt,
+    torch.Tensor.to,
+}
 TRIGONOMETRIC = {torch.Tensor.cos, torch.Tensor.sin, torch.cos, torch.sin}
 """Transformers computes these once a step; fused into what uses them, XLA:CPU would again for every head of every layer, see `unfused`."""
 MOST_SINGLE_ROWS = 3
@@ -93,7 +104,7 @@ class LinearForm(TorchFunctionMode):
     """While a step is traced: every `torch.nn.functional.linear`, a model's own included, becomes `linear`, and what it takes and makes lies as planned.
 
     The transposed result of a product with many rows, `[F, N]`, is remembered: activation and product of a gated MLP are computed on it, and the next linear multiplies
-    with it, so that nothing is read across the grain in between.
+    with it, so that nothing is read across the grain in between. So are residual stream and norms of `LEAST_TURNED` rows and more: embeddings are turned once, at the beginning.
 
     Args:
         axes: by the id of the weight, for every weight that the step may meet. Left to itself, GSPMD would let one odd placement spread through the residual stream.
@@ -112,13 +123,34 @@ class LinearForm(TorchFunctionMode):
             return self._linear(*args, **(kwargs or {}))
         if function is torch.nn.functional.embedding:
             embedded = function(*args, **(kwargs or {}))
-            return self._mesh.mark(embedded, _rows_whole(embedded))
+            embedded = self._mesh.mark(embedded, _rows_whole(embedded))
+            if self._turns(embedded):
+                self._turned(embedded)
+            return embedded
         if function in TRIGONOMETRIC:
             return unfused(function(*args, **(kwargs or {})))
+        if args and _changes_its_argument(function):
+            self._columns.pop(id(args[0]), None)
         known = [self._columns.get(id(argument)) for argument in args]
         if function in _ELEMENTWISE and args and all(known) and not (kwargs or {}).get("inplace"):
             return self._rows(function(*(columns.transposed for columns in known if columns)), args[0].shape)
+        like = next((argument for argument, columns in zip(args, known, strict=True) if columns), None)
+        if like is not None and self._turns(like) and len({columns.transposed.shape[1] for columns in known if columns}) == 1:
+            if function in _ELEMENTWISE | _OF_THE_STREAM and not kwargs:
+                turned = [_turned_like(argument, columns) for argument, columns in zip(args, known, strict=True)]
+                if all(argument is not None for argument in turned):
+                    return self._rows(function(*turned), like.shape)
+            if function is torch.Tensor.mean and args[1:] == (-1,) and kwargs == {"keepdim": True}:
+                return self._rows(_mean_of_columns(self._columns[id(like)].transposed), like.shape)
         return function(*args, **(kwargs or {}))
+
+    def _turns(self, x: torch.Tensor) -> bool:
+        return self._mesh.backend.weights_first and x.numel() // x.shape[-1] >= LEAST_TURNED
+
+    def _turned(self, x: torch.Tensor) -> _Columns:
+        """`[..., F]`, turned and remembered."""
+        known = self._columns[id(x)] = _Columns(x, optimization_barrier(x.reshape(-1, x.shape[-1]).t().clone()))
+        return known
 
     def _linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         axes, known = self._axes[id(weight)], self._columns.get(id(input))
@@ -128,7 +160,7 @@ class LinearForm(TorchFunctionMode):
         if axes.whole and axes.partial:
             known = None  # of turned inputs that are whole GSPMD would rather gather the weight
         elif known is None and self._mesh.backend.weights_first and rows >= LEAST_TURNED:
-            known = self._columns[id(input)] = _Columns(input, optimization_barrier(input.reshape(rows, -1).t().clone()))
+            known = self._turned(input)
         if not self._mesh.backend.weights_first or _row_by_row(self._mesh, rows, axes.partial):
             out = linear(self._mesh, input, weight, partial=axes.partial)
             self._mesh.mark(out, (*_rows_whole(out)[:-1], axes.out))
@@ -145,6 +177,25 @@ class LinearForm(TorchFunctionMode):
         tensor = transposed.t().reshape(*like[:-1], transposed.shape[0])
         self._columns[id(tensor)] = _Columns(tensor, transposed)
         return tensor
+
+
+def _changes_its_argument(function: Callable[..., Any]) -> bool:
+    name: str = getattr(function, "__name__", "")
+    return name.startswith("__i") or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _turned_like(argument: Any, columns: _Columns | None) -> Any:
+    """What stands for an argument among turned tensors: a weight `[F]` goes down the columns, numbers and dtypes stay. None for what doesn't."""
+    if columns is not None:
+        return columns.transposed
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    return argument[:, None] if argument.dim() == 1 else None
+
+
+def _mean_of_columns(x: torch.Tensor) -> torch.Tensor:
+    """`[F, N]` -> `[1, N]`, as a product: XLA:CPU would sum each column by itself, against the grain."""
+    return torch.matmul(torch.full((1, x.shape[0]), 1 / x.shape[0], dtype=x.dtype, device=x.device), x)
 
 
 def unfused(x: torch.Tensor) -> torch.Tensor:
