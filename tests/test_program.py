@@ -115,6 +115,20 @@ def test_products_with_weights_are_not_fused_into_loops(dumps: Dumps, models: An
     assert len([used for used in products if used]) == batch * (7 * LAYERS + 1)
 
 
+def test_the_residual_stream_of_a_prompt_lies_as_products_results_do(dumps: Dumps, models: Any) -> None:
+    """Of 64 rows and more: `[hidden, rows]`. But for the embeddings, which are turned, and the last position, nothing has its rows first, to be read across the grain."""
+    tiny = models(**DIVIDES)
+    hidden = tiny.model.config.hidden_size
+    hlo = dumps.prefill(tiny.folder, 1, 4)
+    entry = hlo[hlo.index("\nENTRY") :]
+    found = {
+        shape: re.findall(rf"= f32\[{shape}\]\S* (?!bitcast|parameter|get-tuple)([a-z-]+)\(", entry)
+        for shape in (f"4,16,{hidden}", f"64,{hidden}", f"64,1,{hidden}", f"{hidden},64")
+    }
+    *first, turned = found.values()
+    assert sum(map(len, first)) <= 1 and len(turned) >= 4 * LAYERS, found
+
+
 def test_a_single_device_has_no_collectives(dumps: Dumps, models: Any) -> None:
     hlo = dumps.decode(models(**SMOL).folder, 1, 2)
     assert not re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute)", hlo)
