@@ -223,6 +223,13 @@ def test_an_engine_that_takes_too_long_is_ended_and_named() -> None:
             os.killpg(engine.pid, 0)
 
 
+def test_an_engine_that_has_replied_leaves_the_cores_to_the_next() -> None:
+    with EngineProcess(MACHINE | {"threads": 2}) as engine:
+        engine.ask("measure")
+        states = [stat.read_text().rpartition(") ")[2][0] for stat in Path(f"/proc/{engine.pid}/task").glob("*/stat")]
+    assert len(states) > 1 and set(states) == {"S"}
+
+
 # -- a run
 
 

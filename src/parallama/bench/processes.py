@@ -17,6 +17,8 @@ from typing import Any
 from ..errors import ParallamaError, RunError, from_reply, lines
 
 START_LIMIT_S, ASK_LIMIT_S = 600.0, 1200.0
+REST_S = 0.25
+"""An engine's threads may go on looking for work after its reply, each on a core (OpenMP's for some 20 to 200 ms); so long nobody else has the turn."""
 
 
 class EngineProcess:
@@ -79,7 +81,7 @@ class EngineProcess:
         raise RunError(lines(f"{self.name} did not start in {START_LIMIT_S:.0f} s"))
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Have one command done and return its reply.
+        """Have one command done and return its reply, once its threads are at rest.
 
         Raises:
             RunError: the engine can't do it, has died, or takes longer than the limit.
@@ -89,7 +91,9 @@ class EngineProcess:
             self._stream.flush()
         except (OSError, ValueError):
             raise RunError(lines(f"{self.name} has died: {self._last_words()}")) from None
-        return self._receive(self._ask_limit_s)
+        reply = self._receive(self._ask_limit_s)
+        time.sleep(REST_S)
+        return reply
 
     def _receive(self, limit_s: float) -> dict[str, Any]:
         assert self._channel is not None
