@@ -58,6 +58,22 @@ def test_a_mesh_that_repeats_every_tensor_takes_no_copy_for_each_device(models):
     assert found["growth"] < sum(found["devices"]) + 1.5 * found["largest"]
 
 
+@pytest.mark.parametrize(
+    "mesh", ["1x2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x1", "1x3", "1x4", "1x8", "2x4", "4x2", "8x1"))]
+)
+def test_on_the_way_to_any_mesh_is_never_more_than_the_largest_tensor(mesh, tmp_path_factory):
+    from parallama.bench.shapes import make
+
+    folder = tmp_path_factory.getbasetemp() / "l200"
+    if not folder.exists():
+        make("l200", folder)
+    done = subprocess.run([sys.executable, "-c", LOAD, mesh, str(folder)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["devices"] == found["plan"]
+    assert found["growth"] < sum(found["devices"]) + found["largest"]
+
+
 @pytest.mark.parametrize("mesh", ["1x1", "1x2"])
 def test_a_prompt_takes_the_memory_that_the_one_before_it_had(mesh):
     """Products' packed weights come and go; given back to the system each time, a prompt took 112,000 pages (450 MB) of it, and the time to clear them."""

@@ -37,18 +37,18 @@ def lean_host_memory() -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def reused_host_memory() -> Iterator[None]:
+def reused_host_memory() -> Iterator[Callable[[], None]]:
     """While many tensors come and few go: every block comes from one heap, and a freed one is the next one's.
 
-    The system clears each page that it hands out, which takes longer than to fill it. What is free goes back at the end.
+    The system clears each page that it hands out, which takes longer than to fill it. What is free goes back at the end, or when what is yielded is called.
     """
     libc = _glibc()
     if libc is None:
-        yield
+        yield lambda: None
         return
     _set_malloc(libc, most_mapped=0, kept=1 << 30)
     try:
-        yield
+        yield lambda: libc.malloc_trim(0)
     finally:
         _restore(libc)
 

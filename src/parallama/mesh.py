@@ -91,9 +91,14 @@ class DeviceMesh:
         )
 
     @property
+    def in_host_memory(self) -> bool:
+        """Whether what lies on the devices lies in the host's memory."""
+        return self.backend.name == "cpu"
+
+    @property
     def shares_host_memory(self) -> bool:
         """Whether `take_over` can be used: on one CPU device. Under SPMD torch-xla's way ends the process."""
-        return not self.spmd and self.backend.name == "cpu"
+        return not self.spmd and self.in_host_memory
 
     def take_over(self, tensor: torch.Tensor) -> torch.Tensor:
         """Make a host tensor the device's, with its memory and without a copy; nobody else may write to that any more.

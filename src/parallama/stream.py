@@ -29,7 +29,7 @@ _AHEAD = 4
 _Parts = Future[dict[int, torch.Tensor]]
 _Read = Callable[..., _Parts]
 """`parts`, done by a reader."""
-_Memory = Callable[[], contextlib.AbstractContextManager[Callable[[], None] | None]]
+_Memory = Callable[[], contextlib.AbstractContextManager[Callable[[], None]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class _Way:
         split = replicas.crossing(layout.shape, dtype.itemsize, layout.axes, layout.mesh)
         if split[:1] == tuple(layout.axes[:1]):
             split = layout.axes
-        return cls(split=split, axes=layout.axes, copies=layout.mesh.devices // len(set(layout.mesh.holders(split))))
+        return cls(split=split, axes=layout.axes, copies=layout.mesh.copies(split))
 
 
 def parts(
@@ -141,6 +141,7 @@ def put(
     ordered = sorted(sources, key=lambda source: source.nbytes, reverse=True)
     done, total = 0, sum(source.nbytes for source in sources)
     sizes = {source.name: math.prod(int(size) for size in plan[source.name].shape) * dtype.itemsize for source in sources}
+    largest, since, on_devices = max(sizes.values(), default=0), 0, 0
     make = functools.partial(parts, plan=plan, dtype=dtype, devices=range(mesh.shape.devices), allow_nonfinite=allow_nonfinite)
     tensors: dict[str, torch.Tensor] = {}
     # On one device a transfer goes on while the next tensor comes, and one heap then holds twice as much of the largest. Copies for rows of the mesh leave holes in it.
@@ -157,8 +158,13 @@ def put(
                 tensors[source.name] = tensor
                 source.release()
                 done += source.nbytes
-                if give_back is not None and total - done <= ordered[0].nbytes < total - done + source.nbytes:
-                    give_back()  # from here on holes in the heap add to the peak
+                since += sizes[source.name]
+                if mesh.in_host_memory:
+                    on_devices += sizes[source.name] * mesh.shape.copies(plan[source.name].axes)
+                # What was freed leaves holes, and of as many bytes the next tensors don't fit into half.
+                if 2 * since >= largest and 2 * (rss_bytes() - baseline - on_devices) >= largest:
+                    give_back()
+                    since = 0
                 if progress is not None:
                     progress(done, total)
             mesh.wait()
@@ -167,7 +173,7 @@ def put(
     stats = StreamStats(
         seconds=time.perf_counter() - began,
         bytes_read=sum(source.bytes_read for source in sources),
-        largest_tensor_bytes=max(sizes.values(), default=0),
+        largest_tensor_bytes=largest,
         baseline_rss_bytes=baseline,
         peak_rss_bytes=peak_rss_bytes(),
     )
