@@ -76,7 +76,7 @@ class _Way:
         split = replicas.crossing(layout.shape, dtype.itemsize, layout.axes, layout.mesh)
         if split[:1] == tuple(layout.axes[:1]):
             split = layout.axes
-        return cls(split=split, axes=layout.axes, copies=layout.mesh.copies(split))
+        return cls(split=split, axes=layout.axes, copies=layout.mesh.devices // len(set(layout.mesh.holders(split))))
 
 
 def parts(
@@ -160,7 +160,7 @@ def put(
                 done += source.nbytes
                 since += sizes[source.name]
                 if mesh.in_host_memory:
-                    on_devices += sizes[source.name] * mesh.shape.copies(plan[source.name].axes)
+                    on_devices += Layout.of(plan, source.name).device_bytes(dtype.itemsize)
                 # What was freed leaves holes, and of as many bytes the next tensors don't fit into half.
                 if 2 * since >= largest and 2 * (rss_bytes() - baseline - on_devices) >= largest:
                     give_back()

@@ -58,10 +58,6 @@ class MeshShape:
             for device in range(self.devices)
         )
 
-    def copies(self, axes: Collection[str | None]) -> int:
-        """Devices that hold the same part of a tensor that is split over `axes`."""
-        return self.devices // len(set(self.holders(axes)))
-
     def __str__(self) -> str:
         return f"{self.data}x{self.model}"
 
