@@ -230,7 +230,7 @@ def recipe(folder: str, mesh: str, dump: str, batch: int = 2, positions: int = 1
     axes = {"ids": (DATA, None), "mask": (None,) * 4, "places": (None, None)}
     Program("recipe", device_mesh, step, {name: device_mesh.put(tensor, axes[name]) for name, tensor in host.items()})
     text = max(Path(dump).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_mtime_ns).read_text()
-    wanted = expected(plan, "prefill", batch=batch, positions=positions, itemsize=4)
+    wanted = expected(plan, "prefill", batch=batch, positions=positions, itemsize=4, everywhere=True)
     return [asdict(finding) for finding in differences(wanted, collectives_of([hlo.parse(text)], plan))]
 
 

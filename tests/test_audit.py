@@ -35,15 +35,24 @@ def test_our_own_steps_are_what_was_predicted_to_the_byte(auditors: Any, models:
     assert document["findings"] == () and document["passed"]
     shape = MeshShape.parse(mesh)
     tokens = 4 // shape.data * (16 if phase == "prefill" else 1)
-    reduced = {"kind": "all-reduce", "axis": "model", "bytes": tokens * models(**sizes).model.config.hidden_size * 4}
+    hidden = models(**sizes).model.config.hidden_size
+    reduced, last = ({"kind": "all-reduce", "axis": "model", "bytes": count * hidden * 4} for count in (tokens, 4 // shape.data))
     picked = {"kind": "all-gather", "axis": "model", "bytes": shape.model * 4 // shape.data * 5 * 4}
     assert sorted(document["found"], key=lambda each: each["module"]) == (
         []
         if shape.model == 1
         else [
             reduced | {"count": 1, "module": "model.embed_tokens"},
-            reduced | {"count": 2, "module": LAYER + "mlp.down_proj"},
-            reduced | {"count": 2, "module": LAYER + "self_attn.o_proj"},
+            *(
+                [reduced | {"count": 2, "module": LAYER + "mlp.down_proj"}, reduced | {"count": 2, "module": LAYER + "self_attn.o_proj"}]
+                if phase == "decode"
+                else [
+                    reduced | {"count": 1, "module": "model.layers.0.mlp.down_proj"},
+                    reduced | {"count": 1, "module": "model.layers.0.self_attn.o_proj"},
+                    last | {"count": 1, "module": "model.layers.1.mlp.down_proj"},
+                    last | {"count": 1, "module": "model.layers.1.self_attn.o_proj"},
+                ]
+            ),
             picked | {"count": 1, "module": "sampling"},
         ]
     )
@@ -59,12 +68,17 @@ def test_bf16_is_summed_as_fp32_on_the_cpu(auditors: Any, models: Any, phase: st
 # -- faults
 
 
-FAULTS: dict[str, tuple[str, str, Any]] = {
-    "o_proj split on its outputs": ("1x2", LAYER + "self_attn.o_proj", "all-gather over 'model', 4 of"),
+FIRST = "model.layers.0."  # of two; the last one has fewer positions in a prefill
+FAULTS: dict[str, tuple[str, Any, Any]] = {
+    "o_proj split on its outputs": (
+        "1x2",
+        {"decode": LAYER + "self_attn.o_proj", "prefill": FIRST + "self_attn.o_proj"},
+        {"decode": "all-gather over 'model', 4 of", "prefill": "all-gather over 'model', 2 of"},
+    ),
     "up_proj split on its inputs": (
         "1x2",
-        LAYER + "mlp.up_proj",
-        {"decode": "all-reduce over 'model', 2 of", "prefill": "all-to-all over 'model', 2 of"},
+        {"decode": LAYER + "mlp.up_proj", "prefill": FIRST + "mlp.up_proj"},
+        {"decode": "all-reduce over 'model', 2 of", "prefill": "all-to-all over 'model', 1 of"},
     ),
     "o_proj replicated": ("2x2", LAYER + "self_attn.o_proj", "on a device, planned"),
     "lm_head replicated": ("1x2", "lm_head", "1 parameter(s) lie as [96, 64] on a device, planned [48, 64]"),
@@ -87,7 +101,7 @@ FAULTS: dict[str, tuple[str, str, Any]] = {
 )
 def test_a_fault_is_found_and_its_module_named(auditors: Any, models: Any, fault: str, phase: str) -> None:
     mesh, module, what = FAULTS[fault]
-    what = what if isinstance(what, str) else what[phase]
+    module, what = (told if isinstance(told, str) else told[phase] for told in (module, what))
     document = auditors("judged", models(**DIVIDES, head_dim=8, hidden=64).folder, mesh, phase=phase, fault=fault)
     assert not document["passed"]
     assert any(finding["module"] == module and what in finding["what"] for finding in document["findings"]), document["findings"]
@@ -197,10 +211,14 @@ def test_smollm2_needs_two_all_reduces_a_layer_and_what_embedding_and_pick_need(
     document = json.loads(done.stdout)
     assert document["passed"] and [each["phase"] for each in document["phases"]] == ["prefill", "decode"]
     for phase in document["phases"]:
-        assert {(each["kind"], each["module"]): each["count"] for each in phase["found"]} == {
+        layers = {"*": 30} if phase["phase"] == "decode" else {"0-28": 29, "29": 1}
+        sums = {
+            ("all-reduce", f"model.layers.{some}.{module}"): count
+            for some, count in layers.items()
+            for module in ("self_attn.o_proj", "mlp.down_proj")
+        }
+        assert {(each["kind"], each["module"]): each["count"] for each in phase["found"]} == sums | {
             ("all-reduce", "model.embed_tokens"): 1,
-            ("all-reduce", "model.layers.*.self_attn.o_proj"): 30,
-            ("all-reduce", "model.layers.*.mlp.down_proj"): 30,
             ("all-gather", "sampling"): 1,
         }
         assert phase["found"] == phase["expected"] and phase["aliased"] == 60

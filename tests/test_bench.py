@@ -79,7 +79,8 @@ def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() 
     inside = parameters - 2 * head
     scores_and_values = 2 * 2 * 8 * 8 * 2  # two products of two FLOPs, query heads, head dim, layers
     assert cost.prefill_flops(spec, 1, 1) == 2 * inside + scores_and_values + 2 * head
-    assert cost.prefill_flops(spec, 2, 5) == 2 * (2 * inside * 5 + scores_and_values * 15 + 2 * head)
+    at_the_end = 64 * 64 + 3 * 64 * 176  # the last layer's o_proj and MLP
+    assert cost.prefill_flops(spec, 2, 5) == 2 * (2 * inside * 5 - 2 * at_the_end * 4 + scores_and_values * 15 + 2 * head)
 
 
 # -- refusals

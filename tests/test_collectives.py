@@ -24,11 +24,13 @@ def item(kind: str, axis: str, count: int, size: int, module: str) -> Collective
     return Collective(kind=kind, axis=axis, count=count, bytes=size, module=module)
 
 
-def test_a_prefill_sums_after_the_embedding_and_twice_a_layer_and_gathers_candidates():
+def test_a_prefill_sums_after_the_embedding_and_twice_a_layer_the_last_positions_only_in_the_last_one_and_gathers_candidates():
     assert found(MeshShape(data=2, model=2)) == [
         item("all-reduce", MODEL, 1, REDUCED, "model.embed_tokens"),
-        item("all-reduce", MODEL, 2, REDUCED, "model.layers.*.self_attn.o_proj"),
-        item("all-reduce", MODEL, 2, REDUCED, "model.layers.*.mlp.down_proj"),
+        item("all-reduce", MODEL, 1, REDUCED, "model.layers.0.self_attn.o_proj"),
+        item("all-reduce", MODEL, 1, REDUCED, "model.layers.0.mlp.down_proj"),
+        item("all-reduce", MODEL, 1, REDUCED // 5, "model.layers.1.self_attn.o_proj"),
+        item("all-reduce", MODEL, 1, REDUCED // 5, "model.layers.1.mlp.down_proj"),
         item("all-gather", MODEL, 1, 3 * 2 * 5 * 4, "sampling"),
     ]
 
@@ -81,7 +83,7 @@ def test_an_axis_of_one_device_has_no_collectives(spec, mesh, phase):
 def test_what_is_replicated_needs_no_sum(tied):
     spec = replace(TINY, tied=tied)
     overrides = {"model.embed_tokens.weight": "replicate", "model.layers.1.mlp.down_proj.weight": "replicate"}
-    modules = {c.module: c.count for c in found(MeshShape(model=2), overrides=overrides, spec=spec)}
+    modules = {c.module: c.count for c in found(MeshShape(model=2), "decode", overrides=overrides, spec=spec)}
     assert "model.embed_tokens" not in modules
     assert modules["model.layers.0.mlp.down_proj"] == 1 and modules["model.layers.*.self_attn.o_proj"] == 2
     assert modules["sampling"] == 1  # logits are split for the pick, whatever the head

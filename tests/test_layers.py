@@ -35,6 +35,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "ops",
         "loops",
         "products",
+        "last_positions",
         "program",
         "cache",
         "block_attention",

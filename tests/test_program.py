@@ -129,6 +129,16 @@ def test_the_residual_stream_of_a_prompt_lies_as_products_results_do(dumps: Dump
     assert sum(map(len, first)) <= 1 and len(turned) >= 4 * LAYERS, found
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_prompt_goes_through_the_end_of_the_last_layer_with_one_position_a_row(dumps: Dumps, models: Any, devices: int) -> None:
+    """From the last attention on only the positions that the next tokens follow are read: o_proj, gate, up and down have the batch's rows there, as the head has, not the prompt's."""
+    batch = 4
+    entry = dumps.prefill(models(**DIVIDES).folder, devices, batch).split("\nENTRY")[1]
+    rows = [int(found) for found in re.findall(r"= f32\[\d+,(\d+)\]\S* dot\(", entry)]
+    assert rows.count(16 * batch) == 7 * LAYERS - 4
+    assert rows.count(batch) == 4 + 1
+
+
 def test_a_single_device_has_no_collectives(dumps: Dumps, models: Any) -> None:
     hlo = dumps.decode(models(**SMOL).folder, 1, 2)
     assert not re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute)", hlo)

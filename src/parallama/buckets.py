@@ -7,7 +7,7 @@ import math
 CHUNK = 512
 """A longer prompt is prefilled in chunks of so many positions: one program for any length."""
 _SMALLEST_CHUNK = 16
-_CACHE_STEP, _FINE_STEP = 256, 64
+_CACHE_STEP, _FINE_STEP = 256, 32
 _MANY_ROWS = 8
 """From so many rows on, reading the cache takes a good part of a decode step: what is never written is not worth reading, and more lengths mean more programs."""
 
@@ -25,7 +25,7 @@ def text_size(longest: int, limit: int) -> int:
 
 
 def cache_buckets(capacity: int, smallest: int = _CACHE_STEP, *, rows: int = 1) -> list[int]:
-    """Cache lengths for a run of `rows` that needs up to `capacity` positions: doubling from `smallest`, and an exact last one (in steps of 256, or 64 for 8 rows and more).
+    """Cache lengths for a run of `rows` that needs up to `capacity` positions: doubling from `smallest`, and an exact last one (in steps of 256, or 32 for 8 rows and more).
 
     A bucket that the last one is at most double of is left out: growing would cost more than it saves.
     """

@@ -43,7 +43,7 @@ class Collective:
 
 
 def expected(
-    plan: Plan, phase: Phase, *, batch: int, positions: int, itemsize: int, sum_itemsize: int | None = None
+    plan: Plan, phase: Phase, *, batch: int, positions: int, itemsize: int, sum_itemsize: int | None = None, everywhere: bool = False
 ) -> tuple[Collective, ...]:
     """What one step needs on a mesh, in the order of the model.
 
@@ -52,9 +52,11 @@ def expected(
         batch: rows over all devices.
         itemsize: bytes of an activation.
         sum_itemsize: bytes of an activation while it is summed over devices, where the backend widens it; `itemsize` if None.
+        everywhere: the last layer gives every position's state, not only those that next tokens follow (see `last_positions`).
     """
     rows = -(-batch // plan.mesh.data)
-    sizes = _Sizes(rows=rows, tokens=rows * (1 if phase == "decode" else positions), itemsize=itemsize, summed=sum_itemsize or itemsize)
+    tokens = rows * (1 if phase == "decode" else positions)
+    sizes = _Sizes(rows=rows, tokens=tokens, ending=tokens if everywhere else rows, itemsize=itemsize, summed=sum_itemsize or itemsize)
     found = [*_forward(plan, sizes), *_end(plan, sizes)]
     needed = Counter(each for each in found if plan.mesh.size(each.axis) > 1)
     return grouped(needed, plan.model.layers)
@@ -84,10 +86,11 @@ def grouped(single: Counter[Collective], layers: int) -> tuple[Collective, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """Of a step on one device: rows, tokens, and bytes of a number that is gathered or summed."""
+    """Of a step on one device: rows, tokens, those that go through the end of the last layer, and bytes of a number that is gathered or summed."""
 
     rows: int
     tokens: int
+    ending: int
     itemsize: int
     summed: int
 
@@ -108,15 +111,15 @@ def _forward(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
         if DATA in placement.axes:
             yield _one("all-gather", DATA, local_elements(plan, placement) * plan.mesh.data, sizes.itemsize, module)
 
-    def summed(module: str, features: int) -> Iterator[Collective]:
+    def summed(module: str, features: int, tokens: int = tokens) -> Iterator[Collective]:
         """A product that is whole, or split on its outputs, where it ends."""
         yield from weight(module)
         if plan[f"{module}.weight"].axes[1] == MODEL:
             yield _one("all-reduce", MODEL, tokens * features, sizes.summed, module)
 
-    def ending(module: str, features: int, *, split: bool) -> Iterator[Collective]:
+    def ending(module: str, features: int, tokens: int, *, split: bool) -> Iterator[Collective]:
         """A product whose input of `features` lies split or whole, and whose result is added to the residual stream."""
-        yield from summed(module, spec.hidden)
+        yield from summed(module, spec.hidden, tokens)
         axes = plan[f"{module}.weight"].axes
         if axes[1] != MODEL and split:
             yield _one("all-gather", MODEL, tokens * features, sizes.itemsize, module)
@@ -134,11 +137,12 @@ def _forward(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
         for name, features in (("q_proj", query), ("k_proj", slots), ("v_proj", slots)):
             yield from summed(f"{attention}.{name}", features)
-        yield from ending(f"{attention}.o_proj", query, split=True)  # the cache is split over heads, and so is what is read from it
+        after = tokens if layer < spec.layers - 1 else sizes.ending
+        yield from ending(f"{attention}.o_proj", query, after, split=True)  # the cache is split over heads, and so is what is read from it
         for name in ("gate_proj", "up_proj"):
-            yield from summed(f"{mlp}.{name}", inner)
+            yield from summed(f"{mlp}.{name}", inner, after)
         halves = (plan[f"{mlp}.{name}.weight"].axes[0] for name in ("gate_proj", "up_proj"))
-        yield from ending(f"{mlp}.down_proj", inner, split=MODEL in halves)
+        yield from ending(f"{mlp}.down_proj", inner, after, split=MODEL in halves)
 
 
 def _end(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:

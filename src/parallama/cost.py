@@ -108,13 +108,21 @@ def decode_bytes(spec: ModelSpec, batch: int, length: int, itemsize: int) -> int
 
 
 def prefill_flops(spec: ModelSpec, batch: int, length: int) -> int:
-    """FLOPs of the products of a prefill of `length` tokens a row: layers at every position, causal attention, the head at the last position."""
-    inside, head = _weights(spec)
+    """FLOPs of the products of a prefill of `length` tokens a row: causal attention, layers at every position but what comes after the last layer's attention, that and the head at the last position."""
+    _, head = _weights(spec)
+    last = f"model.layers.{spec.layers - 1}."
+    at_the_end = sum(math.prod(shape) for name, shape in spec.parameters() if name.startswith((f"{last}self_attn.o_proj.", f"{last}mlp.")))
+    return _layers_flops(spec, batch, length) - batch * 2 * at_the_end * (length - 1) + batch * 2 * head
+
+
+def _layers_flops(spec: ModelSpec, batch: int, length: int) -> int:
+    """Of all layers at every position, and causal attention."""
+    inside, _ = _weights(spec)
     attention = 2 * spec.layers * spec.query_heads * spec.head_dim * length * (length + 1)
-    return batch * (2 * inside * length + attention + 2 * head)
+    return batch * (2 * inside * length + attention)
 
 
 def train_flops(spec: ModelSpec, batch: int, length: int) -> int:
     """FLOPs of the products of one forward and backward pass over full rows: three times those of a forward pass with the head at every position. Nothing computed twice counts twice."""
     _, head = _weights(spec)
-    return 3 * (prefill_flops(spec, batch, length) + batch * (length - 1) * 2 * head)
+    return 3 * (_layers_flops(spec, batch, length) + batch * length * 2 * head)

@@ -20,15 +20,13 @@ from torch.overrides import TorchFunctionMode
 
 from .mesh import DeviceMesh
 from .ops import optimization_barrier
-from .topology import DATA
+from .topology import DATA, MODEL
 
 _plain_linear = torch.nn.functional.linear
 _ELEMENTWISE = {torch.Tensor.mul, torch.Tensor.__mul__, torch.mul, torch.nn.functional.silu, torch.nn.functional.gelu}
+ADDITIONS = {torch.Tensor.add, torch.Tensor.__add__, torch.add}
 # What residual additions and norms are made of.
-_OF_THE_STREAM = {
-    torch.Tensor.add,
-    torch.Tensor.__add__,
-    torch.add,
+_OF_THE_STREAM = ADDITIONS | {
     torch.Tensor.pow,
     torch.pow,
     torch.Tensor.rsqrt,
@@ -79,10 +77,11 @@ def _weight_first(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Columns:
-    """A tensor `[..., F]`, and the same as `[F, N]`, from which it is made."""
+    """A tensor `[..., F]`, and the same as `[F, N]`, from which it is made; `F` is split over `axis`, or whole."""
 
     tensor: torch.Tensor
     transposed: torch.Tensor
+    axis: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,24 +131,27 @@ class LinearForm(TorchFunctionMode):
         if args and _changes_its_argument(function):
             self._columns.pop(id(args[0]), None)
         known = [self._columns.get(id(argument)) for argument in args]
+        axis = next((columns.axis for columns in known if columns and columns.axis), None)
         if function in _ELEMENTWISE and args and all(known) and not (kwargs or {}).get("inplace"):
-            return self._rows(function(*(columns.transposed for columns in known if columns)), args[0].shape)
+            return self._rows(function(*(columns.transposed for columns in known if columns)), args[0].shape, axis)
         like = next((argument for argument, columns in zip(args, known, strict=True) if columns), None)
         if like is not None and self._turns(like) and len({columns.transposed.shape[1] for columns in known if columns}) == 1:
             if function in _ELEMENTWISE | _OF_THE_STREAM and not kwargs:
                 turned = [_turned_like(argument, columns) for argument, columns in zip(args, known, strict=True)]
                 if all(argument is not None for argument in turned):
-                    return self._rows(function(*turned), like.shape)
+                    out = function(*turned)
+                    self._mesh.mark(out, (axis, DATA))  # as what it is made of, also where what reads it next is split otherwise
+                    return self._rows(out, like.shape, axis)
             if function is torch.Tensor.mean and args[1:] == (-1,) and kwargs == {"keepdim": True}:
-                return self._rows(_mean_of_columns(self._columns[id(like)].transposed), like.shape)
+                return self._rows(_mean_of_columns(self._columns[id(like)].transposed), like.shape, None)
         return function(*args, **(kwargs or {}))
 
     def _turns(self, x: torch.Tensor) -> bool:
         return self._mesh.backend.weights_first and x.numel() // x.shape[-1] >= LEAST_TURNED
 
-    def _turned(self, x: torch.Tensor) -> _Columns:
-        """`[..., F]`, turned and remembered."""
-        known = self._columns[id(x)] = _Columns(x, optimization_barrier(x.reshape(-1, x.shape[-1]).t().clone()))
+    def _turned(self, x: torch.Tensor, axis: str | None = None) -> _Columns:
+        """`[..., F]`, whose `F` lies along `axis`, turned and remembered."""
+        known = self._columns[id(x)] = _Columns(x, optimization_barrier(x.reshape(-1, x.shape[-1]).t().clone()), axis)
         return known
 
     def _linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -160,7 +162,7 @@ class LinearForm(TorchFunctionMode):
         if axes.whole and axes.partial:
             known = None  # of turned inputs that are whole GSPMD would rather gather the weight
         elif known is None and self._mesh.backend.weights_first and rows >= LEAST_TURNED:
-            known = self._turned(input)
+            known = self._turned(input, None if axes.whole else MODEL)
         if not self._mesh.backend.weights_first or _row_by_row(self._mesh, rows, axes.partial):
             out = linear(self._mesh, input, weight, partial=axes.partial)
             self._mesh.mark(out, (*_rows_whole(out)[:-1], axes.out))
@@ -170,12 +172,12 @@ class LinearForm(TorchFunctionMode):
         else:
             out = optimization_barrier(torch.einsum("oe,en->on", weight, known.transposed))
         self._mesh.mark(out, (axes.out, DATA))
-        return self._rows(out if bias is None else out + bias[:, None], input.shape)
+        return self._rows(out if bias is None else out + bias[:, None], input.shape, axes.out)
 
-    def _rows(self, transposed: torch.Tensor, like: Sequence[int]) -> torch.Tensor:
-        """`[F, N]` -> `[..., F]`, remembered."""
+    def _rows(self, transposed: torch.Tensor, like: Sequence[int], axis: str | None) -> torch.Tensor:
+        """`[F, N]`, whose `F` lies along `axis` -> `[..., F]`, remembered."""
         tensor = transposed.t().reshape(*like[:-1], transposed.shape[0])
-        self._columns[id(tensor)] = _Columns(tensor, transposed)
+        self._columns[id(tensor)] = _Columns(tensor, transposed, axis)
         return tensor
 
 

@@ -14,6 +14,7 @@ Texts that are there already are run at once, without a state: for their logits,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import torch
 
 from . import attention, cache, sampling
+from .last_positions import LastPositions
 from .mesh import DeviceMesh
 from .ops import name_scopes, scope
 from .products import LinearAxes, LinearForm, linear
@@ -128,16 +130,29 @@ class Steps:
         return Program(name, self.mesh, lambda given: step(given, key), arguments, donated)
 
     def _hidden(
-        self, ids: torch.Tensor, start: torch.Tensor, buffers: dict[str, torch.Tensor], *, fresh: bool, span: torch.Tensor | None
+        self,
+        ids: torch.Tensor,
+        start: torch.Tensor,
+        buffers: dict[str, torch.Tensor],
+        *,
+        fresh: bool,
+        span: torch.Tensor | None,
+        ends: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, cache.StepCache]:
-        """`[B, S]` ids at positions from `start` `[B]` -> final hidden states `[B, S, E]` and the written cache."""
+        """`[B, S]` ids at positions from `start` `[B]` -> final hidden states `[B, S, E]` and the written cache.
+
+        Args:
+            ends: `[B, S]` bool, the only position of each row whose final state is asked for; `[B, 1, E]` then.
+        """
         weights = self.weights.tensors
         step_cache = cache.StepCache(self.mesh, buffers, start, fresh=fresh)
         positions = start[:, None].long() + torch.arange(ids.shape[1], device=ids.device)[None, :]
         inner = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")} | self._buffers
         if span is not None:
             inner[f"rotary_emb.{SPAN}"] = span
-        with LinearForm(self.mesh, {id(tensor): self._axes(name) for name, tensor in weights.items() if tensor.dim() == 2}):
+        axes = {id(tensor): self._axes(name) for name, tensor in weights.items() if tensor.dim() == 2}
+        last = weights[f"model.layers.{self.plan.model.layers - 1}.self_attn.o_proj.weight"]
+        with LinearForm(self.mesh, axes), contextlib.nullcontext() if ends is None else LastPositions(self.mesh, last, ends):
             output = torch.func.functional_call(
                 self.base,
                 inner,
@@ -173,11 +188,11 @@ class Steps:
         """Run a chunk of every row's prompt; rows whose prompt ends in it (`final`) choose their first token."""
         ids, start, count, final = given["ids"], given["start"], given["count"], given["final"]
         buffers = {name: tensor for name, tensor in given.items() if name.startswith("cache.")}
-        hidden, step_cache = self._hidden(ids, start, buffers, fresh=key.fresh, span=given.get(SPAN))
         ends = torch.arange(ids.shape[1], device=ids.device)[None, :] == (count[:, None].long() - 1)
-        last = torch.where(ends[..., None], hidden, torch.zeros((), dtype=hidden.dtype, device=ids.device)).sum(1)
+        hidden, step_cache = self._hidden(ids, start, buffers, fresh=key.fresh, span=given.get(SPAN), ends=ends)
+        assert hidden.shape[1] == 1, "what is added to the last layer's attention has more than the last positions"
         position = start + count
-        token, logprob, _ = self._choose(last, given, position, key.mode)
+        token, logprob, _ = self._choose(hidden[:, 0], given, position, key.mode)
         out = {
             "token": torch.where(final, token, given["token"]),
             "logprob": torch.where(final, logprob, given["logprob"]),

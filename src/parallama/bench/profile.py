@@ -11,9 +11,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -78,24 +77,23 @@ class Recording:
     """Of one stretch of an engine's work.
 
     Attributes:
-        seconds: how long it took.
         counted: samples of each kind; there once the stretch is over.
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
         self.counted: Counter[Kind] = Counter()
 
-    def profile(self, passes: int, cores: int) -> Profile:
+    def profile(self, seconds: Sequence[float], cores: int) -> Profile:
         """What a pass takes, in the mean.
 
         Args:
-            passes: prefills or steps in the stretch.
+            seconds: that each prefill or step in the stretch took; what lies between them is not the engine's.
             cores: that the engine may use.
         """
+        passes, took = len(seconds), sum(seconds)
         each: dict[str, float] = {kind: 1e3 * self.counted[kind] / HERTZ / passes for kind in KINDS}
-        idle = max(0.0, 1e3 * self.seconds * cores / passes - sum(each.values()))
-        return Profile(samples=self.counted.total(), ms_per_pass=1e3 * self.seconds / passes, core_ms_per_pass={**each, "idle": idle})
+        idle = max(0.0, 1e3 * took * cores / passes - sum(each.values()))
+        return Profile(samples=self.counted.total(), ms_per_pass=1e3 * took / passes, core_ms_per_pass={**each, "idle": idle})
 
 
 @contextlib.contextmanager
@@ -118,9 +116,7 @@ def recording(pid: int) -> Iterator[Recording]:
                     log.seek(0)
                     said = " ".join(log.read().split())[:200]
                     raise RunError(lines(f"perf cannot record: {said}", "see /proc/sys/kernel/perf_event_paranoid"))
-                began = time.perf_counter()
                 yield taken
-                taken.seconds = time.perf_counter() - began
             finally:
                 perf.send_signal(signal.SIGINT)
                 perf.wait()

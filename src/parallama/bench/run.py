@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,13 +90,15 @@ class _Runner:
         """Forget the last case."""
         self.case_error, self.tokens, self.prefill_s, self.decode_s, self.profiles, self.last = self.error, [], [], [], {}, {}
 
-    def sample(self, what: What, passes: int, cores: int, do: Callable[[], object]) -> None:
-        """Do so many passes with a profile taken."""
+    def sample(self, what: What, cores: int, times: int, **arguments: Any) -> None:
+        """Ask for `what` so many times, and take a profile of that."""
         if self.process is None or self.case_error is not None:
             return
         with recording(self.process.pid) as taken:
-            do()
-        self.profiles[what] = taken.profile(passes, cores)
+            replies = [self.ask(what, **arguments) for _ in range(times)]
+        seconds = [each for reply in replies if reply is not None for each in reply["seconds"]]
+        if seconds:
+            self.profiles[what] = taken.profile(seconds, cores)
 
 
 def run(options: Options, command: str, progress: Progress) -> Report:
@@ -131,12 +134,13 @@ def run(options: Options, command: str, progress: Progress) -> Report:
                 if reason is not None:
                     rows += _skipped(options, batch, prompt, reason)
                     continue
-                _measure(everyone, options, spec, batch, prompt)
-                readings.append(reading(machine.process))
-                # The machine's speed drifts with its other guests: what it reached right before and after the case counts.
-                limit = {name: max(each[name] for each in readings[-2:]) for name in readings[-1]}
+                between = _measure(machine.process, everyone, options, spec, batch, prompt)
+                readings += [each for taken in between.values() for each in taken]
+                limits = {
+                    what: {name: statistics.median(each[name] for each in taken) for name in taken[0]} for what, taken in between.items()
+                }
                 for runner, peers in zip(ours, beside, strict=True):
-                    rows += _rows(runner, peers, options, spec, batch, prompt, limit)
+                    rows += _rows(runner, peers, options, spec, batch, prompt, limits)
         versions = ours[0].started["versions"]
         starts = tuple(Start(mesh=runner.mesh, **runner.started["start"]) for runner in ours)
     return Report(**options.about(command, readings, versions), starts=starts, rows=tuple(rows))
@@ -195,8 +199,11 @@ def _skipped(options: Options, batch: int, prompt: int, reason: str) -> list[Row
     return [Row(what=what, mesh=str(mesh), batch=batch, prompt=prompt, skipped=reason) for mesh in options.meshes for what in WHATS]
 
 
-def _measure(runners: Sequence[_Runner], options: Options, spec: ModelSpec, batch: int, prompt: int) -> None:
-    """One case on every engine, turn by turn."""
+def _measure(
+    machine: EngineProcess, runners: Sequence[_Runner], options: Options, spec: ModelSpec, batch: int, prompt: int
+) -> dict[What, list[dict[str, float]]]:
+    """One case on every engine, turn by turn; the machine's limits, which drift with its other guests, have their turn, too: those of each round are returned."""
+    between: dict[What, list[dict[str, float]]] = {"prefill": [], "decode": []}
     draw = random.Random(batch * 1_000_003 + prompt)
     prompts = [[draw.randrange(spec.vocab) for _ in range(prompt)] for _ in range(batch)]
     repeats = options.repeats if batch * prompt <= _REPEATED_TOKENS else 1
@@ -205,12 +212,14 @@ def _measure(runners: Sequence[_Runner], options: Options, spec: ModelSpec, batc
         runner.ask("prepare", batch=batch, prompt=prompt, steps=options.steps + _WARM_UP)
         runner.ask("prefill", prompts=prompts)
     for _ in range(repeats):
+        between["prefill"].append(reading(machine))
         for runner in runners:
             if (reply := runner.ask("prefill", prompts=prompts)) is not None:
                 runner.prefill_s += reply["seconds"]
                 runner.tokens = reply["tokens"]
     done = 0
     while done < options.steps + _WARM_UP:
+        between["decode"].append(reading(machine))
         # The first turn's first steps warm up: compiling that a peer puts off, and caches.
         steps = min(_TURN + (_WARM_UP if done == 0 else 0), options.steps + _WARM_UP - done)
         for runner in runners:
@@ -220,18 +229,21 @@ def _measure(runners: Sequence[_Runner], options: Options, spec: ModelSpec, batc
         done += steps
     if options.profile:
         for runner in runners:
-            _sample(runner, options, prompts, repeats)
-
-
-def _sample(runner: _Runner, options: Options, prompts: list[list[int]], repeats: int) -> None:
-    runner.sample("prefill", repeats, options.cores, lambda: [runner.ask("prefill", prompts=prompts) for _ in range(repeats)])
-    runner.sample("decode", options.steps, options.cores, lambda: runner.ask("decode", steps=options.steps))
+            runner.sample("prefill", options.cores, repeats, prompts=prompts)
+            runner.sample("decode", options.cores, 1, steps=options.steps)
+    return between
 
 
 def _rows(
-    ours: _Runner, peers: Mapping[str, _Runner], options: Options, spec: ModelSpec, batch: int, prompt: int, limit: Mapping[str, float]
+    ours: _Runner,
+    peers: Mapping[str, _Runner],
+    options: Options,
+    spec: ModelSpec,
+    batch: int,
+    prompt: int,
+    limits: Mapping[What, Mapping[str, float]],
 ) -> list[Row]:
-    """Our rows of a case on one mesh, with the peers beside them."""
+    """Our rows of a case on one mesh, with the peers beside them; `limits` are the machine's while each was measured."""
     shared: dict[str, Any] = {"mesh": ours.mesh, "batch": batch, "prompt": prompt}
     if ours.case_error is not None:
         return [Row(what=what, **shared, skipped=f"failed: {ours.case_error}") for what in WHATS]
@@ -246,7 +258,7 @@ def _rows(
             what="prefill",
             **shared,
             tokens_per_s=prefill,
-            mfu=flops * prefill.median / limit["gemm_flops_per_s"],
+            mfu=flops * prefill.median / limits["prefill"]["gemm_flops_per_s"],
             peak_rss_bytes=peak,
             profile=ours.profiles.get("prefill"),
             peers=_beside("prefill", prefill, ours, peers, batch * prompt),
@@ -255,7 +267,7 @@ def _rows(
             what="decode",
             **shared,
             tokens_per_s=decode,
-            mbu=moved * decode.median / limit["bandwidth_bytes_per_s"],
+            mbu=moved * decode.median / limits["decode"]["bandwidth_bytes_per_s"],
             host_ms_per_step=ours.last["host_ms_per_step"],
             peak_rss_bytes=peak,
             profile=ours.profiles.get("decode"),

@@ -215,9 +215,8 @@ def _take(options: TrainOptions, spec: ModelSpec, ours: EngineProcess, peers: di
 
 def _sampled(options: TrainOptions, engine: EngineProcess, rows: list[list[int]]) -> Profile:
     with recording(engine.pid) as taken:
-        for _ in range(_SAMPLED):
-            engine.ask("step", rows=rows)
-    return taken.profile(_SAMPLED, options.cores)
+        seconds = [engine.ask("step", rows=rows)["seconds"] for _ in range(_SAMPLED)]
+    return taken.profile(seconds, options.cores)
 
 
 def _row(
