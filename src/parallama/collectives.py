@@ -111,7 +111,7 @@ def _forward(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
         if DATA in placement.axes:
             yield _one("all-gather", DATA, local_elements(plan, placement) * plan.mesh.data, sizes.itemsize, module)
 
-    def summed(module: str, features: int, tokens: int = tokens) -> Iterator[Collective]:
+    def summed(module: str, features: int, tokens: int) -> Iterator[Collective]:
         """A product that is whole, or split on its outputs, where it ends."""
         yield from weight(module)
         if plan[f"{module}.weight"].axes[1] == MODEL:
@@ -136,7 +136,7 @@ def _forward(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
     for layer in range(spec.layers):
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
         for name, features in (("q_proj", query), ("k_proj", slots), ("v_proj", slots)):
-            yield from summed(f"{attention}.{name}", features)
+            yield from summed(f"{attention}.{name}", features, tokens)
         after = tokens if layer < spec.layers - 1 else sizes.ending
         yield from ending(f"{attention}.o_proj", query, after, split=True)  # the cache is split over heads, and so is what is read from it
         for name in ("gate_proj", "up_proj"):

@@ -73,8 +73,8 @@ class Row:
         mesh: data x model.
         batch: rows.
         prompt: tokens of each row's prompt; decode starts behind it.
-        mbu: model bandwidth utilisation of decode: bytes of weights and cache that a step must read, over what the machine reads in that time.
-        mfu: model FLOPs utilisation of prefill: FLOPs of its products, over what the machine's matrix product does in that time.
+        mbu: model bandwidth utilisation of decode: bytes of weights and cache that a step must read, over what the machine reads in that time: the median of readings in every round of the case.
+        mfu: model FLOPs utilisation of prefill: FLOPs of its products, over what the machine's matrix product does in that time, taken alike.
         host_ms_per_step: of a decode step outside of the executable and of waiting for it.
         profile: where the time goes, if that was asked for.
         skipped: why the case was not run, or None.
@@ -128,7 +128,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The machine's limits, measured in the same run.
+    """The machine's limits, measured in the same run: the best of all readings. A row's `mbu` and `mfu` are held against those of its own rounds.
 
     Attributes:
         bandwidth_bytes_per_s: reading memory, all threads.
