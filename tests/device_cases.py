@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 import parallama
-from parallama import block_attention, sampling
+from parallama import block_attention, onednn, ops, sampling
 from parallama.checkpoint import SafetensorsFolder
 from parallama.errors import ProgramError
 from parallama.generate import Session, make_programs
@@ -321,3 +321,15 @@ def paired(mesh: str, reads: dict[str, list[str]]) -> dict[str, float]:
 
     program = Program("paired", device_mesh, step, given, list(reads))
     return {name: float(device_mesh.fetch(tensor, (None, "model"))[0, 0]) for name, tensor in program(program(given)).items()}
+
+
+def onednn_product(left: torch.Tensor, right: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """The module that `ops.onednn_product` puts into a program, as XLA reads it, and what comes of it."""
+    from torch_xla.core import xla_builder as xb
+
+    mesh = DeviceMesh("1x1")
+    module = xb.computation_from_module_proto("product", onednn.product(tuple(left.shape), tuple(right.shape)))
+    given = {"left": left.to(mesh.device), "right": right.to(mesh.device)}
+    # Neither operand comes as it is: what stands before and behind must not be fused with the product.
+    program = Program("product", mesh, lambda x: {"out": 1 + ops.onednn_product(x["left"] * 2, x["right"] + 1)}, given)
+    return xb.get_computation_hlo(module), program(given)["out"].cpu()

@@ -70,15 +70,16 @@ def test_bf16_is_summed_as_fp32_on_the_cpu(auditors: Any, models: Any, phase: st
 
 FIRST = "model.layers.0."  # of two; the last one has fewer positions in a prefill
 FAULTS: dict[str, tuple[str, Any, Any]] = {
+    # What is moved then is the result, or, where oneDNN multiplies (no more cores than devices), the weight.
     "o_proj split on its outputs": (
         "1x2",
-        {"decode": LAYER + "self_attn.o_proj", "prefill": FIRST + "self_attn.o_proj"},
-        {"decode": "all-gather over 'model', 4 of", "prefill": "all-gather over 'model', 2 of"},
+        (LAYER + "self_attn.o_proj", FIRST + "self_attn.o_proj"),
+        ("all-gather over 'model',", "all-to-all over 'model', 2 of 8192"),
     ),
     "up_proj split on its inputs": (
         "1x2",
-        {"decode": LAYER + "mlp.up_proj", "prefill": FIRST + "mlp.up_proj"},
-        {"decode": "all-reduce over 'model', 2 of", "prefill": "all-to-all over 'model', 1 of"},
+        (LAYER + "mlp.up_proj", FIRST + "mlp.up_proj"),
+        ("all-reduce over 'model', 2 of", "all-to-all over 'model', 1 of", "all-to-all over 'model', 2 of 6144"),
     ),
     "o_proj replicated": ("2x2", LAYER + "self_attn.o_proj", "on a device, planned"),
     "lm_head replicated": ("1x2", "lm_head", "1 parameter(s) lie as [96, 64] on a device, planned [48, 64]"),
@@ -101,10 +102,11 @@ FAULTS: dict[str, tuple[str, Any, Any]] = {
 )
 def test_a_fault_is_found_and_its_module_named(auditors: Any, models: Any, fault: str, phase: str) -> None:
     mesh, module, what = FAULTS[fault]
-    module, what = (told if isinstance(told, str) else told[phase] for told in (module, what))
+    modules, whats = ((told,) if isinstance(told, str) else told for told in (module, what))
     document = auditors("judged", models(**DIVIDES, head_dim=8, hidden=64).folder, mesh, phase=phase, fault=fault)
     assert not document["passed"]
-    assert any(finding["module"] == module and what in finding["what"] for finding in document["findings"]), document["findings"]
+    found = [finding["what"] for finding in document["findings"] if finding["module"] in modules]
+    assert any(what in told for what in whats for told in found), document["findings"]
 
 
 def test_a_cache_that_is_copied_every_step_costs_its_bytes(auditors: Any, models: Any) -> None:

@@ -26,7 +26,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "gguf_header",
             "config_checks",
         ),
-        *("configs", "plan", "kinds", "buckets", "cost", "collectives", "train_collectives", "train_cost", "hlo"),
+        *("configs", "plan", "kinds", "buckets", "cost", "collectives", "train_collectives", "train_cost", "hlo", "onednn"),
         *("hardware", "picture", "forecast", "forecast_view", "tolerance", "corpus"),
     ),
     "device": (

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from conftest import CaseError, Worker
 
+from parallama.host import usable_cores
+
 LAYERS, HEAD_DIM, LENGTH = 2, 8, 384
 SMOL = {"heads": 9, "kv_heads": 3, "tied": True}
+ONEDNN = "__onednn_fusion"
 DIVIDES = {"heads": 16, "kv_heads": 8, "tied": True, "intermediate": 48, "vocab": 96}
 
 
@@ -62,7 +65,8 @@ def count(hlo: str, operation: str) -> int:
     return len(re.findall(rf" {operation}(?:-start)?\(", hlo))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+# With 8 rows oneDNN reads the cached values on 1 and 2 devices.
+@pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_a_decode_step_updates_the_cache_in_place(dumps: Dumps, models: Any, devices: int, batch: int) -> None:
     tiny = models(**DIVIDES)
@@ -115,6 +119,17 @@ def test_products_with_weights_are_not_fused_into_loops(dumps: Dumps, models: An
     assert len([used for used in products if used]) == batch * (7 * LAYERS + 1)
 
 
+@pytest.mark.parametrize(("devices", "batch"), [(2, 1), (2, 3), (2, 8), (8, 8), (1, 8)])
+def test_onednn_multiplies_with_weights_where_devices_have_a_core_each_and_more_than_a_row(
+    dumps: Dumps, models: Any, devices: int, batch: int
+) -> None:
+    fused = [line for line in dumps.decode(models(**DIVIDES).folder, devices, batch).splitlines() if ONEDNN in line]
+    by_weights = [line for line in fused if re.search(r"= f32\[\d+,\d+\]", line)]
+    assert len(by_weights) == (7 * LAYERS + 1 if batch > 1 and usable_cores() <= devices else 0)
+    # 32 matrices and more: the cached values of each layer.
+    assert len(fused) - len(by_weights) == (LAYERS if batch * 8 // devices >= 32 else 0)
+
+
 def test_the_residual_stream_of_a_prompt_lies_as_products_results_do(dumps: Dumps, models: Any) -> None:
     """Of 64 rows and more: `[hidden, rows]`. But for the embeddings, which are turned, and the last position, nothing has its rows first, to be read across the grain."""
     tiny = models(**DIVIDES)
@@ -134,7 +149,7 @@ def test_a_prompt_goes_through_the_end_of_the_last_layer_with_one_position_a_row
     """From the last attention on only the positions that the next tokens follow are read: o_proj, gate, up and down have the batch's rows there, as the head has, not the prompt's."""
     batch = 4
     entry = dumps.prefill(models(**DIVIDES).folder, devices, batch).split("\nENTRY")[1]
-    rows = [int(found) for found in re.findall(r"= f32\[\d+,(\d+)\]\S* dot\(", entry)]
+    rows = [int(found) for found in re.findall(rf"= f32\[\d+,(\d+)\]\S* (?:dot\(|fusion\(.*{ONEDNN})", entry)]
     assert rows.count(16 * batch) == 7 * LAYERS - 4
     assert rows.count(batch) == 4 + 1
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -40,6 +41,8 @@ class Backend:
         name: `cpu`, `tpu`, `tt`, or the name of a plugin.
         devices: devices of this process.
         weights_first: products with weights are best written `(W @ x.T).T` (see `products`); elsewhere XLA picks layouts itself.
+        onednn: products can be handed to oneDNN (`ops.onednn_product`).
+        one_core_each: there are no more cores than devices, so that nothing is lost where a device's product takes one.
         library: the plugin's file; None on `cpu`, which torch_xla brings along.
         api: PJRT API version that the plugin speaks.
         options: what its client was made with.
@@ -48,6 +51,8 @@ class Backend:
     name: str
     devices: int
     weights_first: bool
+    onednn: bool = False
+    one_core_each: bool = False
     library: Path | None = None
     api: plugins.ApiVersion | None = None
     options: Mapping[str, OptionValue] = field(default_factory=lambda: MappingProxyType({}))
@@ -166,7 +171,13 @@ def _start_cpu(devices: int) -> Backend:
     # Importing torch_xla would load every installed plugin, and some print, or set variables that are for their devices only.
     os.environ.setdefault("XLA_REGISTER_INSTALLED_PLUGINS", "0")
     _use_spmd(devices)
-    return Backend(name="cpu", devices=devices, weights_first=True)
+    return Backend(
+        name="cpu",
+        devices=devices,
+        weights_first=True,
+        onednn=platform.machine() == "x86_64",
+        one_core_each=usable_cores() <= devices,
+    )
 
 
 def _runtime_runs() -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from . import onednn
+
 
 def row_update(buffer: torch.Tensor, new: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     """Row `r` of `new` goes to `buffer[r]` at `starts[r]` along dim 2: one plain dynamic-update-slice a row.
@@ -24,6 +26,14 @@ def row_update(buffer: torch.Tensor, new: torch.Tensor, starts: torch.Tensor) ->
 def stretch(buffer: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
     """`buffer[:, :, first : first + length]` for a place that only the device knows, an int32 scalar; `[B, K, T, D]`."""
     return _registered("parallama_stretch", _lower_stretch)(buffer, first, length=length)
+
+
+def onednn_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`[..., O, E]` x `[..., E, N]` -> `[..., O, N]` of fp32 by oneDNN, on XLA:CPU only. Where devices share the work both are each device's own part (`DeviceMesh.enter_manual`)."""
+    import torch_xla
+
+    computation = _onednn_computation(tuple(left.shape), tuple(right.shape))
+    return torch_xla._XLAC._xla_user_computation("xla::_op_parallama_onednn_product", [left, right], computation)[0]
 
 
 def float_bits(x: torch.Tensor) -> torch.Tensor:
@@ -134,6 +144,13 @@ def _lower_bits_as(kind: str, x: Any) -> Any:
 
 _SIXTEEN_BITS = {torch.bfloat16: "BF16", torch.float16: "F16"}
 _LOWER_OF_BITS = {dtype: partial(_lower_bits_as, kind) for dtype, kind in _SIXTEEN_BITS.items()}
+
+
+@cache
+def _onednn_computation(left: onednn.Shape, right: onednn.Shape) -> Any:
+    from torch_xla.core import xla_builder as xb
+
+    return xb.computation_from_module_proto("parallama_product", onednn.product(left, right))
 
 
 @cache

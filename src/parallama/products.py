@@ -4,7 +4,8 @@ Nothing is stored another way for it: weights stay `[out, in]`, keys and values 
 against the grain of a matrix that is contracted over its last dim. `x @ W.T` does that to the weights: 10 times slower at 2 to 4 rows. `(W @ x.T).T` packs
 them with the grain, but XLA turns it back into `x @ W.T` unless a barrier stands before the last transpose; the same barrier keeps XLA from fusing a one-row product
 with what feeds it, into a loop that is slower than Eigen's. A few rows are multiplied one by one: matrix times vector needs no packing at all. docs/log.md has
-the figures. Elsewhere than on the CPU XLA picks layouts itself, and products are left as they are.
+the figures. Where devices have a core each, products of a few rows go to oneDNN instead, which uses one thread and reads weights `[out, in]` faster than Eigen.
+Elsewhere than on the CPU XLA picks layouts itself, and products are left as they are.
 
 Shapes: `N` rows, `E` in, `O` out; `B` rows, `K` KV heads, `M` query rows of a KV head, `T` cache length, `D` head dim.
 """
@@ -19,7 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .mesh import DeviceMesh
-from .ops import optimization_barrier
+from .ops import barrier_together, onednn_product, optimization_barrier
 from .topology import DATA, MODEL
 
 _plain_linear = torch.nn.functional.linear
@@ -33,45 +34,94 @@ _OF_THE_STREAM = ADDITIONS | {
     torch.rsqrt,
     torch.Tensor.to,
 }
+_BY_HEAD = (DATA, MODEL, None, None)
 TRIGONOMETRIC = {torch.Tensor.cos, torch.Tensor.sin, torch.cos, torch.sin}
 """Transformers computes these once a step; fused into what uses them, XLA:CPU would again for every head of every layer, see `unfused`."""
 MOST_SINGLE_ROWS = 3
 """So many rows are multiplied with a weight one by one; packing costs as much as four passes."""
+MOST_ONEDNN_ROWS = 512
+"""Of so many rows a device at most oneDNN's products are faster than Eigen's, on one thread each."""
 MOST_SINGLE_QUERIES = 4
 """The same for query rows of a KV head."""
 LEAST_TURNED = 64
 """From so many rows on, what goes into a product is turned first, `[E, N]`: Eigen packs that with the grain, too. Products of the same input share it."""
 MOST_KEYS_FIRST = 64
 """For more query rows than these, transposing the scores costs more than packing the keys."""
+LEAST_ONEDNN_MATRICES = 32
+"""From so many rows times KV heads on a device on, oneDNN weighs cached values faster than products of one query row at a time, which read them anew for each."""
 
 
-def linear(
-    mesh: DeviceMesh, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, partial: bool = False
-) -> torch.Tensor:
-    """`torch.nn.functional.linear` within a step: `[..., E]`, `[O, E]`, `[O]` -> `[..., O]`.
+@dataclass(frozen=True, kw_only=True)
+class LinearAxes:
+    """How a linear's weight `[O, E]`, its input and its result lie.
 
-    Args:
-        partial: each device has a part of `E`, and the results are summed over them.
+    Attributes:
+        weight: mesh axes of the weight.
+        partial: each device has a part of the weight's `E`.
+        whole: every device has the whole input; else it lies as the weight's `E` does.
+        out: mesh axis over which the result is split, or None.
     """
+
+    weight: tuple[str | None, str | None]
+    partial: bool
+    whole: bool
+    out: str | None
+
+    @property
+    def usual(self) -> bool:
+        """Whether nothing but a sum over the model axis crosses between devices: column-parallel with the whole input, or row-parallel with a part of it."""
+        return (self.weight, self.whole, self.out) in (((MODEL, None), True, MODEL), ((None, MODEL), False, None))
+
+
+def linear(mesh: DeviceMesh, x: torch.Tensor, weight: torch.Tensor, axes: LinearAxes) -> torch.Tensor:
+    """`torch.nn.functional.linear` within a step: `[..., E]`, `[O, E]` -> `[..., O]`."""
     if not mesh.backend.weights_first:
-        return _plain_linear(x, weight, bias)
+        return _plain_linear(x, weight)
     flat = x.reshape(-1, x.shape[-1])
     rows = flat.shape[0]
-    if _row_by_row(mesh, rows, partial):
-        out = torch.cat([_weight_first(flat[row : row + 1], weight).t() for row in range(rows)])
+    if _row_by_row(mesh, rows, weight, axes):
+        out = torch.cat([_eigen_product(weight, flat[row : row + 1]).t() for row in range(rows)])
     else:
-        out = _weight_first(flat, weight).t()
-    out = out.reshape(*x.shape[:-1], weight.shape[0])
-    return out if bias is None else out + bias
+        out = _weight_first(mesh, flat, weight, axes).t()
+    return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _row_by_row(mesh: DeviceMesh, rows: int, partial: bool) -> bool:
+def _row_by_row(mesh: DeviceMesh, rows: int, weight: torch.Tensor, axes: LinearAxes) -> bool:
     # One by one, each row would have an all-reduce of its own; and with rows split over devices each has fewer than there are.
-    return rows == 1 or (rows <= MOST_SINGLE_ROWS and mesh.shape.data == 1 and not partial)
+    few = rows <= MOST_SINGLE_ROWS and mesh.shape.data == 1 and not axes.partial
+    return rows == 1 or (few and not _by_onednn(mesh, rows, weight, axes))
 
 
-def _weight_first(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`[N, E]`, `[O, E]` -> `[O, N]`."""
+def _by_onednn(mesh: DeviceMesh, rows: int, weight: torch.Tensor, axes: LinearAxes) -> bool:
+    """Whether oneDNN multiplies: more than one row on each device, and few enough that it is faster. How devices share the work of a placement that isn't usual, GSPMD decides."""
+    if not (mesh.backend.onednn and mesh.backend.one_core_each and weight.dtype == torch.float32):
+        return False
+    each, rest = divmod(rows, mesh.shape.data)
+    shared_as_usual = axes.usual or (mesh.shape.model == 1 and DATA not in axes.weight)
+    return rest == 0 and 1 < each <= MOST_ONEDNN_ROWS and shared_as_usual
+
+
+def _weight_first(
+    mesh: DeviceMesh, x: torch.Tensor, weight: torch.Tensor, axes: LinearAxes, turned: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`[N, E]`, `[O, E]` -> `[O, N]`.
+
+    Args:
+        turned: `x.T`, where it is there already.
+    """
+    if not _by_onednn(mesh, x.shape[0], weight, axes):
+        return _eigen_product(weight, x) if turned is None else optimization_barrier(torch.einsum("oe,en->on", weight, turned))
+    # What is entered is marked: not the weight itself, which lies as it lies.
+    own_weight = mesh.enter_manual(barrier_together(weight)[0], axes.weight)
+    columns = optimization_barrier(x.t().clone()) if turned is None else turned
+    own = onednn_product(own_weight, mesh.enter_manual(columns, (axes.weight[1], DATA)))
+    if axes.partial:
+        own = mesh.all_reduce(own, MODEL)
+    return mesh.leave_manual(own, (axes.weight[0], DATA), (weight.shape[0], x.shape[0]))
+
+
+def _eigen_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`[O, E]`, `[N, E]` -> `[O, N]`."""
     return optimization_barrier(torch.einsum("oe,ne->on", weight, x))
 
 
@@ -82,21 +132,6 @@ class _Columns:
     tensor: torch.Tensor
     transposed: torch.Tensor
     axis: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearAxes:
-    """How a linear's weight `[O, E]`, its input and its result lie.
-
-    Attributes:
-        partial: each device has a part of the weight's `E`.
-        whole: every device has the whole input; else it lies as the weight's `E` does.
-        out: mesh axis over which the result is split, or None.
-    """
-
-    partial: bool
-    whole: bool
-    out: str | None
 
 
 class LinearForm(TorchFunctionMode):
@@ -163,14 +198,11 @@ class LinearForm(TorchFunctionMode):
             known = None  # of turned inputs that are whole GSPMD would rather gather the weight
         elif known is None and self._mesh.backend.weights_first and rows >= LEAST_TURNED:
             known = self._turned(input, None if axes.whole else MODEL)
-        if not self._mesh.backend.weights_first or _row_by_row(self._mesh, rows, axes.partial):
-            out = linear(self._mesh, input, weight, partial=axes.partial)
+        if not self._mesh.backend.weights_first or _row_by_row(self._mesh, rows, weight, axes):
+            out = linear(self._mesh, input, weight, axes)
             self._mesh.mark(out, (*_rows_whole(out)[:-1], axes.out))
             return out if bias is None else out + bias
-        if known is None:
-            out = _weight_first(input.reshape(rows, -1), weight)
-        else:
-            out = optimization_barrier(torch.einsum("oe,en->on", weight, known.transposed))
+        out = _weight_first(self._mesh, input.reshape(rows, -1), weight, axes, None if known is None else known.transposed)
         self._mesh.mark(out, (axes.out, DATA))
         return self._rows(out if bias is None else out + bias[:, None], input.shape, axes.out)
 
@@ -221,13 +253,20 @@ def scores(mesh: DeviceMesh, query: torch.Tensor, keys: torch.Tensor) -> torch.T
 
 def mixture(mesh: DeviceMesh, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """`[B, K, M, T]`, `[B, K, T, D]` -> `[B, K, M, D]`."""
-    if mesh.backend.weights_first and _one_by_one(mesh, weights):
-        return torch.stack([torch.einsum("bktd,bkt->bkd", values, row) for row in weights.unbind(2)], dim=2)
-    return torch.einsum("bkmt,bktd->bkmd", weights, values)
+    if not (mesh.backend.weights_first and _one_by_one(mesh, weights)):
+        return torch.einsum("bkmt,bktd->bkmd", weights, values)
+    if mesh.backend.onednn and weights.shape[2] > 1 and values.dtype == torch.float32 and _matrices(mesh, values) >= LEAST_ONEDNN_MATRICES:
+        own = onednn_product(*(mesh.enter_manual(tensor, _BY_HEAD) for tensor in (weights, values)))
+        return mesh.leave_manual(own, _BY_HEAD, (*weights.shape[:3], values.shape[3]))
+    return torch.stack([torch.einsum("bktd,bkt->bkd", values, row) for row in weights.unbind(2)], dim=2)
 
 
 def _one_by_one(mesh: DeviceMesh, query: torch.Tensor) -> bool:
     """Whether query rows `[B, K, M, ...]` are best multiplied one at a time: few of them, and several matrices on a device. Matrix times vector
     alone, without batch dims, XLA fuses with all that feeds it into one slow loop."""
-    batch, heads, rows = query.shape[:3]
-    return rows <= MOST_SINGLE_QUERIES and (batch // mesh.shape.data) * (heads // mesh.shape.model) > 1
+    return query.shape[2] <= MOST_SINGLE_QUERIES and _matrices(mesh, query) > 1
+
+
+def _matrices(mesh: DeviceMesh, x: torch.Tensor) -> int:
+    """Of `[B, K, ...]`, on a device."""
+    return (x.shape[0] // mesh.shape.data) * (x.shape[1] // mesh.shape.model)

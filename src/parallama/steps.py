@@ -164,16 +164,18 @@ class Steps:
         """Of a linear's weight. The residual stream lies whole on every device: what is computed from it starts whole, what is added to it ends whole."""
         out, inner = self.plan[name].axes
         partial, ends = self.mesh.shape.size(inner) > 1, name.endswith(("o_proj.weight", "down_proj.weight"))
-        return LinearAxes(partial=partial, whole=not (ends and partial), out=None if ends or out == DATA else out)
+        result = None if ends or out == DATA else out
+        return LinearAxes(weight=(out, inner), partial=partial, whole=not (ends and partial), out=result)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., E]` -> logits `[..., V]`, split over the vocabulary."""
         name = "model.embed_tokens.weight" if self.plan.model.tied else "lm_head.weight"
         whole = (DATA, *(None,) * (hidden.dim() - 1))
         with scope("lm_head"):
-            logits = linear(self.mesh, self.mesh.mark(hidden, whole), self.weights.tensors[name])
+            axes = self._axes(name)
+            logits = linear(self.mesh, self.mesh.mark(hidden, whole), self.weights.tensors[name], axes)
             # Where the plan splits the head on its inputs: summed where it is made, and split only then.
-            return self.mesh.mark(logits, whole).clone() if self._axes(name).partial else logits
+            return self.mesh.mark(logits, whole).clone() if axes.partial else logits
 
     def _choose(
         self, last: torch.Tensor, given: Mapping[str, torch.Tensor], positions: torch.Tensor, mode: Mode
