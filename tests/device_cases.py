@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 import parallama
-from parallama import block_attention, onednn, ops, sampling
+from parallama import block_attention, onednn, ops, products, sampling
 from parallama.checkpoint import SafetensorsFolder
 from parallama.errors import ProgramError
 from parallama.generate import Session, make_programs
@@ -333,3 +333,9 @@ def onednn_product(left: torch.Tensor, right: torch.Tensor) -> tuple[str, torch.
     # Neither operand comes as it is: what stands before and behind must not be fused with the product.
     program = Program("product", mesh, lambda x: {"out": 1 + ops.onednn_product(x["left"] * 2, x["right"] + 1)}, given)
     return xb.get_computation_hlo(module), program(given)["out"].cpu()
+
+
+def row_maximum(rows: torch.Tensor) -> torch.Tensor:
+    mesh = DeviceMesh("1x1")
+    program = Program("maxima", mesh, lambda given: {"out": products.row_maximum(mesh, given["rows"])}, {"rows": rows.to(mesh.device)})
+    return program({"rows": rows.to(mesh.device)})["out"].cpu()

@@ -19,7 +19,7 @@ from . import block_attention
 from .block_attention import HIDDEN
 from .cache import AXES, LayerKV
 from .mesh import DeviceMesh
-from .products import mixture, scores
+from .products import mixture, row_maximum, scores
 from .topology import DATA
 
 PLAIN = "parallama"
@@ -58,9 +58,9 @@ def cached_attention(
     by_group = (query * scaling).reshape(batch, kv_heads, heads // kv_heads, new, dim)
     if key.cached is None:
         at_a_time = STRETCH if mesh.backend.weights_first else new
-        out = _over_all([_among_new(by_group, key.new, value.new, sliding_window, at_a_time=at_a_time)])
+        out = _over_all([_among_new(mesh, by_group, key.new, value.new, sliding_window, at_a_time=at_a_time)])
     elif mesh.backend.weights_first and new > 1:
-        among = _among_new(by_group, key.new, value.new, sliding_window, at_a_time=new)
+        among = _among_new(mesh, by_group, key.new, value.new, sliding_window, at_a_time=new)
         out = _over_all([_written(mesh, by_group, key, value, position_ids, sliding_window), among])
     else:
         out = _with_cached(by_group, key, value, position_ids, sliding_window)
@@ -94,7 +94,9 @@ def _over_all(parts: Sequence[_Mixture]) -> torch.Tensor:
     return mixed / functools.reduce(torch.add, [part.total * scale for part, scale in zip(parts, scales, strict=True)])
 
 
-def _among_new(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, *, at_a_time: int) -> _Mixture:
+def _among_new(
+    mesh: DeviceMesh, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, *, at_a_time: int
+) -> _Mixture:
     """Causal attention of positions over themselves: `[B, K, G, S, D]` scaled queries, `[B, K, S, D]` keys and values."""
     new = query.shape[3]
     places = torch.arange(new, device=query.device, dtype=torch.int32)
@@ -106,7 +108,7 @@ def _among_new(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, wind
         seen = _causal(places[None, start:last], places[first:last, None], window)
         part = query[:, :, :, first:last]
         raw = torch.einsum("bkmd,bktd->bkmt", _merged(part), key[:, :, start:last])
-        (weights,), top, total = _exponentials([_masked(raw, seen[None].expand(part.shape[0], -1, -1), part.shape[2])])
+        (weights,), top, total = _exponentials(mesh, [_masked(raw, seen[None].expand(part.shape[0], -1, -1), part.shape[2])])
         mixed = torch.einsum("bkmt,bktd->bkmd", weights.to(query.dtype), value[:, :, start:last])
         parts.append([tensor.reshape(*part.shape[:4], -1) for tensor in (mixed, top, total)])
     return _Mixture(*(torch.cat(tensors, dim=3) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True)))
@@ -126,7 +128,7 @@ def _with_cached(query: torch.Tensor, key: LayerKV, value: LayerKV, positions: t
     seen = _causal(among[None, :], among[:, None], window)
     scores_old = _masked(scores(mesh, rows, key.cached), visible.expand(batch, new, -1), group)
     scores_new = _masked(torch.einsum("bkmd,bksd->bkms", rows, key.new), seen[None].expand(batch, new, new), group)
-    (old, fresh), _, total = _exponentials([scores_old, scores_new])
+    (old, fresh), _, total = _exponentials(mesh, [scores_old, scores_new])
     out = mixture(mesh, old.to(query.dtype), value.cached) + torch.einsum("bkms,bksd->bkmd", fresh.to(query.dtype), value.new)
     return (out / total).reshape(query.shape)
 
@@ -153,9 +155,9 @@ def _causal(key: torch.Tensor, query: torch.Tensor, window: int | None) -> torch
     return seen if window is None else seen & (key > query - window)
 
 
-def _exponentials(parts: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+def _exponentials(mesh: DeviceMesh, parts: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Softmax over several parts together, not divided yet: fp32 scores `[..., T_i]` -> weights `[..., T_i]`, the highest score and the sum of weights, `[..., 1]`."""
-    tops = [part.amax(-1, keepdim=True) for part in parts]
+    tops = [row_maximum(mesh, part) for part in parts]
     top = functools.reduce(torch.maximum, tops)
     weights = [torch.exp(part - top) for part in parts]
     return weights, top, functools.reduce(torch.add, [part.sum(-1, keepdim=True) for part in weights])

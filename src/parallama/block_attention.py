@@ -15,6 +15,7 @@ import torch
 from .loops import repeat
 from .mesh import DeviceMesh
 from .ops import stretch
+from .products import row_maximum
 
 BLOCK = 256
 """Places of the cache that are read at a time."""
@@ -54,7 +55,7 @@ def attend(
             seen = seen & (place > position - window)
         raw = torch.einsum("bkmd,bktd->bkmt", query, stretch(keys, first, block)).float()
         scores = torch.where(seen, raw, torch.full((), HIDDEN, device=raw.device))
-        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+        higher = torch.maximum(top, row_maximum(mesh, scores))
         weights = torch.exp(scores - higher)
         kept = torch.exp(top - higher)
         added = torch.einsum("bkmt,bktd->bkmd", weights.to(query.dtype), stretch(values, first, block))

@@ -41,6 +41,11 @@ def float_bits(x: torch.Tensor) -> torch.Tensor:
     return _registered("parallama_float_bits", _lower_float_bits)(x)
 
 
+def float_of_bits(bits: torch.Tensor) -> torch.Tensor:
+    """What `float_bits` was given."""
+    return _registered("parallama_float_of_bits", partial(_lower_bits_as, "F32"))(bits)
+
+
 def as_bits(x: torch.Tensor) -> torch.Tensor:
     """The bits of 16-bit floats as int16; other tensors as they are. XLA:CPU would move such floats between devices as fp32."""
     return _registered("parallama_as_bits", _lower_as_bits)(x) if x.dtype in _SIXTEEN_BITS else x

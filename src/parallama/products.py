@@ -20,7 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .mesh import DeviceMesh
-from .ops import barrier_together, onednn_product, optimization_barrier
+from .ops import barrier_together, float_bits, float_of_bits, onednn_product, optimization_barrier
 from .topology import DATA, MODEL
 
 _plain_linear = torch.nn.functional.linear
@@ -39,7 +39,7 @@ TRIGONOMETRIC = {torch.Tensor.cos, torch.Tensor.sin, torch.cos, torch.sin}
 """Transformers computes these once a step; fused into what uses them, XLA:CPU would again for every head of every layer, see `unfused`."""
 MOST_SINGLE_ROWS = 3
 """So many rows are multiplied with a weight one by one; packing costs as much as four passes."""
-MOST_ONEDNN_ROWS = 512
+MOST_ONEDNN_ROWS = 256
 """Of so many rows a device at most oneDNN's products are faster than Eigen's, on one thread each."""
 MOST_SINGLE_QUERIES = 4
 """The same for query rows of a KV head."""
@@ -265,6 +265,22 @@ def _one_by_one(mesh: DeviceMesh, query: torch.Tensor) -> bool:
     """Whether query rows `[B, K, M, ...]` are best multiplied one at a time: few of them, and several matrices on a device. Matrix times vector
     alone, without batch dims, XLA fuses with all that feeds it into one slow loop."""
     return query.shape[2] <= MOST_SINGLE_QUERIES and _matrices(mesh, query) > 1
+
+
+def row_maximum(mesh: DeviceMesh, x: torch.Tensor) -> torch.Tensor:
+    """`x.amax(-1, keepdim=True)` of fp32 numbers `[..., T]`, on the CPU by way of integers in the same order: XLA takes maxima of floats one by one there, for it must see NaN, and of integers in vectors.
+
+    A NaN is the highest of all, or, with its sign set, the lowest; what is computed with NaN beside the maximum is NaN either way.
+    """
+    if not mesh.backend.weights_first:
+        return x.amax(-1, keepdim=True)
+    return float_of_bits(_in_order(_in_order(float_bits(x)).amax(-1, keepdim=True)))
+
+
+def _in_order(bits: torch.Tensor) -> torch.Tensor:
+    """Bits of fp32 numbers as integers in the order of the numbers, and back: all but the sign are turned over where it is set."""
+    zero = torch.zeros((), dtype=bits.dtype, device=bits.device)  # with a plain 0 torch-xla would compare in 64 bits
+    return torch.where(bits < zero, ~bits + -(2**31), bits)
 
 
 def _matrices(mesh: DeviceMesh, x: torch.Tensor) -> int:
