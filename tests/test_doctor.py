@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -261,13 +262,14 @@ def test_a_missing_torch_xla_says_how_to_install_it(tmp_path: Path) -> None:
 
 def test_the_partitioner_is_read_from_the_installed_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert versions.partitioner() == "gspmd"
+    assert versions.onednn_fusions() is (platform.machine() == "x86_64")
     folder = tmp_path / "torch_xla-2.9.0+git12.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_xla\nVersion: 2.9.0+git12\n")
     (folder / "RECORD").write_text("_XLAC.cpython-311-x86_64-linux-gnu.so,,\n")
     (tmp_path / "_XLAC.cpython-311-x86_64-linux-gnu.so").write_bytes(b"\0" * 100 + b"CONVERT_SHLO_TO_SHARDY\0")
     monkeypatch.syspath_prepend(tmp_path)
-    assert versions.partitioner() == "shardy"
+    assert versions.partitioner() == "shardy" and not versions.onednn_fusions()
 
 
 def test_a_version_that_cannot_be_read_is_older_than_none() -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import platform
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -175,7 +174,7 @@ def _start_cpu(devices: int) -> Backend:
         name="cpu",
         devices=devices,
         weights_first=True,
-        onednn=platform.machine() == "x86_64",
+        onednn=versions.onednn_fusions(),
         one_core_each=usable_cores() <= devices,
     )
 

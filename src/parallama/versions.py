@@ -19,6 +19,9 @@ PACKAGES = ("parallama", "torch", "torch_xla", "transformers", "safetensors", "t
 SHARDY = "CONVERT_SHLO_TO_SHARDY"
 """The environment variable by which Tenstorrent's fork of torch_xla converts programs to Shardy; no other torch_xla knows it."""
 
+_ONEDNN_SOURCE = "onednn_fusion_thunk.cc"
+"""A file of XLA's whose name stands in what was compiled from it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Want:
@@ -128,10 +131,19 @@ def _want(by: str, spec: str, version: str | None) -> Want:
 
 def partitioner() -> str:
     """`shardy` where the installed torch_xla can convert programs to it, as Tenstorrent's fork does; else `gspmd`."""
+    return "shardy" if _torch_xla_holds(SHARDY) else "gspmd"
+
+
+def onednn_fusions() -> bool:
+    """Whether the XLA:CPU in the installed torch_xla was built with fusions that oneDNN computes, as upstream's is for x86-64."""
+    return _torch_xla_holds(_ONEDNN_SOURCE)
+
+
+def _torch_xla_holds(words: str) -> bool:
     for file in importlib.metadata.files("torch_xla") or [] if version_of("torch_xla") else []:
         if file.name.startswith("_XLAC") and file.suffix == ".so":
-            return "shardy" if _holds(Path(str(file.locate())), SHARDY.encode()) else "gspmd"
-    return "gspmd"
+            return _holds(Path(str(file.locate())), words.encode())
+    return False
 
 
 def _holds(file: Path, words: bytes) -> bool:
