@@ -39,10 +39,10 @@ TRIGONOMETRIC = {torch.Tensor.cos, torch.Tensor.sin, torch.cos, torch.sin}
 """Transformers computes these once a step; fused into what uses them, XLA:CPU would again for every head of every layer, see `unfused`."""
 MOST_SINGLE_ROWS = 3
 """So many rows are multiplied with a weight one by one; packing costs as much as four passes."""
-MOST_ONEDNN_ROWS = 256
-"""Of so many rows a device at most oneDNN's products are faster than Eigen's, on one thread each."""
 MOST_SINGLE_QUERIES = 4
 """The same for query rows of a KV head."""
+MOST_ONEDNN_ROWS = 256
+"""Of so many rows a device at most oneDNN's products are faster than Eigen's, on one thread each."""
 LEAST_TURNED = 64
 """From so many rows on, what goes into a product is turned first, `[E, N]`: Eigen packs that with the grain, too. Products of the same input share it."""
 MOST_KEYS_FIRST = 64
