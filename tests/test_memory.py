@@ -74,13 +74,12 @@ def test_on_the_way_to_any_mesh_is_never_more_than_the_largest_tensor(mesh, tmp_
     assert found["growth"] < sum(found["devices"]) + found["largest"]
 
 
-# On 1x2 oneDNN multiplies, whose own buffers are some 50 MB of new pages a prompt.
-@pytest.mark.parametrize(("mesh", "most"), [("1x1", 5_000), ("1x2", 20_000)])
-def test_a_prompt_takes_the_memory_that_the_one_before_it_had(mesh, most):
+@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+def test_a_prompt_takes_the_memory_that_the_one_before_it_had(mesh):
     """Products' packed weights come and go; given back to the system each time, a prompt took 112,000 pages (450 MB) of it, and the time to clear them."""
     done = subprocess.run([sys.executable, "-c", PROMPTS, mesh], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) < most
+    assert int(done.stdout) < 5_000
 
 
 def test_the_peak_is_this_programs_own_and_not_that_of_what_started_it():

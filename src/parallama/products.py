@@ -41,7 +41,7 @@ MOST_SINGLE_ROWS = 3
 """So many rows are multiplied with a weight one by one; packing costs as much as four passes."""
 MOST_SINGLE_QUERIES = 4
 """The same for query rows of a KV head."""
-MOST_ONEDNN_ROWS = 256
+MOST_ONEDNN_ROWS = 128
 """Of so many rows a device at most oneDNN's products are faster than Eigen's, on one thread each."""
 LEAST_TURNED = 64
 """From so many rows on, what goes into a product is turned first, `[E, N]`: Eigen packs that with the grain, too. Products of the same input share it."""
