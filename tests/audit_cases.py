@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from parallama.steps import StepKey, Steps
 from parallama.topology import DATA, MODEL
 
 
-def model_of(folder: str, mesh: str, plan: Any, dtype: str) -> Any:
+def model_of(folder: str, mesh: str, plan: Any, dtype: str, one_core_each: bool | None = None) -> Any:
     checkpoint = SafetensorsFolder(Path(folder))
     device_mesh = DeviceMesh(mesh)
+    if one_core_each is not None:
+        device_mesh.backend = replace(device_mesh.backend, one_core_each=one_core_each)
     made = make_plan(ModelSpec.from_config(checkpoint.config), device_mesh.shape, plan)
     return to_devices(checkpoint, made, device_mesh, getattr(torch, dtype))
 
@@ -46,9 +48,10 @@ def judged(
     positions: int = 16,
     accept_plan: bool = False,
     dtype: str = "float32",
+    one_core_each: bool | None = None,
 ) -> dict[str, Any]:
-    """The audit's document."""
-    model = model_of(folder, mesh, plan, dtype)
+    """The audit's document, as on a machine that has a core for every device or hasn't, if that is given."""
+    model = model_of(folder, mesh, plan, dtype, one_core_each)
     if fault in MODEL_FAULTS:
         MODEL_FAULTS[fault](model)
     steps = Steps(model.skeleton, model.weights, model.dtype)

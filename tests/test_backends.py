@@ -56,6 +56,31 @@ def test_devices_do_not_start_once_torch_xla_runs_with_others() -> None:
     ]
 
 
+LATER = """
+import os, sys
+from pathlib import Path
+import torch
+from parallama import backends
+backends.start("cpu", 1)
+print([name for name in ("torch._inductor.lowering", "functorch.compile", "torch_xla.stablehlo", "torch_xla.experimental.gru") if name in sys.modules])
+import torch_xla
+example = (torch.ones(2, 3),)
+torch_xla.save_as_stablehlo(torch.export.export(torch.nn.Linear(3, 4), example), Path(sys.argv[1]))
+print("torch_xla.stablehlo" in sys.modules)
+from torch_xla.experimental.gru import GRU
+print(torch.nn.GRU.__module__, GRU.__module__)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_what_torch_xla_imports_for_exports_and_grus_is_imported_when_it_is_used(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LATER, str(tmp_path / "exported")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "True", "torch.nn.modules.rnn torch_xla.experimental.gru"]
+    assert list((tmp_path / "exported" / "functions").iterdir())
+
+
 def test_a_large_product_is_right_after_more_split_loops_than_a_threads_queue_holds() -> None:
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "long_program.py"), "1100"], capture_output=True, text=True, timeout=900

@@ -312,7 +312,7 @@ def test_a_profile_shows_what_every_engine_does(tiny: str) -> None:
         "--steps",
         "16",
         "--repeats",
-        "8",
+        "3",
         "--profile",
     ]
     for row in rows_of(bench(tiny, *arguments, "--json"))["rows"]:
@@ -323,9 +323,6 @@ def test_a_profile_shows_what_every_engine_does(tiny: str) -> None:
             assert cores == pytest.approx(usable_cores(), rel=0.3)
         assert ours["core_ms_per_pass"]["compiled"] > theirs["core_ms_per_pass"]["compiled"] == 0
         assert theirs["core_ms_per_pass"]["torch"] > ours["core_ms_per_pass"]["torch"]
-    (row,) = rows_of(bench(tiny, "--train", "--batch", "4", "--prompt-tokens", "256", "--repeats", "1", "--profile", "--json"))["rows"]
-    assert row["profile"]["samples"] > 20 and row["peers"][0]["profile"]["core_ms_per_pass"]["torch"] > 0
-    assert row["profile"]["core_ms_per_pass"]["compiled"] > 0
     assert not list(Path("/tmp").glob("perf-*.map"))
 
 
@@ -349,7 +346,10 @@ def test_a_model_that_holds_nan_is_measured_only_where_that_is_allowed(tiny: str
 
 
 def test_training_steps_are_measured_beside_an_eager_loop_that_has_the_same_losses(tiny: str) -> None:
-    report = rows_of(bench(tiny, "--train", "--mesh", "1x2", "--batch", "2", "--prompt-tokens", "16", "--repeats", "2", "--json"))
+    profiled = ["--profile"] if shutil.which("perf") else []
+    report = rows_of(
+        bench(tiny, "--train", "--mesh", "1x2", "--batch", "2", "--prompt-tokens", "16", "--repeats", "2", *profiled, "--json")
+    )
     assert report["command"].startswith(f"parallama bench {tiny} --train") and report["machine"]["gemm_flops_per_s"] > 1e9
     (row,) = report["rows"]
     assert (row["what"], row["mesh"], row["batch"], row["seq_len"]) == ("train", "1x2", 2, 16)
@@ -362,6 +362,9 @@ def test_training_steps_are_measured_beside_an_eager_loop_that_has_the_same_loss
     assert (peer["peer"], peer["error"], peer["same_losses"]) == ("hf", None, True) and len(row["losses"]) == len(peer["losses"]) == 3
     assert math.isclose(peer["ratio"], speed["median"] / peer["tokens_per_s"]["median"])
     assert peer["bytes_per_device"]["params"] == [4 * 158_016]
+    if profiled:
+        assert row["profile"]["samples"] > 20 and row["profile"]["core_ms_per_pass"]["compiled"] > 0
+        assert peer["profile"]["core_ms_per_pass"]["torch"] > 0 and not list(Path("/tmp").glob("perf-*.map"))
 
 
 @pytest.mark.slow

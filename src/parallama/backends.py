@@ -5,6 +5,7 @@ A process has one backend and one device count for its whole life: torch-xla rea
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from . import flags, plugins, versions
@@ -169,6 +170,7 @@ def _start_cpu(devices: int) -> Backend:
     os.environ |= variables
     # Importing torch_xla would load every installed plugin, and some print, or set variables that are for their devices only.
     os.environ.setdefault("XLA_REGISTER_INSTALLED_PLUGINS", "0")
+    _import_torch_xla()
     _use_spmd(devices)
     return Backend(
         name="cpu",
@@ -186,6 +188,40 @@ def _runtime_runs() -> bool:
     import torch_xla
 
     return bool(torch_xla._XLAC._xla_runtime_is_initialized())
+
+
+def _import_torch_xla() -> None:
+    """Import torch_xla without two of its modules, unless it is imported already; whoever imports them later gets them.
+
+    They need torch's own compiler (functorch, torch._inductor), which takes longer to import than all the rest. One exports programs as StableHLO: torch_xla takes functions
+    of it, which import it now when they are called. The other replaces torch's GRU, which stays.
+    """
+    if "torch_xla" in sys.modules:
+        return
+    import torch
+
+    gru = ModuleType("torch_xla.experimental.gru")
+    vars(gru)["GRU"] = torch.nn.GRU
+    stand_ins = {each.__name__: each for each in (gru, _ImportedLater("torch_xla.stablehlo"))}
+    sys.modules.update(stand_ins)
+    try:
+        import torch_xla  # noqa: F401
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+class _ImportedLater(ModuleType):
+    """A stand-in for a module, whose functions import it when they are called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def imported_later(*args: Any, **kwargs: Any) -> Any:
+            return getattr(importlib.import_module(self.__name__), name)(*args, **kwargs)
+
+        return imported_later
 
 
 def find(name: str) -> Found:
@@ -269,6 +305,7 @@ def _start_plugin(found: Found, devices: int | None, options: dict[str, OptionVa
             os.environ.setdefault(variable, value)
     # Plugins may print; standard output is for our results.
     with redirect_stdout(sys.stderr):
+        _import_torch_xla()
         _register(found, options)
         import torch_xla.runtime as xr
 

@@ -106,7 +106,19 @@ def recording(pid: int) -> Iterator[Recording]:
     taken = Recording()
     with tempfile.TemporaryDirectory(prefix="parallama-perf-") as folder:
         data = Path(folder) / "data"
-        command = ["perf", "record", "--event", "cpu-clock", "--freq", str(HERTZ), "--pid", _family(pid), "--output", str(data)]
+        command = [
+            "perf",
+            "record",
+            "--no-buildid-cache",
+            "--event",
+            "cpu-clock",
+            "--freq",
+            str(HERTZ),
+            "--pid",
+            _family(pid),
+            "--output",
+            str(data),
+        ]
         with (Path(folder) / "log").open("w+") as log:
             perf = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             try:
@@ -124,7 +136,8 @@ def recording(pid: int) -> Iterator[Recording]:
 
 
 def _report(data: Path) -> str:
-    command = ["perf", "report", "--stdio", "--quiet", "--no-children", "--percent-limit", "0", "--fields", "sample,dso,sym"]
+    fields = ["--fields", "sample,dso,sym"]
+    command = ["perf", "report", "--stdio", "--quiet", "--no-children", "--no-demangle", "--percent-limit", "0", *fields]
     return subprocess.run([*command, "--input", str(data)], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL).stdout
 
 
