@@ -24,17 +24,17 @@ class Dumps:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._workers: dict[int, Worker] = {}
-        self._texts: dict[tuple[str, str, int, int], str] = {}
+        self._texts: dict[tuple[str, str, int, int, int], str] = {}
 
-    def decode(self, folder: str, devices: int, batch: int) -> str:
-        return self._step("decode", folder, devices, batch)
+    def decode(self, folder: str, devices: int, batch: int, length: int = LENGTH) -> str:
+        return self._step("decode", folder, devices, batch, length)
 
     def prefill(self, folder: str, devices: int, batch: int) -> str:
         """Of a chunk of a prompt that is not its first."""
         return self._step("prefill", folder, devices, batch)
 
-    def _step(self, kind: str, folder: str, devices: int, batch: int) -> str:
-        key = (kind, folder, devices, batch)
+    def _step(self, kind: str, folder: str, devices: int, batch: int, length: int = LENGTH) -> str:
+        key = (kind, folder, devices, batch, length)
         if key in self._texts:
             return self._texts[key]
         dump = self._root / str(devices)
@@ -42,7 +42,7 @@ class Dumps:
             flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
             self._workers[devices] = Worker(devices, self._root / f"{devices}.log", XLA_FLAGS=flags)
         before = set(dump.glob("*after_optimizations.txt"))
-        self._workers[devices].call("device_cases:compile_step", kind=kind, folder=folder, mesh=f"1x{devices}", batch=batch, length=LENGTH)
+        self._workers[devices].call("device_cases:compile_step", kind=kind, folder=folder, mesh=f"1x{devices}", batch=batch, length=length)
         new = set(dump.glob("*after_optimizations.txt")) - before
         assert len(new) == 1, new
         self._texts[key] = new.pop().read_text()
@@ -103,7 +103,7 @@ def test_a_greedy_decode_step_has_the_fewest_collectives(dumps: Dumps, models: A
     assert [count(hlo, kind) for kind in kinds] == [2 * LAYERS + 1, 1, 0, 0, 0]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
 def test_products_with_weights_are_not_fused_into_loops(dumps: Dumps, models: Any, batch: int) -> None:
     """XLA:CPU would fuse matrix times vector with the norm before it, into a loop that is slower than its own product."""
     tiny = models(**DIVIDES)
@@ -119,15 +119,44 @@ def test_products_with_weights_are_not_fused_into_loops(dumps: Dumps, models: An
     assert len([used for used in products if used]) == batch * (7 * LAYERS + 1)
 
 
-@pytest.mark.parametrize(("devices", "batch"), [(2, 1), (2, 3), (2, 8), (8, 8), (1, 8)])
+def by_onednn(hlo: str) -> tuple[int, int]:
+    """Products with weights, and others."""
+    fused = [line for line in hlo.splitlines() if ONEDNN in line]
+    with_weights = [line for line in fused if re.search(r"= f32\[\d+,\d+\]", line)]
+    return len(with_weights), len(fused) - len(with_weights)
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(2, 1), (2, 3), (2, 8), (8, 8)])
 def test_onednn_multiplies_with_weights_where_devices_have_a_core_each_and_more_than_a_row(
     dumps: Dumps, models: Any, devices: int, batch: int
 ) -> None:
-    fused = [line for line in dumps.decode(models(**DIVIDES).folder, devices, batch).splitlines() if ONEDNN in line]
-    by_weights = [line for line in fused if re.search(r"= f32\[\d+,\d+\]", line)]
-    assert len(by_weights) == (7 * LAYERS + 1 if batch > 1 and usable_cores() <= devices else 0)
+    found = by_onednn(dumps.decode(models(**DIVIDES).folder, devices, batch))
     # 32 matrices and more: the cached values of each layer.
-    assert len(fused) - len(by_weights) == (LAYERS if batch * 8 // devices >= 32 else 0)
+    assert found == (7 * LAYERS + 1 if batch > 1 and usable_cores() <= devices else 0, LAYERS if batch * 8 // devices >= 32 else 0)
+
+
+@pytest.mark.skipif(usable_cores() == 1, reason="a single device has one core here, as in the test above")
+@pytest.mark.parametrize(
+    ("sizes", "batch", "length", "multiplies"),
+    [
+        ({}, 1, LENGTH, False),
+        ({}, 2, LENGTH, False),  # of small weights two rows are faster one by one
+        ({"hidden": 1024, "intermediate": 2048}, 2, LENGTH, True),
+        ({}, 3, LENGTH, True),
+        ({}, 8, LENGTH, True),
+        ({}, 9, LENGTH, False),
+        ({}, 3, 512, False),
+        ({"intermediate": 5400}, 8, LENGTH, True),
+        ({"intermediate": 5600}, 8, LENGTH, False),
+    ],
+)
+def test_onednn_multiplies_on_a_device_of_several_cores_while_nothing_else_is_shared_among_them(
+    dumps: Dumps, models: Any, sizes: dict[str, int], batch: int, length: int, multiplies: bool
+) -> None:
+    hlo = dumps.decode(models(**DIVIDES | sizes).folder, 1, batch, length)
+    assert by_onednn(hlo)[0] == (7 * LAYERS + 1 if multiplies else 0)
+    if intermediate := sizes.get("intermediate"):  # the largest loop of a layer is split from there on
+        assert bool(re.search(rf"= f32\[{intermediate},{batch}\]\S* call\(", hlo[hlo.index("\nENTRY") :])) is not multiplies
 
 
 def test_the_residual_stream_of_a_prompt_lies_as_products_results_do(dumps: Dumps, models: Any) -> None:

@@ -5,6 +5,7 @@ against the grain of a matrix that is contracted over its last dim. `x @ W.T` do
 them with the grain, but XLA turns it back into `x @ W.T` unless a barrier stands before the last transpose; the same barrier keeps XLA from fusing a one-row product
 with what feeds it, into a loop that is slower than Eigen's. A few rows are multiplied one by one: matrix times vector needs no packing at all. docs/log.md has
 the figures. Where devices have a core each, products of a few rows go to oneDNN instead, which uses one thread and reads weights `[out, in]` faster than Eigen.
+So they do in decode steps on a single device, as long as oneDNN has all cores there, see `shared_rows`.
 Elsewhere than on the CPU XLA picks layouts itself, and products are left as they are.
 
 Shapes: `N` rows, `E` in, `O` out; `B` rows, `K` KV heads, `M` query rows of a KV head, `T` cache length, `D` head dim.
@@ -43,6 +44,13 @@ MOST_SINGLE_QUERIES = 4
 """The same for query rows of a KV head."""
 MOST_ONEDNN_ROWS = 128
 """Of so many rows a device at most oneDNN's products are faster than Eigen's, on one thread each."""
+MOST_SHARED_ROWS = 8
+"""The same where a single device has several cores, all of which oneDNN takes."""
+_LEAST_FOR_TWO_ROWS = 1 << 21
+"""Two rows are faster one by one, unless an MLP's weights have so many elements."""
+_SHARED_LOOP = 512 << 10
+_SHARED_PLACES = 512
+"""From so many bytes read and written on, XLA:CPU shares a loop among its threads, and from so many places of a cache on the products with it."""
 LEAST_TURNED = 64
 """From so many rows on, what goes into a product is turned first, `[E, N]`: Eigen packs that with the grain, too. Products of the same input share it."""
 MOST_KEYS_FIRST = 64
@@ -60,17 +68,34 @@ class LinearAxes:
         partial: each device has a part of the weight's `E`.
         whole: every device has the whole input; else it lies as the weight's `E` does.
         out: mesh axis over which the result is split, or None.
+        shared_rows: of so many rows oneDNN multiplies although the device has several cores, see `shared_rows`.
     """
 
     weight: tuple[str | None, str | None]
     partial: bool
     whole: bool
     out: str | None
+    shared_rows: range = range(0)
 
     @property
     def usual(self) -> bool:
         """Whether nothing but a sum over the model axis crosses between devices: column-parallel with the whole input, or row-parallel with a part of it."""
         return (self.weight, self.whole, self.out) in (((MODEL, None), True, MODEL), ((None, MODEL), False, None))
+
+
+def shared_rows(mesh: DeviceMesh, hidden: int, intermediate: int, length: int) -> range:
+    """Of how many rows oneDNN multiplies in a decode step of a single device with several cores.
+
+    It takes all cores only on the thread that began the program. XLA:CPU goes on on another once it shares something among threads: Eigen's products with weights, those with
+    long caches, and large loops, of which that of a gated MLP, `[intermediate, rows]` out of two such, is the largest of a decode step's layers.
+
+    Args:
+        length: places of the cache.
+    """
+    if mesh.shape.devices > 1 or not mesh.backend.onednn or length >= _SHARED_PLACES:
+        return range(0)
+    least = 2 if hidden * intermediate >= _LEAST_FOR_TWO_ROWS else 3
+    return range(least, 1 + min(MOST_SHARED_ROWS, (_SHARED_LOOP - 1) // (3 * 4 * intermediate)))
 
 
 def linear(mesh: DeviceMesh, x: torch.Tensor, weight: torch.Tensor, axes: LinearAxes) -> torch.Tensor:
@@ -94,11 +119,12 @@ def _row_by_row(mesh: DeviceMesh, rows: int, weight: torch.Tensor, axes: LinearA
 
 def _by_onednn(mesh: DeviceMesh, rows: int, weight: torch.Tensor, axes: LinearAxes) -> bool:
     """Whether oneDNN multiplies: more than one row on each device, and few enough that it is faster. How devices share the work of a placement that isn't usual, GSPMD decides."""
-    if not (mesh.backend.onednn and mesh.backend.one_core_each and weight.dtype == torch.float32):
+    if not mesh.backend.onednn or weight.dtype != torch.float32:
         return False
     each, rest = divmod(rows, mesh.shape.data)
-    shared_as_usual = axes.usual or (mesh.shape.model == 1 and DATA not in axes.weight)
-    return rest == 0 and 1 < each <= MOST_ONEDNN_ROWS and shared_as_usual
+    few = range(2, MOST_ONEDNN_ROWS + 1) if mesh.backend.one_core_each else axes.shared_rows
+    lies_as_usual = axes.usual or (mesh.shape.model == 1 and DATA not in axes.weight)
+    return rest == 0 and each in few and lies_as_usual
 
 
 def _weight_first(

@@ -25,7 +25,7 @@ from . import attention, cache, sampling
 from .last_positions import LastPositions
 from .mesh import DeviceMesh
 from .ops import name_scopes, scope
-from .products import LinearAxes, LinearForm, linear
+from .products import LinearAxes, LinearForm, linear, shared_rows
 from .program import Program
 from .rotary import SPAN, FollowingRotary, following
 from .sampling import GREEDY, Mode
@@ -138,11 +138,13 @@ class Steps:
         fresh: bool,
         span: torch.Tensor | None,
         ends: torch.Tensor | None = None,
+        few: range = range(0),
     ) -> tuple[torch.Tensor, cache.StepCache]:
         """`[B, S]` ids at positions from `start` `[B]` -> final hidden states `[B, S, E]` and the written cache.
 
         Args:
             ends: `[B, S]` bool, the only position of each row whose final state is asked for; `[B, 1, E]` then.
+            few: rows of which oneDNN multiplies, see `LinearAxes`.
         """
         weights = self.weights.tensors
         step_cache = cache.StepCache(self.mesh, buffers, start, fresh=fresh)
@@ -150,7 +152,7 @@ class Steps:
         inner = {name.removeprefix("model."): tensor for name, tensor in weights.items() if name.startswith("model.")} | self._buffers
         if span is not None:
             inner[f"rotary_emb.{SPAN}"] = span
-        axes = {id(tensor): self._axes(name) for name, tensor in weights.items() if tensor.dim() == 2}
+        axes = {id(tensor): self._axes(name, few) for name, tensor in weights.items() if tensor.dim() == 2}
         last = weights[f"model.layers.{self.plan.model.layers - 1}.self_attn.o_proj.weight"]
         with LinearForm(self.mesh, axes), contextlib.nullcontext() if ends is None else LastPositions(self.mesh, last, ends):
             output = torch.func.functional_call(
@@ -160,28 +162,28 @@ class Steps:
             )
         return output.last_hidden_state, step_cache
 
-    def _axes(self, name: str) -> LinearAxes:
+    def _axes(self, name: str, few: range) -> LinearAxes:
         """Of a linear's weight. The residual stream lies whole on every device: what is computed from it starts whole, what is added to it ends whole."""
         out, inner = self.plan[name].axes
         partial, ends = self.mesh.shape.size(inner) > 1, name.endswith(("o_proj.weight", "down_proj.weight"))
         result = None if ends or out == DATA else out
-        return LinearAxes(weight=(out, inner), partial=partial, whole=not (ends and partial), out=result)
+        return LinearAxes(weight=(out, inner), partial=partial, whole=not (ends and partial), out=result, shared_rows=few)
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _head(self, hidden: torch.Tensor, few: range = range(0)) -> torch.Tensor:
         """`[..., E]` -> logits `[..., V]`, split over the vocabulary."""
         name = "model.embed_tokens.weight" if self.plan.model.tied else "lm_head.weight"
         whole = (DATA, *(None,) * (hidden.dim() - 1))
         with scope("lm_head"):
-            axes = self._axes(name)
+            axes = self._axes(name, few)
             logits = linear(self.mesh, self.mesh.mark(hidden, whole), self.weights.tensors[name], axes)
             # Where the plan splits the head on its inputs: summed where it is made, and split only then.
             return self.mesh.mark(logits, whole).clone() if axes.partial else logits
 
     def _choose(
-        self, last: torch.Tensor, given: Mapping[str, torch.Tensor], positions: torch.Tensor, mode: Mode
+        self, last: torch.Tensor, given: Mapping[str, torch.Tensor], positions: torch.Tensor, mode: Mode, few: range = range(0)
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens, their log-probabilities, and the logits that they were chosen from."""
-        logits = self.mesh.mark(self._head(last), (DATA, MODEL))
+        logits = self.mesh.mark(self._head(last, few), (DATA, MODEL))
         params = {name: given[name] for name in PARAMS if name in given}
         with scope("sampling"):
             return *sampling.choose(logits, self.mesh, self.plan.model.vocab, mode, params, positions, given.get("seen")), logits
@@ -208,9 +210,10 @@ class Steps:
         buffers = {name: tensor for name, tensor in given.items() if name.startswith("cache.")}
         position, done = given["position"], given["done"]
         span = given[SPAN] + 1 if self.follows_span else None
-        hidden, step_cache = self._hidden(given["token"][:, None], position, buffers, fresh=False, span=span)
+        few = shared_rows(self.mesh, self.plan.model.hidden, self.plan.model.intermediate, key.length)
+        hidden, step_cache = self._hidden(given["token"][:, None], position, buffers, fresh=False, span=span, few=few)
         following = position + 1
-        token, logprob, logits = self._choose(hidden[:, 0], given, following, key.mode)
+        token, logprob, logits = self._choose(hidden[:, 0], given, following, key.mode, few)
         out = {
             "token": torch.where(done, given["token"], token),
             "logprob": torch.where(done, given["logprob"], logprob),
