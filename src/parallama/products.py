@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from .mesh import DeviceMesh
 from .ops import barrier_together, float_bits, float_of_bits, onednn_product, optimization_barrier
+from .spec import ModelSpec
 from .topology import DATA, MODEL
 
 _plain_linear = torch.nn.functional.linear
@@ -49,8 +50,9 @@ MOST_SHARED_ROWS = 8
 _LEAST_FOR_TWO_ROWS = 1 << 21
 """Two rows are faster one by one, unless an MLP's weights have so many elements."""
 _SHARED_LOOP = 512 << 10
-_SHARED_PLACES = 512
-"""From so many bytes read and written on, XLA:CPU shares a loop among its threads, and from so many places of a cache on the products with it."""
+"""From so many bytes read and written on, XLA:CPU shares a loop among its threads."""
+_SHARED_VECTOR = 128 << 10
+"""The same for matrices times vectors, as for cached keys and values: a matrix of more bytes."""
 LEAST_TURNED = 64
 """From so many rows on, what goes into a product is turned first, `[E, N]`: Eigen packs that with the grain, too. Products of the same input share it."""
 MOST_KEYS_FIRST = 64
@@ -83,7 +85,7 @@ class LinearAxes:
         return (self.weight, self.whole, self.out) in (((MODEL, None), True, MODEL), ((None, MODEL), False, None))
 
 
-def shared_rows(mesh: DeviceMesh, hidden: int, intermediate: int, length: int) -> range:
+def shared_rows(mesh: DeviceMesh, model: ModelSpec, length: int) -> range:
     """Of how many rows oneDNN multiplies in a decode step of a single device with several cores.
 
     It takes all cores only on the thread that began the program. XLA:CPU goes on on another once it shares something among threads: Eigen's products with weights, those with
@@ -92,10 +94,10 @@ def shared_rows(mesh: DeviceMesh, hidden: int, intermediate: int, length: int) -
     Args:
         length: places of the cache.
     """
-    if mesh.shape.devices > 1 or not mesh.backend.onednn or length >= _SHARED_PLACES:
+    if mesh.shape.devices > 1 or not mesh.backend.onednn or 4 * length * model.head_dim > _SHARED_VECTOR:
         return range(0)
-    least = 2 if hidden * intermediate >= _LEAST_FOR_TWO_ROWS else 3
-    return range(least, 1 + min(MOST_SHARED_ROWS, (_SHARED_LOOP - 1) // (3 * 4 * intermediate)))
+    least = 2 if model.hidden * model.intermediate >= _LEAST_FOR_TWO_ROWS else 3
+    return range(least, 1 + min(MOST_SHARED_ROWS, (_SHARED_LOOP - 1) // (3 * 4 * model.intermediate)))
 
 
 def linear(mesh: DeviceMesh, x: torch.Tensor, weight: torch.Tensor, axes: LinearAxes) -> torch.Tensor:

@@ -210,7 +210,7 @@ class Steps:
         buffers = {name: tensor for name, tensor in given.items() if name.startswith("cache.")}
         position, done = given["position"], given["done"]
         span = given[SPAN] + 1 if self.follows_span else None
-        few = shared_rows(self.mesh, self.plan.model.hidden, self.plan.model.intermediate, key.length)
+        few = shared_rows(self.mesh, self.plan.model, key.length)
         hidden, step_cache = self._hidden(given["token"][:, None], position, buffers, fresh=False, span=span, few=few)
         following = position + 1
         token, logprob, logits = self._choose(hidden[:, 0], given, following, key.mode, few)
