@@ -74,7 +74,7 @@ def test_on_the_way_to_any_mesh_is_never_more_than_the_largest_tensor(mesh, tmp_
     assert found["growth"] < sum(found["devices"]) + found["largest"]
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("1x1", marks=pytest.mark.slow), "1x2"])
 def test_a_prompt_takes_the_memory_that_the_one_before_it_had(mesh):
     """Products' packed weights come and go; given back to the system each time, a prompt took 112,000 pages (450 MB) of it, and the time to clear them."""
     done = subprocess.run([sys.executable, "-c", PROMPTS, mesh], capture_output=True, text=True, timeout=600)

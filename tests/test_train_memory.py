@@ -59,7 +59,7 @@ def check_growth(found: dict[str, int]) -> None:
     assert found["growth"] < found["activations"], found
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("1x1", marks=pytest.mark.slow), "1x2"])
 def test_the_process_does_not_grow_from_step_to_step(workers: Workers, models: TinyModels, mesh: str) -> None:
     sizes = {"batch_size": 8, "seq_len": 256}
     batch = train_data.random_batch((1, 8, 256), WIDE["vocab"])
