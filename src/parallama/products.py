@@ -4,7 +4,7 @@ Nothing is stored another way for it: weights stay `[out, in]`, keys and values 
 against the grain of a matrix that is contracted over its last dim. `x @ W.T` does that to the weights: 10 times slower at 2 to 4 rows. `(W @ x.T).T` packs
 them with the grain, but XLA turns it back into `x @ W.T` unless a barrier stands before the last transpose; the same barrier keeps XLA from fusing a one-row product
 with what feeds it, into a loop that is slower than Eigen's. A few rows are multiplied one by one: matrix times vector needs no packing at all. docs/log.md has
-the figures. Where devices have a core each, products of a few rows go to oneDNN instead, which uses one thread and reads weights `[out, in]` faster than Eigen.
+the figures. Where devices have a core each, products of a few rows go to oneDNN instead, which takes one core there and reads weights `[out, in]` faster than Eigen.
 So they do in decode steps on a single device, as long as oneDNN has all cores there, see `shared_rows`.
 Elsewhere than on the CPU XLA picks layouts itself, and products are left as they are.
 
