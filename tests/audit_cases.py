@@ -11,23 +11,28 @@ import pytest
 import torch
 from device_cases import from_folder
 
-from parallama import cache, hlo
-from parallama.audit import audit, collectives_of, differences, step_key
-from parallama.checkpoint import SafetensorsFolder
-from parallama.collectives import expected
-from parallama.generate import Session, make_programs
-from parallama.loading import to_devices
-from parallama.mesh import DeviceMesh
-from parallama.ops import name_scopes
-from parallama.plan import make_plan
-from parallama.program import Program, ProgramSet
-from parallama.sampling import SamplingParams
-from parallama.spec import ModelSpec
-from parallama.steps import StepKey, Steps
-from parallama.topology import DATA, MODEL
+from parallama.engine.sampling_params import SamplingParams
+from parallama.engine.steps import StepKey, cache_names
+from parallama.engine.torch_xla import cache
+from parallama.engine.torch_xla.mesh import DeviceMesh
+from parallama.engine.torch_xla.ops import name_scopes
+from parallama.engine.torch_xla.program import Program
+from parallama.engine.torch_xla.steps import Steps
+from parallama.files.checkpoint import SafetensorsFolder
+from parallama.inference.programs import ProgramSet, make_programs
+from parallama.inference.session import Session
+from parallama.model.spec import ModelSpec
+from parallama.plan.collectives import expected
+from parallama.plan.mesh_shape import DATA, MODEL
+from parallama.plan.placement import make_plan
+from parallama.prove import hlo
+from parallama.prove.audit import audit, collectives_of, differences, step_key
+from parallama.sharded.loading import to_devices
 
 
-def model_of(folder: str, mesh: str, plan: Any, dtype: str, one_core_each: bool | None = None) -> Any:
+def model_of(
+    folder: str, mesh: str, plan: Any, dtype: str, one_core_each: bool | None = None
+) -> Any:
     checkpoint = SafetensorsFolder(Path(folder))
     device_mesh = DeviceMesh(mesh)
     if one_core_each is not None:
@@ -40,7 +45,6 @@ def judged(
     folder: str,
     mesh: str,
     phase: Any,
-    dump: str,
     *,
     plan: Mapping[str, Any] | None = None,
     fault: str | None = None,
@@ -54,20 +58,35 @@ def judged(
     model = model_of(folder, mesh, plan, dtype, one_core_each)
     if fault in MODEL_FAULTS:
         MODEL_FAULTS[fault](model)
-    steps = Steps(model.skeleton, model.weights, model.dtype)
+    steps = model.steps()
     programs = PROGRAM_FAULTS[fault](steps) if fault in PROGRAM_FAULTS else make_programs(steps)
-    return audit(steps, programs, Path(dump), phase, step_key(phase, batch, positions), accept_plan=accept_plan).to_dict()
+    return audit(
+        steps,
+        programs,
+        phase,
+        step_key(phase, batch, positions),
+        accept_plan=accept_plan,
+    ).to_dict()
 
 
-def audited_run(folder: str, mesh: str, dump: str, prompts: list[list[int]], steps: int) -> dict[str, Any]:
+def audited_run(folder: str, mesh: str, prompts: list[list[int]], steps: int) -> dict[str, Any]:
     """Both phases' audits, and what a session on the very programs that were audited continues the prompts with."""
     model = model_of(folder, mesh, None, "float32")
-    made = Steps(model.skeleton, model.weights, model.dtype)
+    made = model.steps()
     programs = make_programs(made)
     longest = max(len(prompt) for prompt in prompts)
     phases: tuple[Any, ...] = ("prefill", "decode")
-    audits = {phase: audit(made, programs, Path(dump), phase, step_key(phase, len(prompts), longest)).to_dict() for phase in phases}
-    session = Session(made, programs, [SamplingParams()] * len(prompts), capacity=longest + steps, longest_prompt=longest)
+    audits = {
+        phase: audit(made, programs, phase, step_key(phase, len(prompts), longest)).to_dict()
+        for phase in phases
+    }
+    session = Session(
+        made,
+        programs,
+        [SamplingParams()] * len(prompts),
+        capacity=longest + steps,
+        longest_prompt=longest,
+    )
     assert session.stats.programs_compiled == 0
     taken = [session.prefill(prompts), *session.decode(steps - 1)]
     return {
@@ -86,7 +105,11 @@ def _place(name: str, axes: tuple[str | None, ...]) -> Callable[[Any], None]:
 
     def plant(model: Any) -> None:
         weights = model.weights
-        names = [name.replace("*", str(layer)) for layer in range(weights.plan.model.layers)] if "*" in name else [name]
+        names = (
+            [name.replace("*", str(layer)) for layer in range(weights.plan.model.layers)]
+            if "*" in name
+            else [name]
+        )
         for each in names:
             whole = weights.mesh.fetch(weights.tensors[each], weights.plan[each].axes)
             weights.tensors[each] = weights.mesh.put(whole, axes)
@@ -119,19 +142,30 @@ class _Part(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(0, device="meta"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bse,oe->bso", x, self.fused[0])[..., self.first : self.first + self.count]
+        return torch.einsum("bse,oe->bso", x, self.fused[0])[
+            ..., self.first : self.first + self.count
+        ]
 
 
 def _concatenate(model: Any) -> None:
     """q, k and v as one weight, split in equal parts over the devices as it stands."""
     weights = model.weights
     for layer in range(weights.plan.model.layers):
-        names = [f"model.layers.{layer}.self_attn.{part}.weight" for part in ("q_proj", "k_proj", "v_proj")]
-        parts = [weights.mesh.fetch(weights.tensors[name], weights.plan[name].axes) for name in names]
+        names = [
+            f"model.layers.{layer}.self_attn.{part}.weight"
+            for part in ("q_proj", "k_proj", "v_proj")
+        ]
+        parts = [
+            weights.mesh.fetch(weights.tensors[name], weights.plan[name].axes) for name in names
+        ]
         fused = weights.mesh.put(torch.cat(parts), (MODEL, None))
         first = 0
         for name, part in zip(names, parts, strict=True):
-            setattr(model.skeleton.model.layers[layer].self_attn, name.split(".")[-2], _Part(fused, first, part.shape[0]))
+            setattr(
+                model.skeleton.model.layers[layer].self_attn,
+                name.split(".")[-2],
+                _Part(fused, first, part.shape[0]),
+            )
             first += part.shape[0]
 
 
@@ -150,14 +184,16 @@ MODEL_FAULTS: dict[str | None, Callable[[Any], None]] = {
 
 
 def _given(
-    steps: Steps, change: Callable[[Steps, StepKey, dict[str, torch.Tensor]], dict[str, torch.Tensor]], donate: bool = True
+    steps: Steps,
+    change: Callable[[Steps, StepKey, dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    donate: bool = True,
 ) -> ProgramSet:
     """Programs that are traced with other arguments than the session's."""
     plain = make_programs(steps)
 
     def build(key: StepKey) -> Program:
         seen: dict[str, Any] = {}
-        original = steps.build
+        original = steps.compile
 
         def catch(key: StepKey, arguments: Mapping[str, torch.Tensor]) -> Program:
             seen.update(change(steps, key, dict(arguments)))
@@ -166,13 +202,13 @@ def _given(
             step = steps._prefill if key.kind == "prefill" else steps._decode
             return Program("undonated", steps.mesh, lambda given: step(given, key), seen)
 
-        steps.build = catch  # type: ignore[method-assign]
+        steps.compile = catch  # type: ignore[method-assign]
         try:
             return plain._build(key)
         finally:
-            steps.build = original  # type: ignore[method-assign]
+            steps.compile = original  # type: ignore[method-assign]
 
-    return ProgramSet(build, lambda key: key.parts())
+    return ProgramSet(build)
 
 
 def _cache_over_head_dim(steps: Steps) -> ProgramSet:
@@ -181,31 +217,47 @@ def _cache_over_head_dim(steps: Steps) -> ProgramSet:
 
     def build(key: StepKey) -> Program:
         shape, plan = steps.mesh.shape, steps.plan
-        local = (key.batch // shape.data, plan.head_layout.slots, key.length, plan.model.head_dim // shape.model)
+        local = (
+            key.batch // shape.data,
+            plan.head_layout.slots,
+            key.length,
+            plan.model.head_dim // shape.model,
+        )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cache, "AXES", axes)
+            patch.setattr(cache, "CACHE_AXES", axes)
 
-            def change(_steps: Steps, _key: StepKey, arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-                made = {name: steps.mesh.put_shards(lambda _device: torch.zeros(local), axes) for name in cache.names(plan.model.layers)}
+            def change(
+                _steps: Steps, _key: StepKey, arguments: dict[str, torch.Tensor]
+            ) -> dict[str, torch.Tensor]:
+                made = {
+                    name: steps.mesh.put_shards(lambda _device: torch.zeros(local), axes)
+                    for name in cache_names(plan.model.layers)
+                }
                 return arguments | made
 
             return _given(steps, change)._build(key)
 
-    return ProgramSet(build, lambda key: key.parts())
+    return ProgramSet(build)
 
 
-def _ids_by_position(steps: Steps, key: StepKey, arguments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return arguments | {"ids": steps.mesh.put(torch.zeros(key.batch, key.new, dtype=torch.long), (None, MODEL))}
+def _ids_by_position(
+    steps: Steps, key: StepKey, arguments: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    return arguments | {
+        "ids": steps.mesh.put(torch.zeros(key.batch, key.new, dtype=torch.long), (None, MODEL))
+    }
 
 
 PROGRAM_FAULTS: dict[str | None, Callable[[Steps], ProgramSet]] = {
     "cache split over head_dim": _cache_over_head_dim,
     "ids split over positions": lambda steps: _given(steps, _ids_by_position),
-    "cache not donated": lambda steps: _given(steps, lambda _steps, _key, arguments: arguments, donate=False),
+    "cache not donated": lambda steps: _given(
+        steps, lambda _steps, _key, arguments: arguments, donate=False
+    ),
 }
 
 
-def recipe(folder: str, mesh: str, dump: str, batch: int = 2, positions: int = 16) -> list[dict[str, Any]]:
+def recipe(folder: str, mesh: str, batch: int = 2, positions: int = 16) -> list[dict[str, Any]]:
     """What the plain recipe compiles to, against the plan: transformers' own forward and heads, q/k/v/gate/up split on their outputs, o/down on their inputs."""
     model, device_mesh = from_folder(folder), DeviceMesh(mesh)
     plan = make_plan(ModelSpec.from_config(model.config), device_mesh.shape)
@@ -215,14 +267,22 @@ def recipe(folder: str, mesh: str, dump: str, batch: int = 2, positions: int = 1
         for leaf, parameter in list(module._parameters.items()):
             if parameter is not None:
                 full = f"{name}.{leaf}"
-                moved = device_mesh.put(parameter.data, plan[full].axes if full in plan else plan["model.embed_tokens.weight"].axes)
+                moved = device_mesh.put(
+                    parameter.data,
+                    plan[full].axes if full in plan else plan["model.embed_tokens.weight"].axes,
+                )
                 module._parameters[leaf] = torch.nn.Parameter(moved, requires_grad=False)
         for leaf, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[leaf] = device_mesh.put(buffer, (None,) * buffer.dim())
 
     def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        out = model(input_ids=given["ids"], attention_mask=given["mask"], position_ids=given["places"], use_cache=False)
+        out = model(
+            input_ids=given["ids"],
+            attention_mask=given["mask"],
+            position_ids=given["places"],
+            use_cache=False,
+        )
         return {"logits": device_mesh.mark(out.logits, (DATA, None, MODEL))}
 
     host = {
@@ -231,16 +291,20 @@ def recipe(folder: str, mesh: str, dump: str, batch: int = 2, positions: int = 1
         "places": torch.arange(positions)[None],
     }
     axes = {"ids": (DATA, None), "mask": (None,) * 4, "places": (None, None)}
-    Program("recipe", device_mesh, step, {name: device_mesh.put(tensor, axes[name]) for name, tensor in host.items()})
-    text = max(Path(dump).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_mtime_ns).read_text()
-    wanted = expected(plan, "prefill", batch=batch, positions=positions, itemsize=4, everywhere=True)
-    return [asdict(finding) for finding in differences(wanted, collectives_of([hlo.parse(text)], plan))]
+    given = {name: device_mesh.put(tensor, axes[name]) for name, tensor in host.items()}
+    (text,) = Program("recipe", device_mesh, step, given).hlo()
+    wanted = expected(
+        plan, "prefill", batch=batch, positions=positions, itemsize=4, everywhere=True
+    )
+    return [
+        asdict(finding) for finding in differences(wanted, collectives_of([hlo.parse(text)], plan))
+    ]
 
 
-def trained(folder: str, mesh: str, dump: str, options: dict[str, Any]) -> dict[str, Any]:
+def trained(folder: str, mesh: str, options: dict[str, Any]) -> dict[str, Any]:
     """The audit of a training step."""
     from train_cases import trainer
 
-    from parallama.train.audit import audit_training
+    from parallama.prove.train_audit import audit_training
 
-    return audit_training(trainer(folder, mesh, options), Path(dump)).to_dict()
+    return audit_training(trainer(folder, mesh, options)).to_dict()

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from parallama import heads
-from parallama.plan import Blocks
-from parallama.topology import MeshShape
+from parallama.plan.mesh_shape import MeshShape
+from parallama.plan.placement import Blocks, heads
 from parallama.train.checkpoints import Snapshot
 from parallama.train.manifest import BlockRuns, Manifest, TensorEntry
 
@@ -68,5 +67,17 @@ def snapshot(step: int, mesh: MeshShape | None = None) -> Snapshot:
         "data": {"epoch": 0, "row": step, "fingerprint": "f"},
         "rng": {"seed": 0, "step": step},
     }
-    manifest = Manifest(step=step, tokens=7, tensors=entries, files={}, schedule={}, settings={}, plan={}, versions={}, **about)
-    return Snapshot(manifest=manifest, parts={device: held for device, held in parts.items() if held})
+    manifest = Manifest(
+        step=step,
+        tokens=7,
+        tensors=entries,
+        files={},
+        schedule={},
+        settings={},
+        plan={},
+        versions={},
+        **about,
+    )
+    return Snapshot(
+        manifest=manifest, parts={device: held for device, held in parts.items() if held}
+    )

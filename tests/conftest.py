@@ -1,4 +1,4 @@
-"""Fixtures: `workers[n]` is a process with `n` virtual devices, `auditors` are such processes whose programs are dumped, `models` makes tiny random models."""
+"""Fixtures: `workers[n]` is a process with `n` virtual devices, `auditors` are such processes that keep the HLO of their programs, `models` makes tiny random models."""
 
 from __future__ import annotations
 
@@ -40,19 +40,29 @@ class WorkerDied(Exception):
 class Worker:
     """A process with so many devices, for life. `call` runs one case at a time, so two workers never compute at once."""
 
-    def __init__(self, devices: int, log: Path, **more_environment: str) -> None:
+    def __init__(self, devices: int, log: Path, *, keep_hlo: bool = False) -> None:
         self.devices = devices
         self._log = log
         self._pipe, theirs = Pipe()
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_", "TF_CPP_"))}
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_", "TF_CPP_"))
+        }
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "worker.py"), str(theirs.fileno()), str(devices)],
+                [
+                    sys.executable,
+                    str(HERE / "worker.py"),
+                    str(theirs.fileno()),
+                    str(devices),
+                    "hlo" if keep_hlo else "",
+                ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
-                env=environment | more_environment,
+                env=environment,
                 cwd=HERE,
             )
         theirs.close()
@@ -85,7 +95,9 @@ class Worker:
         except (EOFError, OSError):
             raise WorkerDied(self._obituary(what)) from None
         self.stop()
-        raise WorkerDied(f"{what} on {self.devices} device(s) took more than {limit_s} s\n{self._tail()}")
+        raise WorkerDied(
+            f"{what} on {self.devices} device(s) took more than {limit_s} s\n{self._tail()}"
+        )
 
     def _obituary(self, what: str) -> str:
         try:
@@ -109,14 +121,16 @@ class Worker:
 class Workers:
     """The workers by device count, started when first asked for, and again after one died."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, keep_hlo: bool = False) -> None:
+        self._folder, self._keep_hlo = folder, keep_hlo
         self._by_count: dict[int, Worker] = {}
 
     def __getitem__(self, devices: int) -> Worker:
         worker = self._by_count.get(devices)
         if worker is None or not worker.alive:
-            worker = self._by_count[devices] = Worker(devices, self._folder / f"worker-{devices}.log")
+            worker = self._by_count[devices] = Worker(
+                devices, self._folder / f"worker-{devices}.log", keep_hlo=self._keep_hlo
+            )
         return worker
 
     def stop(self) -> None:
@@ -125,23 +139,19 @@ class Workers:
 
 
 class Auditors:
-    """A worker for each device count whose programs XLA dumps: it reads that flag once."""
+    """Workers that keep the HLO of their programs; a process decides on that once."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._workers: dict[int, Worker] = {}
+    def __init__(self, folder: Path) -> None:
+        self._workers = Workers(folder, keep_hlo=True)
 
     def __call__(self, case: str, folder: str, mesh: str, **arguments: Any) -> Any:
+        """Run a case of `audit_cases`, or of the module that it names."""
         devices = math.prod(int(size) for size in mesh.split("x"))
-        dump = self._root / str(devices)
-        if devices not in self._workers:
-            flags = {"XLA_FLAGS": f"--xla_dump_to={dump} --xla_dump_hlo_as_text", "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1"}
-            self._workers[devices] = Worker(devices, self._root / f"{devices}.log", **flags)
-        return self._workers[devices].call(f"audit_cases:{case}", folder=folder, mesh=mesh, dump=str(dump), **arguments)
+        target = case if ":" in case else f"audit_cases:{case}"
+        return self._workers[devices].call(target, folder=folder, mesh=mesh, **arguments)
 
     def stop(self) -> None:
-        for worker in self._workers.values():
-            worker.stop()
+        self._workers.stop()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -149,8 +159,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Two processes of pytest (`-n 2 --dist loadfile`): all files that compute in workers go to one of them, so that there is one set of workers; the others wait for processes of their own."""
     from xdist.scheduler import LoadFileScheduling
 
-    sharing = {path.name for path in HERE.glob("test_*.py") if re.search(r"\b(workers|auditors): ", path.read_text(encoding="utf-8"))}
-    sharing -= {"test_cli.py", "test_export.py"}  # they mostly run commands, and need a worker for a few cases only
+    sharing = {
+        path.name
+        for path in HERE.glob("test_*.py")
+        if re.search(r"\b(workers|auditors): ", path.read_text(encoding="utf-8"))
+    }
+    sharing -= {
+        "test_cli.py",
+        "test_export.py",
+    }  # they mostly run commands, and need a worker for a few cases only
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:

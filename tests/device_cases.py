@@ -11,18 +11,23 @@ from typing import Any, Literal
 import torch
 
 import parallama
-from parallama import block_attention, onednn, ops, products, sampling
-from parallama.checkpoint import SafetensorsFolder
+from parallama.engine.sampling_params import SamplingParams
+from parallama.engine.steps import StepKey
+from parallama.engine.torch_xla import block_attention, onednn, ops, products, sampling
+from parallama.engine.torch_xla.counters import compilations
+from parallama.engine.torch_xla.mesh import DeviceMesh
+from parallama.engine.torch_xla.program import Program
+from parallama.engine.torch_xla.steps import Steps
 from parallama.errors import ProgramError
-from parallama.generate import Session, make_programs
-from parallama.loading import to_devices
-from parallama.mesh import DeviceMesh
-from parallama.plan import make_plan
-from parallama.program import Program, ProgramSet, compiled_programs
-from parallama.sampling import SamplingParams
-from parallama.shard import shard_model
-from parallama.spec import ModelSpec
-from parallama.steps import StepKey, Steps
+from parallama.files.checkpoint import SafetensorsFolder
+from parallama.inference.programs import ProgramSet, make_programs
+from parallama.inference.session import Session
+from parallama.inference.state import host_params
+from parallama.model.spec import ModelSpec
+from parallama.plan.placement import make_plan
+from parallama.sharded.device_weights import DeviceWeights, bytes_per_device
+from parallama.sharded.loading import to_devices
+from parallama.sharded.shard_model import shard_model
 
 _loaded: dict[tuple[str, str], tuple[Steps, ProgramSet]] = {}
 
@@ -30,10 +35,14 @@ _loaded: dict[tuple[str, str], tuple[Steps, ProgramSet]] = {}
 def from_folder(folder: str, dtype: str = "float32") -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).eval()
 
 
-def forward(folder: str, mesh: str, inputs: list[dict[str, torch.Tensor]], dtype: str = "float32") -> dict[str, Any]:
+def forward(
+    folder: str, mesh: str, inputs: list[dict[str, torch.Tensor]], dtype: str = "float32"
+) -> dict[str, Any]:
     """Logits of a sharded transformers model for each of `inputs`, and what its plan says against what the devices hold."""
     model = shard_model(from_folder(folder, dtype), mesh)
     with torch.no_grad():
@@ -43,7 +52,11 @@ def forward(folder: str, mesh: str, inputs: list[dict[str, torch.Tensor]], dtype
         for device, size in enumerate(model.parallama_mesh.local_bytes(parameter.data)):
             measured[device] += size
     plan = model.parallama_plan
-    return {"logits": outputs, "measured": measured, "planned": plan.parameter_bytes(4 if dtype == "float32" else 2)}
+    return {
+        "logits": outputs,
+        "measured": measured,
+        "planned": plan.parameter_bytes(4 if dtype == "float32" else 2),
+    }
 
 
 def loaded(folder: str, mesh: str) -> tuple[Steps, ProgramSet]:
@@ -53,14 +66,15 @@ def loaded(folder: str, mesh: str) -> tuple[Steps, ProgramSet]:
         device_mesh = DeviceMesh(mesh)
         plan = make_plan(ModelSpec.from_config(checkpoint.config), device_mesh.shape)
         model = to_devices(checkpoint, plan, device_mesh, torch.float32)
-        steps = Steps(model.skeleton, model.weights, model.dtype)
+        steps = model.steps()
         _loaded[folder, mesh] = steps, make_programs(steps)
     return _loaded[folder, mesh]
 
 
 def gathered(folder: str, mesh: str) -> dict[str, torch.Tensor]:
     """Every parameter as it comes back from the devices."""
-    weights = loaded(folder, mesh)[0].weights
+    steps, _ = loaded(folder, mesh)
+    weights = DeviceWeights(plan=steps.plan, mesh=steps.mesh, tensors=dict(steps.weights))
     return {name: weights.fetch(name) for name in weights.tensors}
 
 
@@ -76,7 +90,9 @@ def generate(
 ) -> dict[str, Any]:
     """Tokens and log-probabilities of every row, and the session's figures."""
     model, programs = loaded(folder, mesh)
-    rows = [SamplingParams(**row) for row in params] if params else [SamplingParams()] * len(prompts)
+    rows = (
+        [SamplingParams(**row) for row in params] if params else [SamplingParams()] * len(prompts)
+    )
     longest = longest_prompt or max(len(prompt) for prompt in prompts)
     session = Session(model, programs, rows, capacity=capacity, longest_prompt=longest, eos=eos)
     taken = [session.prefill(prompts), *session.decode(steps - 1)]
@@ -85,15 +101,17 @@ def generate(
         "logprobs": [[choices[row].logprob for choices in taken] for row in range(len(prompts))],
         "after_warmup": session.stats.programs_after_warmup,
         "compiled": session.stats.programs_compiled,
-        "buckets": session.buckets,
+        "buckets": list(session.shapes.buckets),
         "cached": session.cached,
-        "measured": model.weights.bytes_per_device(),
+        "measured": bytes_per_device(model.mesh, model.weights),
         "planned": model.plan.parameter_bytes(4),
         "cache_measured": session.cache_bytes_per_device(),
     }
 
 
-def conversation(folder: str, mesh: str, turns: list[list[list[int]]], steps: int, capacity: int) -> dict[str, Any]:
+def conversation(
+    folder: str, mesh: str, turns: list[list[list[int]]], steps: int, capacity: int
+) -> dict[str, Any]:
     """Every turn's tokens on one continued session. A turn is, for each row, what is added to the text so far; an int first in the row, if
     negative, cuts so many tokens off before."""
     model, programs = loaded(folder, mesh)
@@ -110,21 +128,47 @@ def conversation(folder: str, mesh: str, turns: list[list[list[int]]], steps: in
         before = session.stats.prefill_tokens
         taken = [session.prefill(texts), *session.decode(steps - 1)]
         computed.append(session.stats.prefill_tokens - before)
-        answers.append(([text[:] for text in texts], [[choices[row].token for choices in taken] for row in range(rows)]))
+        answers.append(
+            (
+                [text[:] for text in texts],
+                [[choices[row].token for choices in taken] for row in range(rows)],
+            )
+        )
         for text, row in zip(texts, answers[-1][1], strict=True):
             text += row
-    return {"answers": answers, "computed": computed, "after_warmup": session.stats.programs_after_warmup}
+    return {
+        "answers": answers,
+        "computed": computed,
+        "after_warmup": session.stats.programs_after_warmup,
+    }
 
 
-def frozen_rows(folder: str, mesh: str, prompts: list[list[int]], eos: int, steps: int, repeats: int, added: list[int]) -> dict[str, Any]:
+def frozen_rows(
+    folder: str,
+    mesh: str,
+    prompts: list[list[int]],
+    eos: int,
+    steps: int,
+    repeats: int,
+    added: list[int],
+) -> dict[str, Any]:
     """A continued session whose rows meet `eos`, decode past it, and go on with the same text, `eos` standing `repeats` times in it."""
     model, programs = loaded(folder, mesh)
-    session = Session(model, programs, [SamplingParams()] * len(prompts), capacity=256, eos=[eos], continued=True)
+    session = Session(
+        model, programs, [SamplingParams()] * len(prompts), capacity=256, eos=[eos], continued=True
+    )
     taken = [session.prefill(prompts), *session.decode(steps - 1)]
     first = [[choices[row].token for choices in taken] for row in range(len(prompts))]
     ends = [tokens.index(eos) + repeats if eos in tokens else len(tokens) for tokens in first]
-    texts = [prompt + tokens[:end] + added for prompt, tokens, end in zip(prompts, first, ends, strict=True)]
-    return {"first": first, "texts": texts, "next": [choice.token for choice in session.prefill(texts)]}
+    texts = [
+        prompt + tokens[:end] + added
+        for prompt, tokens, end in zip(prompts, first, ends, strict=True)
+    ]
+    return {
+        "first": first,
+        "texts": texts,
+        "next": [choice.token for choice in session.prefill(texts)],
+    }
 
 
 def logits_of(folder: str, mesh: str, texts: list[list[int]]) -> list[torch.Tensor]:
@@ -141,37 +185,68 @@ def gradients(folder: str, mesh: str, ids: torch.Tensor) -> dict[str, Any]:
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     torch_xla.sync()  # one program for all gradients, not one for each that is fetched
-    return {"loss": float(loss.cpu()), "gradients": {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}}
+    return {
+        "loss": float(loss.cpu()),
+        "gradients": {name: parameter.grad.cpu() for name, parameter in model.named_parameters()},
+    }
 
 
-def compile_step(kind: Literal["decode", "prefill"], folder: str, mesh: str, batch: int, length: int) -> None:
-    """Compile one step over a cache, for its dump."""
+def compile_step(
+    kind: Literal["decode", "prefill"], folder: str, mesh: str, batch: int, length: int
+) -> str:
+    """Compile one step over a cache, and give back its optimized HLO."""
     _, programs = loaded(folder, mesh)
-    programs.warm_up([StepKey(kind=kind, batch=batch, length=length, new=16 if kind == "prefill" else 1)])
+    new = 16 if kind == "prefill" else 1
+    key = StepKey(kind=kind, batch=batch, length=length, new=new)
+    programs.warm_up([key])
+    (text,) = programs[key].hlo()
+    return text
 
 
 def attend(
-    mesh: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: list[list[int]], new: int, window: int | None
+    mesh: str,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: list[list[int]],
+    new: int,
+    window: int | None,
 ) -> list[list[torch.Tensor]]:
     """`block_attention.attend` within one program, for each of the `starts`: mixture, highest score, sum of weights."""
     device_mesh, axes = DeviceMesh(mesh), ("data", "model", None, None)
 
     def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         own = [device_mesh.enter_manual(given[name], axes) for name in ("query", "keys", "values")]
-        parts = block_attention.attend(device_mesh, *own, device_mesh.enter_manual(given["starts"], ("data",)), new=new, window=window)
+        parts = block_attention.attend(
+            device_mesh,
+            *own,
+            device_mesh.enter_manual(given["starts"], ("data",)),
+            new=new,
+            window=window,
+        )
         names = ("mixed", "top", "total")
         return {
-            name: device_mesh.leave_manual(part, axes, (*query.shape[:3], part.shape[3])) for name, part in zip(names, parts, strict=True)
+            name: device_mesh.leave_manual(part, axes, (*query.shape[:3], part.shape[3]))
+            for name, part in zip(names, parts, strict=True)
         }
 
     def put(begins: list[int]) -> torch.Tensor:
         return device_mesh.put(torch.tensor(begins, dtype=torch.int32), ("data",))
 
-    arguments = {name: device_mesh.put(tensor, axes) for name, tensor in (("query", query), ("keys", keys), ("values", values))}
+    arguments = {
+        name: device_mesh.put(tensor, axes)
+        for name, tensor in (("query", query), ("keys", keys), ("values", values))
+    }
     program = Program("attend", device_mesh, step, arguments | {"starts": put(starts[0])})
-    before = compiled_programs()
-    results = [[device_mesh.fetch(part, axes) for part in program(arguments | {"starts": put(begins)}).values()] for begins in starts]
-    assert compiled_programs() == before
+    before = compilations()
+    results = [
+        [
+            device_mesh.fetch(part, axes)
+            for part in program(arguments | {"starts": put(begins)}).values()
+        ]
+        for begins in starts
+    ]
+    assert compilations() == before
     return results
 
 
@@ -185,7 +260,13 @@ def wrong_shape(name: str, dtype: str, shape: list[int], donated: bool) -> None:
     def tensor(shape: list[int], dtype: str = "float32") -> torch.Tensor:
         return mesh.put(torch.ones(shape, dtype=getattr(torch, dtype)), (None,) * len(shape))
 
-    program = Program("add", mesh, step, {"x": tensor([4, 8]), "state": tensor([4, 8])}, ["state"] if donated else [])
+    program = Program(
+        "add",
+        mesh,
+        step,
+        {"x": tensor([4, 8]), "state": tensor([4, 8])},
+        ["state"] if donated else [],
+    )
     arguments = {"x": tensor([4, 8]), "state": tensor([4, 8])} | {name: tensor(shape, dtype)}
     mesh.fetch(program(arguments)["state"], (None, None))
 
@@ -196,18 +277,21 @@ def replay(mesh: str, times: int) -> list[float]:
     axes = ("data", "model")
 
     def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"state": device_mesh.mark(given["state"] + given["x"], axes), "sum": given["x"].sum()}
+        return {
+            "state": device_mesh.mark(given["state"] + given["x"], axes),
+            "sum": given["x"].sum(),
+        }
 
     def tensor(value: float) -> torch.Tensor:
         return device_mesh.put(torch.full((8, 8), value), axes)
 
     program = Program("count", device_mesh, step, {"x": tensor(0), "state": tensor(0)}, ["state"])
-    compiled = compiled_programs()
+    compiled = compilations()
     state, sums = tensor(0), []
     for index in range(times):
         state = program({"x": tensor(index), "state": state})["state"]
         sums.append(float(device_mesh.fetch(state, axes).sum()))
-    assert compiled_programs() == compiled
+    assert compilations() == compiled
     return sums
 
 
@@ -216,7 +300,12 @@ def undeclared(folder: str, batch: int, length: int, declare: bool) -> None:
     steps, _ = loaded(folder, "1x1")
     programs = make_programs(steps)
     if declare:
-        programs.warm_up([StepKey(kind="decode", batch=1, length=256), StepKey(kind="grow", batch=1, length=256, new=512)])
+        programs.warm_up(
+            [
+                StepKey(kind="decode", batch=1, length=256),
+                StepKey(kind="grow", batch=1, length=256, new=512),
+            ]
+        )
         assert len(programs) == 2
     programs[StepKey(kind="decode", batch=batch, length=length)]
 
@@ -240,23 +329,40 @@ def choose(
     logits = torch.nn.functional.pad(logits, (0, extra))
     params = [SamplingParams(**row) for row in rows]
     mode = functools.reduce(operator.or_, (row.mode for row in params))
-    host = sampling.host_params(params) | {"logits": logits, "positions": positions.to(torch.int32)}
+    host = host_params(params) | {"logits": logits, "positions": positions.to(torch.int32)}
     if mode.penalty:
         assert seen is not None
         host["seen"] = torch.nn.functional.pad(seen, (0, extra))
     axes = {"logits": ("data", "model"), "seen": ("data", "model")}
-    arguments = {name: device_mesh.put(value, axes.get(name, ("data",))) for name, value in host.items()}
+    arguments = {
+        name: device_mesh.put(value, axes.get(name, ("data",))) for name, value in host.items()
+    }
 
     def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        args = (given["logits"], device_mesh, vocab, mode, dict(given), given["positions"], given.get("seen"))
+        args = (
+            given["logits"],
+            device_mesh,
+            vocab,
+            mode,
+            dict(given),
+            given["positions"],
+            given.get("seen"),
+        )
         tokens, logprobs = sampling.choose(*args)
-        return {"tokens": device_mesh.mark(tokens, ("data",)), "logprobs": device_mesh.mark(logprobs, ("data",))}
+        return {
+            "tokens": device_mesh.mark(tokens, ("data",)),
+            "logprobs": device_mesh.mark(logprobs, ("data",)),
+        }
 
     def kept_step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         batch, width = given["logits"].shape
         parts = device_mesh.shape.model
-        scores = device_mesh.mark(given["logits"].reshape(batch, parts, width // parts), ("data", "model", None))
-        ids = torch.arange(width, device=scores.device, dtype=torch.int32).reshape(1, parts, width // parts)
+        scores = device_mesh.mark(
+            given["logits"].reshape(batch, parts, width // parts), ("data", "model", None)
+        )
+        ids = torch.arange(width, device=scores.device, dtype=torch.int32).reshape(
+            1, parts, width // parts
+        )
         scores = torch.where(ids < vocab, scores, torch.full((), -1e30, device=scores.device))
         scores = sampling._perturb(scores, ids, mode, dict(given), given["positions"])
         return {"kept": device_mesh.mark((scores > -1e20).reshape(batch, width), ("data", "model"))}
@@ -267,7 +373,9 @@ def choose(
     out = _samplers[key](arguments)
     if kept:
         return device_mesh.fetch(out["kept"], ("data", "model"))[:, :vocab]
-    return device_mesh.fetch(out["tokens"], ("data",)), device_mesh.fetch(out["logprobs"], ("data",))
+    return device_mesh.fetch(out["tokens"], ("data",)), device_mesh.fetch(
+        out["logprobs"], ("data",)
+    )
 
 
 def untraceable(times: int) -> list[str]:
@@ -277,11 +385,15 @@ def untraceable(times: int) -> list[str]:
     for _ in range(times):
         x = mesh.put(torch.ones(4), (None,))
         try:
-            program = Program("bits", mesh, lambda given: {"bits": (given["x"] * 2).view(torch.int32)}, {"x": x})
+            program = Program(
+                "bits", mesh, lambda given: {"bits": (given["x"] * 2).view(torch.int32)}, {"x": x}
+            )
         except ProgramError as error:
             said.append(str(error))
         else:
-            said.append(f"answers {program({'x': mesh.put(torch.zeros(4), (None,))})['bits'].cpu().tolist()} for the bits of 0.0")
+            said.append(
+                f"answers {program({'x': mesh.put(torch.zeros(4), (None,))})['bits'].cpu().tolist()} for the bits of 0.0"
+            )
     return said
 
 
@@ -297,11 +409,15 @@ def two_programs(mesh: str) -> dict[str, list[float]]:
         {"state": state, "by": device_mesh.put(torch.zeros(4, 8), axes)},
         ["state"],
     )
-    read = Program("read", device_mesh, lambda given: {"sum": given["state"].sum()[None] + 0}, {"state": state})
+    read = Program(
+        "read", device_mesh, lambda given: {"sum": given["state"].sum()[None] + 0}, {"state": state}
+    )
     found: dict[str, list[float]] = {"updated": [], "read": []}
     for step in range(3):
         found["read"].append(float(device_mesh.fetch(read({"state": state})["sum"], (None,))[0]))
-        state = update({"state": state, "by": device_mesh.put(torch.full((4, 8), float(step)), axes)})["state"]
+        state = update(
+            {"state": state, "by": device_mesh.put(torch.full((4, 8), float(step)), axes)}
+        )["state"]
         found["updated"].append(float(device_mesh.fetch(state, axes).sum()))
     return found
 
@@ -309,7 +425,10 @@ def two_programs(mesh: str) -> dict[str, list[float]]:
 def paired(mesh: str, reads: dict[str, list[str]]) -> dict[str, float]:
     """A step whose donated outputs each read these arguments, in this order: 10 times the first and then the others; each output after a second run."""
     device_mesh = DeviceMesh(mesh)
-    given = {name: device_mesh.put(torch.full((4, 8), float(number)), (None, "model")) for number, name in enumerate(reads, 1)}
+    given = {
+        name: device_mesh.put(torch.full((4, 8), float(number)), (None, "model"))
+        for number, name in enumerate(reads, 1)
+    }
 
     def step(given: Any) -> dict[str, torch.Tensor]:
         out = {}
@@ -320,7 +439,10 @@ def paired(mesh: str, reads: dict[str, list[str]]) -> dict[str, float]:
         return out
 
     program = Program("paired", device_mesh, step, given, list(reads))
-    return {name: float(device_mesh.fetch(tensor, (None, "model"))[0, 0]) for name, tensor in program(program(given)).items()}
+    return {
+        name: float(device_mesh.fetch(tensor, (None, "model"))[0, 0])
+        for name, tensor in program(program(given)).items()
+    }
 
 
 def onednn_product(left: torch.Tensor, right: torch.Tensor) -> tuple[str, torch.Tensor]:
@@ -328,14 +450,26 @@ def onednn_product(left: torch.Tensor, right: torch.Tensor) -> tuple[str, torch.
     from torch_xla.core import xla_builder as xb
 
     mesh = DeviceMesh("1x1")
-    module = xb.computation_from_module_proto("product", onednn.product(tuple(left.shape), tuple(right.shape)))
+    module = xb.computation_from_module_proto(
+        "product", onednn.product(tuple(left.shape), tuple(right.shape))
+    )
     given = {"left": left.to(mesh.device), "right": right.to(mesh.device)}
     # Neither operand comes as it is: what stands before and behind must not be fused with the product.
-    program = Program("product", mesh, lambda x: {"out": 1 + ops.onednn_product(x["left"] * 2, x["right"] + 1)}, given)
+    program = Program(
+        "product",
+        mesh,
+        lambda x: {"out": 1 + ops.onednn_product(x["left"] * 2, x["right"] + 1)},
+        given,
+    )
     return xb.get_computation_hlo(module), program(given)["out"].cpu()
 
 
 def row_maximum(rows: torch.Tensor) -> torch.Tensor:
     mesh = DeviceMesh("1x1")
-    program = Program("maxima", mesh, lambda given: {"out": products.row_maximum(mesh, given["rows"])}, {"rows": rows.to(mesh.device)})
+    program = Program(
+        "maxima",
+        mesh,
+        lambda given: {"out": products.row_maximum(mesh, given["rows"])},
+        {"rows": rows.to(mesh.device)},
+    )
     return program({"rows": rows.to(mesh.device)})["out"].cpu()

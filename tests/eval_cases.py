@@ -10,9 +10,9 @@ from typing import Any
 import smollm2_cases
 
 import parallama
-from parallama.evaluation import EvalOptions, evaluate, find_tasks
-from parallama.program import compiled_programs
-from parallama.scorer import Scorer, Text
+from parallama.engine.torch_xla.counters import compilations
+from parallama.evaluate.evaluation import EvalOptions, evaluate, find_tasks
+from parallama.evaluate.scorer import Scorer, Text
 
 FOLDER = Path("eval_tasks")
 
@@ -25,11 +25,13 @@ def trained(mesh: str, max_model_len: int) -> parallama.LLM:
     return llm
 
 
-def evaluated(mesh: str, tasks: str, max_model_len: int, batch: int | None = None, **options: Any) -> dict[str, Any]:
+def evaluated(
+    mesh: str, tasks: str, max_model_len: int, batch: int | None = None, **options: Any
+) -> dict[str, Any]:
     """The figures of a run, and what each request of each document got."""
     from eval_reference import summary
 
-    before = compiled_programs()
+    before = compilations()
     document = evaluate(
         trained(mesh, max_model_len),
         find_tasks([tasks], [FOLDER], quiet=True),
@@ -48,10 +50,16 @@ def evaluated(mesh: str, tasks: str, max_model_len: int, batch: int | None = Non
         "programs_compiled",
         "programs_after_warmup",
     )
-    return summary(document) | {name: document[name] for name in own} | {"compiled": compiled_programs() - before}
+    return (
+        summary(document)
+        | {name: document[name] for name in own}
+        | {"compiled": compilations() - before}
+    )
 
 
-def refused(mesh: str, max_model_len: int, runs: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
+def refused(
+    mesh: str, max_model_len: int, runs: list[dict[str, Any]]
+) -> list[tuple[str, int, str]]:
     """What each run raises: type, exit code, message."""
     raised = []
     for run in runs:
@@ -63,18 +71,20 @@ def refused(mesh: str, max_model_len: int, runs: list[dict[str, Any]]) -> list[t
     return raised
 
 
-def scored(folder: str, mesh: str, batch: int, max_model_len: int, texts: list[tuple[list[int], int]]) -> dict[str, Any]:
+def scored(
+    folder: str, mesh: str, batch: int, max_model_len: int, texts: list[tuple[list[int], int]]
+) -> dict[str, Any]:
     """Scores of texts given as token ids; the lengths of the programs; programs compiled before and after warm-up."""
     llm = parallama.load(folder, mesh=mesh, max_model_len=max_model_len)
     scorer, given = Scorer(llm, batch), [Text(ids, count) for ids, count in texts]
-    began = compiled_programs()
+    began = compilations()
     scorer.warm_up(given)
-    ready = compiled_programs()
+    ready = compilations()
     scores = scorer(given)
     return {
         "scores": [(score.logprob, score.greedy) for score in scores],
         "programs": len(llm.programs),
         "compiled": ready - began,
-        "after_warmup": compiled_programs() - ready,
+        "after_warmup": compilations() - ready,
         "tokens": scorer.tokens,
     }

@@ -6,17 +6,19 @@ import json
 import sys
 from typing import Any
 
-from parallama import loading
-from parallama.spec import ModelSpec
+from parallama.files.find import find
+from parallama.model.spec import ModelSpec
 
 
 def model() -> tuple[Any, Any]:
     """transformers' model and tokenizer."""
     from transformers import LlamaForCausalLM
 
-    checkpoint = loading.find("smollm2")
+    checkpoint = find("smollm2")
     made = LlamaForCausalLM(checkpoint.config).eval()
-    missing, unexpected = made.load_state_dict(dict(checkpoint.tensors(ModelSpec.from_config(checkpoint.config))), strict=False)
+    missing, unexpected = made.load_state_dict(
+        dict(checkpoint.tensors(ModelSpec.from_config(checkpoint.config))), strict=False
+    )
     assert missing == ["lm_head.weight"] and not unexpected
     made.tie_weights()
     return made, checkpoint.tokenizer()
@@ -42,7 +44,9 @@ def main() -> None:
     runs = []
     for run in asked.pop("runs"):
         manager = TaskManager(include_path="eval_tasks", include_defaults=False)
-        found = simple_evaluate(model=lm, task_manager=manager, bootstrap_iters=0, log_samples=True, **run)
+        found = simple_evaluate(
+            model=lm, task_manager=manager, bootstrap_iters=0, log_samples=True, **run
+        )
         runs.append(summary(found))
     print("\n" + json.dumps(runs))
 
@@ -50,13 +54,19 @@ def main() -> None:
 def summary(document: Any) -> dict[str, Any]:
     """Metrics by task, and what each request of each document got."""
     rows = {
-        task: [[answer for answers in sample["resps"] for answer in answers] for sample in sorted(samples, key=lambda row: row["doc_id"])]
+        task: [
+            [answer for answers in sample["resps"] for answer in answers]
+            for sample in sorted(samples, key=lambda row: row["doc_id"])
+        ]
         for task, samples in document["samples"].items()
     }
     return {
         "results": document["results"],
         "answers": rows,
-        "prompts": {task: [row["arguments"] for row in samples] for task, samples in document["samples"].items()},
+        "prompts": {
+            task: [row["arguments"] for row in samples]
+            for task, samples in document["samples"].items()
+        },
     }
 
 

@@ -12,8 +12,8 @@ import torch
 
 import parallama
 from parallama.__main__ import run
-from parallama.inspection import Inspector
-from parallama.llm import LLM
+from parallama.inference.llm import LLM
+from parallama.prove.inspection import Inspector
 
 Shards = list[torch.Tensor]
 
@@ -34,13 +34,15 @@ def inspected(
         FAULTS[fault](llm)
     inspector = Inspector(llm, batch=batch, max_model_len=max_model_len)
     found = inspector.inspect()
-    read = {name: inspector.contents(name) for pattern in contents for name in inspector.select(pattern)}
+    read = {
+        name: inspector.contents(name) for pattern in contents for name in inspector.select(pattern)
+    }
     return {
         "document": found.to_dict(),
         "findings": found.findings,
         "contents": {name: [part.to_dict() for part in parts] for name, (parts, _) in read.items()},
         "faults": [fault for _, faults in read.values() for fault in faults],
-        "shards": {name: llm.mesh.local_shards(inspector.tensors[name]) for name in read},
+        "shards": {name: llm.mesh.shards(inspector.tensors[name]) for name in read},
         "planned": llm.plan.parameter_bytes(llm.steps.dtype.itemsize),
         "planned_kv": llm.plan.cache_bytes(batch, inspector.positions, llm.steps.dtype.itemsize),
     }
@@ -72,27 +74,31 @@ def command(arguments: list[str], fault: str | None = None, at: str = ".") -> tu
     return code, out.getvalue(), err.getvalue()
 
 
-QUERY, NORM, KEY = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight", "model.layers.0.self_attn.k_proj.weight"
+QUERY, NORM, KEY = (
+    "model.layers.1.self_attn.q_proj.weight",
+    "model.norm.weight",
+    "model.layers.0.self_attn.k_proj.weight",
+)
 
 
 def _other_axis(llm: LLM) -> None:
-    weights = llm.steps.weights.tensors
+    weights = llm.weights.tensors
     weights[QUERY] = llm.mesh.put(llm.mesh.fetch(weights[QUERY], ("model", None)), (None, None))
 
 
 def _other_shape(llm: LLM) -> None:
-    llm.steps.weights.tensors[QUERY] = llm.mesh.put(torch.zeros(16, 36), ("model", None))
+    llm.weights.tensors[QUERY] = llm.mesh.put(torch.zeros(16, 36), ("model", None))
 
 
 def _other_dtype(llm: LLM) -> None:
-    weights = llm.steps.weights.tensors
+    weights = llm.weights.tensors
     weights[NORM] = llm.mesh.put(llm.mesh.fetch(weights[NORM], (None,)).bfloat16(), (None,))
 
 
 def _altered(name: str, alter: Callable[[Shards], None]) -> Callable[[LLM], None]:
     def plant(llm: LLM) -> None:
-        mesh, weights = llm.mesh, llm.steps.weights.tensors
-        shards = [shard.clone() for shard in mesh.local_shards(weights[name])]
+        mesh, weights = llm.mesh, llm.weights.tensors
+        shards = [shard.clone() for shard in mesh.shards(weights[name])]
         alter(shards)
         sharding = mesh._mesh.get_op_sharding(llm.plan[name].axes)
         weights[name] = mesh._xla._XLAC._global_tensor_from_cpu_shards(shards, sharding)

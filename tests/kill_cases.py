@@ -24,14 +24,25 @@ class Killer:
     """The process of this module, as tests use it: `killer("save", log, folder=..., step=3)` gives back how the child ended, what it wrote being in the file `log`."""
 
     def __init__(self) -> None:
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))}
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))
+        }
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "kill_cases.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kept, cwd=HERE
+            [sys.executable, str(HERE / "kill_cases.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=kept,
+            cwd=HERE,
         )
 
     def __call__(self, what: str, log: Path, **arguments: Any) -> int:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"what": what, "log": str(log), "arguments": arguments}) + "\n")
+        self._process.stdin.write(
+            json.dumps({"what": what, "log": str(log), "arguments": arguments}) + "\n"
+        )
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
@@ -41,15 +52,19 @@ class Killer:
 
 def main() -> None:
     """Run every job of standard input."""
-    from parallama import backends
+    from parallama.engine.torch_xla import backends
 
-    os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1", "XLA_REGISTER_INSTALLED_PLUGINS": "0"}
+    os.environ |= {
+        "PJRT_DEVICE": "CPU",
+        "CPU_NUM_DEVICES": "1",
+        "XLA_REGISTER_INSTALLED_PLUGINS": "0",
+    }
     backends._set_flags("cpu")
     import torch_xla  # noqa: F401
     import transformers  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    from parallama import loading  # noqa: F401
+    from parallama.sharded import loading  # noqa: F401
     from parallama.train import checkpoints, loop, tokens  # noqa: F401
 
     for line in sys.stdin:
@@ -77,9 +92,11 @@ def _child(job: dict[str, Any]) -> int:
         sys.stderr.flush()
 
 
-def counting(kill_at: int | None, errno: int | None = None, fail_at: int | None = None) -> tuple[Any, list[str]]:
+def counting(
+    kill_at: int | None, errno: int | None = None, fail_at: int | None = None
+) -> tuple[Any, list[str]]:
     """A disk whose `kill_at`-th operation (from 0) is the process's end, and whose `fail_at`-th raises; and the list of its operations as they come."""
-    from parallama.train.disk import Disk
+    from parallama.files.disk import Disk
 
     done: list[str] = []
 
@@ -95,7 +112,9 @@ def counting(kill_at: int | None, errno: int | None = None, fail_at: int | None 
     return Disk(before), done
 
 
-def save(folder: str, step: int, kill_at: int | None = None, keep_last: int = 2, user: int | None = None) -> int:
+def save(
+    folder: str, step: int, kill_at: int | None = None, keep_last: int = 2, user: int | None = None
+) -> int:
     """Write one checkpoint of known content."""
     from checkpoint_cases import snapshot
 
@@ -124,7 +143,11 @@ def commands(runs: list[dict[str, Any]], found: str, user: int | None = None) ->
 
 
 def _command(
-    options: list[str], errno: int | None = None, fail_at: int | None = None, after: int | None = None, then: list[Any] | None = None
+    options: list[str],
+    errno: int | None = None,
+    fail_at: int | None = None,
+    after: int | None = None,
+    then: list[Any] | None = None,
 ) -> dict[str, Any]:
     """One run: its exit code, what it said, the operations of its disk, all names among its checkpoints, and the newest whole one with its files' hashes.
 
@@ -160,10 +183,21 @@ def _command(
         loop.train = train
     folder = Path(options[options.index("--out") + 1], "checkpoints")
     newest = checkpoints.newest(folder)
-    hashes = {} if newest is None else {name: entry.sha256 for name, entry in checkpoints.verify(newest).files.items()}
+    hashes = (
+        {}
+        if newest is None
+        else {name: entry.sha256 for name, entry in checkpoints.verify(newest).files.items()}
+    )
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     whole = None if newest is None else newest.name
-    return {"code": code, "said": said.getvalue(), "operations": done, "names": names, "newest": whole, "hashes": hashes}
+    return {
+        "code": code,
+        "said": said.getvalue(),
+        "operations": done,
+        "names": names,
+        "newest": whole,
+        "hashes": hashes,
+    }
 
 
 def fill(folder: str, left: int, behind: str | None = None) -> None:
@@ -195,11 +229,18 @@ def limit_files(path: str | None, more: int = 0) -> None:
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (before if path is None else Path(path).stat().st_size + more, before))
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE,
+        (before if path is None else Path(path).stat().st_size + more, before),
+    )
 
 
 def train(
-    options: list[str], kill_at: int | None = None, at_step: int | None = None, delay_s: float = 0.0, send: int = signal.SIGKILL
+    options: list[str],
+    kill_at: int | None = None,
+    at_step: int | None = None,
+    delay_s: float = 0.0,
+    send: int = signal.SIGKILL,
 ) -> int:
     """A training run, as the command runs it; so many seconds after a step it gets a signal."""
     import threading

@@ -8,10 +8,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from parallama import finite
-from parallama.checkpoint import SafetensorsFolder
 from parallama.errors import CheckpointError
-from parallama.loading import make_skeleton
+from parallama.files import nonfinite
+from parallama.files.checkpoint import SafetensorsFolder
+from parallama.files.skeleton import make_skeleton
 
 RUNNING = {
     "os.system",
@@ -24,7 +24,14 @@ RUNNING = {
     "subprocess.Popen",
     "pickle.find_class",
 }
-RUNNING |= {"ctypes.dlopen", "socket.connect", "socket.getaddrinfo", "webbrowser.open", "code.__new__", "marshal.loads"}
+RUNNING |= {
+    "ctypes.dlopen",
+    "socket.connect",
+    "socket.getaddrinfo",
+    "webbrowser.open",
+    "code.__new__",
+    "marshal.loads",
+}
 CALLS = {builtins.eval, builtins.exec, builtins.compile, _pickle.loads, _pickle.load}
 
 
@@ -33,7 +40,10 @@ def load(folder: Path) -> str:
         checkpoint = SafetensorsFolder(folder)
         tokenizer = checkpoint.tokenizer()
         make_skeleton(checkpoint.config)
-        count = sum(1 for _ in finite.finite_only(checkpoint.tensors(checkpoint.spec), checkpoint.file_of))
+        count = sum(
+            1
+            for _ in nonfinite.finite_only(checkpoint.tensors(checkpoint.spec), checkpoint.file_of)
+        )
     except CheckpointError:
         return "refused"
     return f"{count} tensors, tokenizer {type(tokenizer).__name__}"
@@ -49,7 +59,11 @@ def main() -> None:
     folders = [Path(name) for name in sys.argv[1:]]
     for folder in folders:
         load(folder)  # imports what it needs
-    allowed = [str(Path(name).resolve()) for name in (*sys.path, sys.prefix, sys.base_prefix, *folders) if name]
+    allowed = [
+        str(Path(name).resolve())
+        for name in (*sys.path, sys.prefix, sys.base_prefix, *folders)
+        if name
+    ]
     noted: list[str] = []
     opened: list[str] = []
     watching = False
@@ -60,7 +74,13 @@ def main() -> None:
         if event in RUNNING or event in ("exec", "compile"):
             noted.append(f"{event} {arguments!r:.200}")
         elif event == "open" and isinstance(arguments[0], (str, bytes)):
-            opened.append(str(Path(arguments[0] if isinstance(arguments[0], str) else arguments[0].decode()).resolve()))
+            opened.append(
+                str(
+                    Path(
+                        arguments[0] if isinstance(arguments[0], str) else arguments[0].decode()
+                    ).resolve()
+                )
+            )
 
     def profile(_frame: Any, event: str, argument: Any) -> None:
         if watching and event == "c_call" and any(argument is each for each in CALLS):
@@ -74,9 +94,18 @@ def main() -> None:
     watching = False
     sys.setprofile(None)
     strangers = sorted(
-        {name for name in opened if not any(name.startswith(each) for each in allowed) and "/parallama-tokenizer-" not in name}
+        {
+            name
+            for name in opened
+            if not any(name.startswith(each) for each in allowed)
+            and "/parallama-tokenizer-" not in name
+        }
     )
-    print(json.dumps({"outcomes": outcomes, "noted": noted, "outside": strangers, "opened": len(opened)}))
+    print(
+        json.dumps(
+            {"outcomes": outcomes, "noted": noted, "outside": strangers, "opened": len(opened)}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ IGNORED = -100
 
 def load(path: Path) -> Any:
     if path.suffix == ".gguf":
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32
+        )
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
@@ -37,7 +39,10 @@ def apart(ids: np.ndarray, labels: np.ndarray, documents: np.ndarray) -> dict[st
         for number in range(documents[row].max() + 1)
     ]
     longest = max(len(own) for own, _ in rows)
-    made = {name: torch.full((len(rows), longest), fill) for name, fill in (("ids", 0), ("labels", IGNORED), ("mask", 0))}
+    made = {
+        name: torch.full((len(rows), longest), fill)
+        for name, fill in (("ids", 0), ("labels", IGNORED), ("mask", 0))
+    }
     for at, (own, wanted) in enumerate(rows):
         made["ids"][at, : len(own)] = torch.from_numpy(own)
         made["labels"][at, : len(own)] = torch.from_numpy(wanted)
@@ -52,16 +57,25 @@ def main() -> None:
     model = load(Path(request["model"])).train()
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": request["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=request["lr"], betas=request["betas"], eps=request["eps"])
+    groups = [
+        {"params": matrices, "weight_decay": request["weight_decay"]},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=request["lr"], betas=request["betas"], eps=request["eps"]
+    )
     steps = len(batches["ids"])
-    schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=0, num_training_steps=steps)
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, num_warmup_steps=0, num_training_steps=steps
+    )
     found = []
     for step in range(steps):
         rows = apart(*(batches[name][step] for name in ("ids", "labels", "documents")))
         optimizer.zero_grad()
         logits = model(input_ids=rows["ids"], attention_mask=rows["mask"], use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten(), ignore_index=IGNORED)
+        loss = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten(), ignore_index=IGNORED
+        )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), request["max_grad_norm"])
         optimizer.step()

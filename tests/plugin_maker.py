@@ -59,21 +59,41 @@ def make(
     ]
     size = dynamic_at + 16 * len(tags)
     data = bytearray(size)
-    data[:64] = struct.pack("<4sBBBB8xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 0, 3, 62, 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    data[:64] = struct.pack(
+        "<4sBBBB8xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 0, 3, 62, 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0
+    )
     struct.pack_into("<IIQQQQQQ", data, 64, 1, 7, 0, 0, 0, size, size, 0x1000)
-    struct.pack_into("<IIQQQQQQ", data, 120, 2, 6, dynamic_at, dynamic_at, dynamic_at, 16 * len(tags), 16 * len(tags), 8)
-    struct.pack_into("<5I", data, hash_at, 1, 2, 1, 0, 0)  # one bucket, two symbols: the chain starts at 1
+    struct.pack_into(
+        "<IIQQQQQQ",
+        data,
+        120,
+        2,
+        6,
+        dynamic_at,
+        dynamic_at,
+        dynamic_at,
+        16 * len(tags),
+        16 * len(tags),
+        8,
+    )
+    struct.pack_into(
+        "<5I", data, hash_at, 1, 2, 1, 0, 0
+    )  # one bucket, two symbols: the chain starts at 1
     struct.pack_into("<IBBHQQ", data, symbols_at + 24, 1, 0x12, 0, 1, get_at, 16)
     data[names_at : names_at + len(names)] = names
     code = (
-        b"\x48\x8d\x05" + struct.pack("<i", table_at - (get_at + 7)) + b"\xc3" if get == "table" else CODE[get]
+        b"\x48\x8d\x05" + struct.pack("<i", table_at - (get_at + 7)) + b"\xc3"
+        if get == "table"
+        else CODE[get]
     )  # lea rax, [rip + table]; ret
     data[get_at : get_at + len(code)] = code
     struct.pack_into("<QQQQii", data, table_at, 40 + 8 * FUNCTIONS, 0, 24, 0, *version)
     if count:
         data[call_at : call_at + len(CODE[calls])] = CODE[calls]
     for number in range(count):
-        struct.pack_into("<QQq", data, rela_at + 24 * number, table_at + 40 + 8 * number, 8, call_at)  # R_X86_64_RELATIVE
+        struct.pack_into(
+            "<QQq", data, rela_at + 24 * number, table_at + 40 + 8 * number, 8, call_at
+        )  # R_X86_64_RELATIVE
     for number, tag in enumerate(tags):
         struct.pack_into("<QQ", data, dynamic_at + 16 * number, *tag)
     path.write_bytes(data)

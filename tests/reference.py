@@ -118,17 +118,31 @@ def greedy(model: Any, prompt: Sequence[int], steps: int) -> tuple[list[int], li
         output_logits=True,
     )
     tokens = out.sequences[0, len(prompt) :].tolist()
-    return tokens, [float(torch.log_softmax(step[0].float(), -1)[token]) for step, token in zip(out.logits, tokens, strict=True)]
+    return tokens, [
+        float(torch.log_softmax(step[0].float(), -1)[token])
+        for step, token in zip(out.logits, tokens, strict=True)
+    ]
 
 
-def greedy_batch(model: Any, prompts: Sequence[Sequence[int]], steps: int) -> list[tuple[list[int], list[float]]]:
+def greedy_batch(
+    model: Any, prompts: Sequence[Sequence[int]], steps: int
+) -> list[tuple[list[int], list[float]]]:
     """transformers' own greedy continuation of a ragged batch, filled up on the left: as `greedy`, for each row."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=steps, return_dict_in_generate=True, output_logits=True)
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=steps,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     tokens = out.sequences[:, longest:]
-    logprobs = torch.stack([torch.log_softmax(step.float(), -1) for step in out.logits], 1).gather(2, tokens[..., None])[..., 0]
+    logprobs = torch.stack([torch.log_softmax(step.float(), -1) for step in out.logits], 1).gather(
+        2, tokens[..., None]
+    )[..., 0]
     return list(zip(tokens.tolist(), logprobs.tolist(), strict=True))
 
 
@@ -153,4 +167,6 @@ def relative_l2(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def pcc(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """Pearson correlation of all elements."""
-    return float(torch.corrcoef(torch.stack([got.double().flatten(), wanted.double().flatten()]))[0, 1])
+    return float(
+        torch.corrcoef(torch.stack([got.double().flatten(), wanted.double().flatten()]))[0, 1]
+    )

@@ -9,12 +9,15 @@ import torch
 from device_cases import from_folder
 
 import parallama
-from parallama.mesh import DeviceMesh
-from parallama.plan import make_plan
-from parallama.reshard import Mover, reshard_model
-from parallama.sampling import SamplingParams
-from parallama.shard import Layout, put_parameter, shard_model, undo
-from parallama.spec import ModelSpec
+from parallama.engine.sampling_params import SamplingParams
+from parallama.engine.torch_xla.mesh import DeviceMesh
+from parallama.model.spec import ModelSpec
+from parallama.plan.placement import make_plan
+from parallama.sharded.device_weights import put_parameter
+from parallama.sharded.layout import Layout, undo
+from parallama.sharded.reshard import Mover
+from parallama.sharded.reshard_model import reshard_model
+from parallama.sharded.shard_model import shard_model
 
 
 def _cache(session: Any) -> dict[str, torch.Tensor]:
@@ -23,15 +26,21 @@ def _cache(session: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name, tensor in session._state.items():
         if name.startswith("cache."):
-            found[name] = undo(session.mesh.fetch(tensor, axes), plan.cache_blocks())[: session._count].clone()
+            found[name] = undo(session.mesh.fetch(tensor, axes), plan.cache_blocks())[
+                : session._count
+            ].clone()
     return found
 
 
-def journey(folder: str, meshes: list[str], prompts: list[list[int]], rows: list[dict[str, Any]], steps: int) -> dict[str, Any]:
+def journey(
+    folder: str, meshes: list[str], prompts: list[list[int]], rows: list[dict[str, Any]], steps: int
+) -> dict[str, Any]:
     """Decode some steps on each of some meshes, one session all the way; with one mesh it stays there."""
     llm = parallama.load(folder, mesh=meshes[0])
     before = _weights(llm)
-    session = llm.session([SamplingParams(**row) for row in rows], capacity=64, longest_prompt=max(map(len, prompts)))
+    session = llm.session(
+        [SamplingParams(**row) for row in rows], capacity=64, longest_prompt=max(map(len, prompts))
+    )
     taken = [session.prefill(prompts)]
     reports, equal, cache_equal = [], [], []
     for index, mesh in enumerate(meshes):
@@ -39,9 +48,15 @@ def journey(folder: str, meshes: list[str], prompts: list[list[int]], rows: list
             cache = _cache(session)
             reports.append(asdict(llm.reshard(mesh)))
             now = _weights(llm)
-            equal.append(now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before))
+            equal.append(
+                now.keys() == before.keys()
+                and all(torch.equal(now[name], before[name]) for name in before)
+            )
             after = _cache(session)
-            cache_equal.append(after.keys() == cache.keys() and all(torch.equal(after[name], cache[name]) for name in cache))
+            cache_equal.append(
+                after.keys() == cache.keys()
+                and all(torch.equal(after[name], cache[name]) for name in cache)
+            )
         taken += list(session.decode(steps))
     return {
         "tokens": [[choices[row].token for choices in taken] for row in range(len(rows))],
@@ -59,11 +74,13 @@ def journey(folder: str, meshes: list[str], prompts: list[list[int]], rows: list
 
 
 def _weights(llm: Any) -> dict[str, torch.Tensor]:
-    weights = llm.steps.weights
+    weights = llm.weights
     return {name: weights.fetch(name).clone() for name in weights.tensors}
 
 
-def half_read(folder: str, prompt: list[int], mesh: str, to: str | None, plan: dict[str, Any] | None, new: int) -> dict[str, Any]:
+def half_read(
+    folder: str, prompt: list[int], mesh: str, to: str | None, plan: dict[str, Any] | None, new: int
+) -> dict[str, Any]:
     """A stream that is re-sharded after its third token, and what comes afterwards in a new call."""
     llm = parallama.load(folder, mesh=mesh)
     stream = llm.stream(prompt, max_new_tokens=new, ignore_eos=True)
@@ -71,11 +88,21 @@ def half_read(folder: str, prompt: list[int], mesh: str, to: str | None, plan: d
     report = asdict(llm.reshard(to, plan=plan)) if to or plan else None
     tokens += [chunk.token for chunk in stream]
     placement = llm.plan["model.layers.0.mlp.up_proj.weight"]
-    after = llm.generate(prompt, max_new_tokens=new, ignore_eos=True)[0].token_ids if report else tokens
-    return {"tokens": tokens, "after": after, "report": report, "style": placement.style, "mesh": str(llm.mesh.shape)}
+    after = (
+        llm.generate(prompt, max_new_tokens=new, ignore_eos=True)[0].token_ids if report else tokens
+    )
+    return {
+        "tokens": tokens,
+        "after": after,
+        "report": report,
+        "style": placement.style,
+        "mesh": str(llm.mesh.shape),
+    }
 
 
-def refused(folder: str, mesh: str, to: str | None = None, plan: dict[str, Any] | None = None) -> list[int]:
+def refused(
+    folder: str, mesh: str, to: str | None = None, plan: dict[str, Any] | None = None
+) -> list[int]:
     """Tokens of a model whose re-sharding was refused; the refusal is raised after that."""
     llm = parallama.load(folder, mesh=mesh)
     first = llm.generate([1, 2, 3], max_new_tokens=4)[0].token_ids
@@ -100,7 +127,10 @@ def train(folder: str, meshes: list[str], ids: torch.Tensor, steps: int) -> dict
             before = _optimizer_state(model, optimizer)
             reshard_model(model, mesh, optimizer=optimizer)
             after = _optimizer_state(model, optimizer)
-            equal.append(before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before))
+            equal.append(
+                before.keys() == after.keys()
+                and all(torch.equal(before[name], after[name]) for name in before)
+            )
             kept.append([id(parameter) for parameter in model.parameters()] == objects)
         for _ in range(steps):
             optimizer.zero_grad()
@@ -151,17 +181,32 @@ def named(folder: str, mesh: str, to: str) -> dict[str, Any]:
     old, new = make_plan(spec, old_mesh.shape), make_plan(spec, new_mesh.shape)
     name = "model.layers.0.self_attn.k_proj.weight"
     torch.manual_seed(5)
-    hosts = {key: torch.randn([int(size) for size in old[name].source_shape]) for key in ("exp_avg", "exp_avg_sq")}
-    tensors = {key: put_parameter(host, old, old_mesh, name, torch.float32) for key, host in hosts.items()}
+    hosts = {
+        key: torch.randn([int(size) for size in old[name].source_shape])
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    tensors = {
+        key: put_parameter(host, old, old_mesh, name, torch.float32) for key, host in hosts.items()
+    }
     hosts["odd"] = torch.arange(64, dtype=torch.int64).reshape(8, 8)
     tensors["odd"] = old_mesh.put(hosts["odd"], ("model", "data"))
-    lies = {key: Layout.of(old, name) for key in tensors} | {"odd": Layout(mesh=old.mesh, shape=(8, 8), axes=("model", "data"))}
-    shall = {key: Layout.of(new, name) for key in tensors} | {"odd": Layout(mesh=new.mesh, shape=(8, 8), axes=("data", None))}
+    lies = {key: Layout.of(old, name) for key in tensors} | {
+        "odd": Layout(mesh=old.mesh, shape=(8, 8), axes=("model", "data"))
+    }
+    shall = {key: Layout.of(new, name) for key in tensors} | {
+        "odd": Layout(mesh=new.mesh, shape=(8, 8), axes=("data", None))
+    }
     mover = Mover(old_mesh, new_mesh, tensors.values())
     moved = mover(tensors, lies.__getitem__, shall.__getitem__)
-    back = {key: undo(new_mesh.fetch(tensor, shall[key].axes), shall[key].blocks) for key, tensor in moved.items()}
+    back = {
+        key: undo(new_mesh.fetch(tensor, shall[key].axes), shall[key].blocks)
+        for key, tensor in moved.items()
+    }
     return {
-        "equal": {key: torch.equal(back[key], host) and back[key].dtype == host.dtype for key, host in hosts.items()},
+        "equal": {
+            key: torch.equal(back[key], host) and back[key].dtype == host.dtype
+            for key, host in hosts.items()
+        },
         "left": len(tensors),
         "shapes": {key: new_mesh.local_shapes(tensor)[0] for key, tensor in moved.items()},
         "planned": {key: layout.local_shape for key, layout in shall.items()},
@@ -175,7 +220,9 @@ def chat(to: str) -> dict[str, Any]:
     for moves in (False, True):
         llm = parallama.load("smollm2", mesh="1x8")
         talk = parallama.Chat(llm, max_model_len=512, temperature=0)
-        first = [chunk.token for chunk in talk.send("What is the capital of France?", max_new_tokens=16)]
+        first = [
+            chunk.token for chunk in talk.send("What is the capital of France?", max_new_tokens=16)
+        ]
         report = asdict(llm.reshard(to)) if moves else None
         computed = talk.stats.prefill_tokens
         second = [chunk.token for chunk in talk.send("And of Italy?", max_new_tokens=16)]
@@ -193,8 +240,14 @@ def chat(to: str) -> dict[str, Any]:
 def repeated(meshes: list[str]) -> dict[str, Any]:
     """Large tensors that some of the meshes repeat, all the way along some meshes: what it took, and whether they are the same bits at the end."""
     torch.manual_seed(5)
-    numbers = torch.randint(-(1 << 15), 1 << 15, (4096, 2048), dtype=torch.int16)  # every number that there is in bf16, NaN among them
-    hosts = {"bf16": numbers.view(torch.bfloat16), "fp32": torch.randn(2048, 1024), "odd": torch.randn(3, 131, 4099)}
+    numbers = torch.randint(
+        -(1 << 15), 1 << 15, (4096, 2048), dtype=torch.int16
+    )  # every number that there is in bf16, NaN among them
+    hosts = {
+        "bf16": numbers.view(torch.bfloat16),
+        "fp32": torch.randn(2048, 1024),
+        "odd": torch.randn(3, 131, 4099),
+    }
     axes = {"bf16": ("model", None), "fp32": (None, None), "odd": (None, None, None)}
     mesh = DeviceMesh(meshes[0])
     tensors, reports = {name: mesh.put(host, axes[name]) for name, host in hosts.items()}, []
@@ -202,13 +255,20 @@ def repeated(meshes: list[str]) -> dict[str, Any]:
         new_mesh = DeviceMesh(shape)
         mover = Mover(mesh, new_mesh, tensors.values())
         lies, shall = (
-            {name: Layout(mesh=m.shape, shape=tuple(hosts[name].shape), axes=axes[name]) for name in hosts} for m in (mesh, new_mesh)
+            {
+                name: Layout(mesh=m.shape, shape=tuple(hosts[name].shape), axes=axes[name])
+                for name in hosts
+            }
+            for m in (mesh, new_mesh)
         )
         tensors, mesh = mover(tensors, lies.__getitem__, shall.__getitem__), new_mesh
         reports.append(asdict(mover.result()))
     back = {name: mesh.fetch(tensor, axes[name]) for name, tensor in tensors.items()}
     return {
         "reports": reports,
-        "equal": {name: torch.equal(back[name].view(torch.int16), host.view(torch.int16)) for name, host in hosts.items()},
+        "equal": {
+            name: torch.equal(back[name].view(torch.int16), host.view(torch.int16))
+            for name, host in hosts.items()
+        },
         "shapes": {name: set(mesh.local_shapes(tensor)) for name, tensor in tensors.items()},
     }

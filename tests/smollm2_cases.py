@@ -34,7 +34,14 @@ def generate(mesh: str, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for call in calls:
         before = compiles()
         outputs = [asdict(output) for output in llm.generate(**call)]
-        done.append({"outputs": outputs, "stats": asdict(llm.stats), "compiles": compiles() - before, "kv": llm.kv_bytes_per_device})
+        done.append(
+            {
+                "outputs": outputs,
+                "stats": asdict(llm.stats),
+                "compiles": compiles() - before,
+                "kv": llm.kv_bytes_per_device,
+            }
+        )
     return done
 
 
@@ -59,7 +66,9 @@ def sizes(mesh: str) -> dict[str, Any]:
     }
 
 
-def chat(mesh: str, turns: list[str], max_new_tokens: int, again: list[int], max_model_len: int) -> dict[str, Any]:
+def chat(
+    mesh: str, turns: list[str], max_new_tokens: int, again: list[int], max_model_len: int
+) -> dict[str, Any]:
     """A conversation, and the turns `again` once more, each in a new Chat that is told what was said before."""
     llm = model(mesh)
     talk = parallama.Chat(llm, system=SYSTEM, max_model_len=max_model_len, temperature=0)
@@ -83,8 +92,16 @@ def chat(mesh: str, turns: list[str], max_new_tokens: int, again: list[int], max
     for index in again:
         alone = parallama.Chat(llm, max_model_len=max_model_len, temperature=0)
         alone.messages = said[index]["history"]
-        fresh[index] = [chunk.token for chunk in alone.send(turns[index], max_new_tokens=max_new_tokens)]
-    return {"said": said, "fresh": fresh, "compiled": compiled, "stats": asdict(talk.stats), "messages": talk.messages}
+        fresh[index] = [
+            chunk.token for chunk in alone.send(turns[index], max_new_tokens=max_new_tokens)
+        ]
+    return {
+        "said": said,
+        "fresh": fresh,
+        "compiled": compiled,
+        "stats": asdict(talk.stats),
+        "messages": talk.messages,
+    }
 
 
 def refused(folder: str, calls: list[dict[str, Any]]) -> list[tuple[str, int, str]]:

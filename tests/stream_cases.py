@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 import parallama
-from parallama.checkpoint import SafetensorsFolder
+from parallama.engine.torch_xla.counters import compilations
+from parallama.engine.torch_xla.mesh import DeviceMesh
+from parallama.engine.torch_xla.program import Program
+from parallama.files.checkpoint import SafetensorsFolder
 from parallama.host import rss_bytes
-from parallama.loading import to_devices
-from parallama.mesh import DeviceMesh
-from parallama.plan import make_plan
-from parallama.program import Program, compiled_programs
+from parallama.plan.placement import make_plan
+from parallama.sharded.loading import to_devices
 
 
 def loaded(folder: str, mesh: str, dtype: str) -> dict[str, Any]:
@@ -26,9 +27,15 @@ def loaded(folder: str, mesh: str, dtype: str) -> dict[str, Any]:
     checkpoint, device_mesh = SafetensorsFolder(Path(folder)), DeviceMesh(mesh)
     reported: list[tuple[int, int]] = []
     plan = make_plan(checkpoint.spec, device_mesh.shape)
-    compiled = compiled_programs()
-    made = to_devices(checkpoint, plan, device_mesh, getattr(torch, dtype), lambda done, total: reported.append((done, total)))
-    compiled = compiled_programs() - compiled
+    compiled = compilations()
+    made = to_devices(
+        checkpoint,
+        plan,
+        device_mesh,
+        getattr(torch, dtype),
+        lambda done, total: reported.append((done, total)),
+    )
+    compiled = compilations() - compiled
     return {
         "programs": compiled,
         "measured": made.weights.bytes_per_device(),
@@ -53,7 +60,7 @@ def taken_over(dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
     mesh = DeviceMesh("1x1")
     host = torch.randn(shape).to(getattr(torch, dtype))
     copy, place, gone = host.clone(), host.data_ptr(), weakref.ref(host)
-    device = mesh.take_over(host)
+    device = mesh.adopt(host)
     same_memory = torch_xla._XLAC._unsafe_buffer_pointer(device) == place
     del host
     gc.collect()
@@ -62,7 +69,14 @@ def taken_over(dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
     del device
     mesh.wait()
     gc.collect()
-    return {"same_memory": same_memory, "given": copy, "read": read, "computed": computed, "kept": kept, "freed": gone() is None}
+    return {
+        "same_memory": same_memory,
+        "given": copy,
+        "read": read,
+        "computed": computed,
+        "kept": kept,
+        "freed": gone() is None,
+    }
 
 
 def given_away(size: int, times: int) -> dict[str, Any]:
@@ -75,7 +89,7 @@ def given_away(size: int, times: int) -> dict[str, Any]:
     def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"state": given["state"] * 2.0 + 1.0}
 
-    state = mesh.take_over(host)
+    state = mesh.adopt(host)
     program = Program("double", mesh, step, {"state": state}, ["state"])
     for _ in range(times):
         places.append(torch_xla._XLAC._unsafe_buffer_pointer(state))
@@ -100,7 +114,7 @@ def changed_in_place(size: int) -> dict[str, Any]:
     import torch_xla
 
     mesh, host = DeviceMesh("1x1"), torch.arange(float(size))
-    parameter = torch.nn.Parameter(mesh.take_over(host))
+    parameter = torch.nn.Parameter(mesh.adopt(host))
     optimizer = torch.optim.SGD([parameter], lr=0.5)
     for _ in range(2):
         optimizer.zero_grad()
@@ -116,7 +130,7 @@ def dropped_in_flight(size: int, products: int) -> dict[str, Any]:
 
     mesh, host = DeviceMesh("1x1"), torch.eye(size)
     gone = weakref.ref(host)
-    device = mesh.take_over(host)
+    device = mesh.adopt(host)
     del host
 
     def chain(tensor: torch.Tensor) -> torch.Tensor:
@@ -145,11 +159,15 @@ def dropped_in_flight(size: int, products: int) -> dict[str, Any]:
 def refused_to_take_over(mesh: str) -> dict[str, Any]:
     """What a mesh says of tensors that it can't take over."""
     device_mesh = DeviceMesh(mesh)
-    tensors = {"plain": torch.ones(4, 4), "turned": torch.ones(4, 6).t(), "within another": torch.ones(33)[1:]}
-    found: dict[str, Any] = {"shares": device_mesh.shares_host_memory}
+    tensors = {
+        "plain": torch.ones(4, 4),
+        "turned": torch.ones(4, 6).t(),
+        "within another": torch.ones(33)[1:],
+    }
+    found: dict[str, Any] = {"shares": device_mesh.traits.adopts}
     for name, tensor in tensors.items():
         try:
-            device_mesh.take_over(tensor)
+            device_mesh.adopt(tensor)
             found[name] = "taken over"
         except AssertionError:
             found[name] = "refused"
@@ -159,7 +177,7 @@ def refused_to_take_over(mesh: str) -> dict[str, Any]:
 def rewritten(folder: str, dtype: str, plan: dict[str, Any]) -> dict[str, Any]:
     """A model on one device whose file is written over, then laid out anew."""
     llm = parallama.load(folder, mesh="1x1", dtype=dtype)
-    weights = llm.steps.weights
+    weights = llm.weights
     first = llm.generate([1, 2, 3], max_new_tokens=6, ignore_eos=True)[0].token_ids
     before = {name: weights.fetch(name) for name in weights.tensors}
     file = Path(folder) / "model.safetensors"
@@ -167,10 +185,16 @@ def rewritten(folder: str, dtype: str, plan: dict[str, Any]) -> dict[str, Any]:
         opened.write(bytes(file.stat().st_size))
     after = {name: weights.fetch(name) for name in weights.tensors}
     report = asdict(llm.reshard(plan=plan))
-    weights = llm.steps.weights
+    weights = llm.weights
     moved = {name: weights.fetch(name) for name in weights.tensors}
     again = llm.generate([1, 2, 3], max_new_tokens=6, ignore_eos=True)[0].token_ids
-    return {"before": before, "after": after, "moved": moved, "tokens": (first, again), "tensors": report["tensors"]}
+    return {
+        "before": before,
+        "after": after,
+        "moved": moved,
+        "tokens": (first, again),
+        "tensors": report["tensors"],
+    }
 
 
 def dropped(folder: str, dtype: str) -> dict[str, int]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from parallama import versions
-from parallama.audit import axis_of
-from parallama.topology import MeshShape
+from parallama.engine.devices import versions
+from parallama.plan.mesh_shape import MeshShape
+from parallama.prove.audit import axis_of
 
 LAYER = "model.layers.*."
 DIVIDES = {"heads": 8, "kv_heads": 4, "intermediate": 48, "vocab": 96}
@@ -29,15 +29,25 @@ def modules(document: dict[str, Any]) -> set[str]:
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(  # the families' audits are on the other meshes
-    ("sizes", "mesh"), [(DIVIDES, "1x1"), (DIVIDES, "2x2"), *(pytest.param(SMOL, mesh, marks=pytest.mark.slow) for mesh in ("1x3", "1x8"))]
+    ("sizes", "mesh"),
+    [
+        (DIVIDES, "1x1"),
+        (DIVIDES, "2x2"),
+        *(pytest.param(SMOL, mesh, marks=pytest.mark.slow) for mesh in ("1x3", "1x8")),
+    ],
 )
-def test_our_own_steps_are_what_was_predicted_to_the_byte(auditors: Any, models: Any, sizes: Any, mesh: str, phase: str) -> None:
+def test_our_own_steps_are_what_was_predicted_to_the_byte(
+    auditors: Any, models: Any, sizes: Any, mesh: str, phase: str
+) -> None:
     document = auditors("judged", models(**sizes).folder, mesh, phase=phase)
     assert document["findings"] == () and document["passed"]
     shape = MeshShape.parse(mesh)
     tokens = 4 // shape.data * (16 if phase == "prefill" else 1)
     hidden = models(**sizes).model.config.hidden_size
-    reduced, last = ({"kind": "all-reduce", "axis": "model", "bytes": count * hidden * 4} for count in (tokens, 4 // shape.data))
+    reduced, last = (
+        {"kind": "all-reduce", "axis": "model", "bytes": count * hidden * 4}
+        for count in (tokens, 4 // shape.data)
+    )
     picked = {"kind": "all-gather", "axis": "model", "bytes": shape.model * 4 // shape.data * 5 * 4}
     assert sorted(document["found"], key=lambda each: each["module"]) == (
         []
@@ -45,7 +55,10 @@ def test_our_own_steps_are_what_was_predicted_to_the_byte(auditors: Any, models:
         else [
             reduced | {"count": 1, "module": "model.embed_tokens"},
             *(
-                [reduced | {"count": 2, "module": LAYER + "mlp.down_proj"}, reduced | {"count": 2, "module": LAYER + "self_attn.o_proj"}]
+                [
+                    reduced | {"count": 2, "module": LAYER + "mlp.down_proj"},
+                    reduced | {"count": 2, "module": LAYER + "self_attn.o_proj"},
+                ]
                 if phase == "decode"
                 else [
                     reduced | {"count": 1, "module": "model.layers.0.mlp.down_proj"},
@@ -72,12 +85,36 @@ def test_bf16_is_summed_as_fp32_on_the_cpu(auditors: Any, models: Any, phase: st
 FIRST = "model.layers.0."  # of two; the last one has fewer positions in a prefill
 FAULTS = {
     "o_proj replicated": ("2x2", LAYER + "self_attn.o_proj", "on a device, planned"),
-    "lm_head replicated": ("1x2", "lm_head", "1 parameter(s) lie as [96, 64] on a device, planned [48, 64]"),
-    "one layer replicated": ("1x8", "model.layers.1.mlp.down_proj", "1 parameter(s) lie as [64, 48] on a device, planned [64, 6]"),
-    "table gathered": ("2x2", "model.embed_tokens", "all-gather over 'model', 1 of 24576 bytes, which the plan does not need"),
-    "q, k and v concatenated": ("1x2", LAYER + "self_attn.k_proj", "collective-permute over 'model'"),
-    "cache split over head_dim": ("1x2", "cache", "0 of 4 tensors lie as [4, 2, 256, 8] on a device, as planned"),
-    "cache not donated": ("1x2", "cache", "4 of 4 tensors are not updated in place: each step writes them anew"),
+    "lm_head replicated": (
+        "1x2",
+        "lm_head",
+        "1 parameter(s) lie as [96, 64] on a device, planned [48, 64]",
+    ),
+    "one layer replicated": (
+        "1x8",
+        "model.layers.1.mlp.down_proj",
+        "1 parameter(s) lie as [64, 48] on a device, planned [64, 6]",
+    ),
+    "table gathered": (
+        "2x2",
+        "model.embed_tokens",
+        "all-gather over 'model', 1 of 24576 bytes, which the plan does not need",
+    ),
+    "q, k and v concatenated": (
+        "1x2",
+        LAYER + "self_attn.k_proj",
+        "collective-permute over 'model'",
+    ),
+    "cache split over head_dim": (
+        "1x2",
+        "cache",
+        "0 of 4 tensors lie as [4, 2, 256, 8] on a device, as planned",
+    ),
+    "cache not donated": (
+        "1x2",
+        "cache",
+        "4 of 4 tensors are not updated in place: each step writes them anew",
+    ),
 }
 
 
@@ -85,14 +122,24 @@ FAULTS = {
     ("fault", "phase"),
     # Every fault once, in turns in prefill and decode, but for the one layer, which a test below has; the rest is slow.
     [
-        pytest.param(fault, phase, marks=() if (index + place) % 2 == 0 and fault != "one layer replicated" else pytest.mark.slow)
+        pytest.param(
+            fault,
+            phase,
+            marks=()
+            if (index + place) % 2 == 0 and fault != "one layer replicated"
+            else pytest.mark.slow,
+        )
         for index, fault in enumerate(FAULTS)
         for place, phase in enumerate(PHASES)
     ],
 )
-def test_a_fault_is_found_and_its_module_named(auditors: Any, models: Any, fault: str, phase: str) -> None:
+def test_a_fault_is_found_and_its_module_named(
+    auditors: Any, models: Any, fault: str, phase: str
+) -> None:
     mesh, module, what = FAULTS[fault]
-    document = auditors("judged", models(**DIVIDES, head_dim=8, hidden=64).folder, mesh, phase=phase, fault=fault)
+    document = auditors(
+        "judged", models(**DIVIDES, head_dim=8, hidden=64).folder, mesh, phase=phase, fault=fault
+    )
     assert not document["passed"]
     assert any(what in told for told in said_of(document, module)), document["findings"]
 
@@ -103,59 +150,126 @@ def said_of(document: dict[str, Any], module: str) -> list[str]:
 
 # What is moved for a weight on the wrong side: the product's result, or, where oneDNN multiplies, the weight.
 SIDES = {
-    ("o_proj split on its outputs", "Eigen", "prefill"): (FIRST + "self_attn.o_proj", "all-gather over 'model', 2 of 16384"),
-    ("o_proj split on its outputs", "Eigen", "decode"): (LAYER + "self_attn.o_proj", "all-gather over 'model', 4 of 1024"),
-    ("o_proj split on its outputs", "oneDNN", "prefill"): (LAYER + "self_attn.o_proj", "all-to-all over 'model', 2 of 8192"),
-    ("o_proj split on its outputs", "oneDNN", "decode"): (LAYER + "self_attn.o_proj", "all-to-all over 'model', 2 of 8192"),
-    ("up_proj split on its inputs", "Eigen", "prefill"): (FIRST + "mlp.up_proj", "all-to-all over 'model', 1 of 6144"),
-    ("up_proj split on its inputs", "Eigen", "decode"): (LAYER + "mlp.up_proj", "all-reduce over 'model', 2 of 768"),
-    ("up_proj split on its inputs", "oneDNN", "prefill"): (LAYER + "mlp.up_proj", "all-to-all over 'model', 2 of 6144"),
-    ("up_proj split on its inputs", "oneDNN", "decode"): (LAYER + "mlp.up_proj", "all-to-all over 'model', 2 of 6144"),
+    ("o_proj split on its outputs", "Eigen", "prefill"): (
+        FIRST + "self_attn.o_proj",
+        "all-gather over 'model', 2 of 16384",
+    ),
+    ("o_proj split on its outputs", "Eigen", "decode"): (
+        LAYER + "self_attn.o_proj",
+        "all-gather over 'model', 4 of 1024",
+    ),
+    ("o_proj split on its outputs", "oneDNN", "prefill"): (
+        LAYER + "self_attn.o_proj",
+        "all-to-all over 'model', 2 of 8192",
+    ),
+    ("o_proj split on its outputs", "oneDNN", "decode"): (
+        LAYER + "self_attn.o_proj",
+        "all-to-all over 'model', 2 of 8192",
+    ),
+    ("up_proj split on its inputs", "Eigen", "prefill"): (
+        FIRST + "mlp.up_proj",
+        "all-to-all over 'model', 1 of 6144",
+    ),
+    ("up_proj split on its inputs", "Eigen", "decode"): (
+        LAYER + "mlp.up_proj",
+        "all-reduce over 'model', 2 of 768",
+    ),
+    ("up_proj split on its inputs", "oneDNN", "prefill"): (
+        LAYER + "mlp.up_proj",
+        "all-to-all over 'model', 2 of 6144",
+    ),
+    ("up_proj split on its inputs", "oneDNN", "decode"): (
+        LAYER + "mlp.up_proj",
+        "all-to-all over 'model', 2 of 6144",
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    ("fault", "by", "phase"), [pytest.param(*case, marks=() if index % 3 == 0 else pytest.mark.slow) for index, case in enumerate(SIDES)]
+    ("fault", "by", "phase"),
+    [
+        pytest.param(*case, marks=() if index % 3 == 0 else pytest.mark.slow)
+        for index, case in enumerate(SIDES)
+    ],
 )
-def test_a_weight_split_on_the_wrong_side_is_found_whatever_multiplies(auditors: Any, models: Any, fault: str, by: str, phase: str) -> None:
+def test_a_weight_split_on_the_wrong_side_is_found_whatever_multiplies(
+    auditors: Any, models: Any, fault: str, by: str, phase: str
+) -> None:
     if by == "oneDNN" and not versions.onednn_fusions():
         pytest.skip("the installed torch_xla was built without oneDNN")
     module, what = SIDES[fault, by, phase]
     folder = models(**DIVIDES, head_dim=8, hidden=64).folder
-    document = auditors("judged", folder, "1x2", phase=phase, fault=fault, one_core_each=by == "oneDNN")
+    document = auditors(
+        "judged", folder, "1x2", phase=phase, fault=fault, one_core_each=by == "oneDNN"
+    )
     assert not document["passed"]
-    assert f"{what} bytes, which the plan does not need" in said_of(document, module), document["findings"]
+    assert f"{what} bytes, which the plan does not need" in said_of(document, module), document[
+        "findings"
+    ]
     part = fault.split()[0]
-    lies = "[32, 64] on a device, planned [64, 32]" if part == "o_proj" else "[48, 32] on a device, planned [24, 64]"
-    assert any(lies in told for each in modules(document) if each.endswith(part) for told in said_of(document, each))
+    lies = (
+        "[32, 64] on a device, planned [64, 32]"
+        if part == "o_proj"
+        else "[48, 32] on a device, planned [24, 64]"
+    )
+    assert any(
+        lies in told
+        for each in modules(document)
+        if each.endswith(part)
+        for told in said_of(document, each)
+    )
 
 
 def test_a_cache_that_is_copied_every_step_costs_its_bytes(auditors: Any, models: Any) -> None:
     document = auditors(
-        "judged", models(**DIVIDES, head_dim=8, hidden=64).folder, "1x8", phase="decode", fault="cache not donated", batch=2
+        "judged",
+        models(**DIVIDES, head_dim=8, hidden=64).folder,
+        "1x8",
+        phase="decode",
+        fault="cache not donated",
+        batch=2,
     )
     # On eight devices the four KV heads stand twice, one on each device.
     size = 4 * 2 * 1 * 256 * 8 * 4
-    assert {"module": "cache", "what": "4 whole tensors are copied every step", "bytes": size} in list(document["findings"])
+    assert {
+        "module": "cache",
+        "what": "4 whole tensors are copied every step",
+        "bytes": size,
+    } in list(document["findings"])
 
 
 def test_an_input_that_is_split_by_accident_is_found(auditors: Any, models: Any) -> None:
-    document = auditors("judged", models(**DIVIDES).folder, "1x2", phase="prefill", fault="ids split over positions")
+    document = auditors(
+        "judged", models(**DIVIDES).folder, "1x2", phase="prefill", fault="ids split over positions"
+    )
     what = "all-gather over 'model', 1 of 512 bytes, which the plan does not need"
     assert document["findings"] == ({"module": "model.embed_tokens", "what": what, "bytes": 512},)
 
 
 def test_a_fault_in_one_layer_names_that_layer_alone(auditors: Any, models: Any) -> None:
-    assert modules(auditors("judged", models(**DIVIDES).folder, "1x2", phase="decode", fault="one layer replicated")) == {
-        "model.layers.1.mlp.down_proj"
-    }
+    assert modules(
+        auditors(
+            "judged", models(**DIVIDES).folder, "1x2", phase="decode", fault="one layer replicated"
+        )
+    ) == {"model.layers.1.mlp.down_proj"}
 
 
-def test_the_plain_recipe_gathers_three_tensors_a_layer_where_heads_do_not_divide(auditors: Any, models: Any) -> None:
-    findings = auditors("recipe", models(heads=9, kv_heads=3, hidden=72, intermediate=48, vocab=96).folder, "1x2")
-    gathers = [finding for finding in findings if "all-gather" in finding["what"] and finding["module"] == LAYER + "self_attn"]
+def test_the_plain_recipe_gathers_three_tensors_a_layer_where_heads_do_not_divide(
+    auditors: Any, models: Any
+) -> None:
+    findings = auditors(
+        "recipe", models(heads=9, kv_heads=3, hidden=72, intermediate=48, vocab=96).folder, "1x2"
+    )
+    gathers = [
+        finding
+        for finding in findings
+        if "all-gather" in finding["what"] and finding["module"] == LAYER + "self_attn"
+    ]
     assert sum(int(finding["what"].split(", ")[1].split()[0]) for finding in gathers) == 3 * 2
-    assert {finding["module"] for finding in findings} == {LAYER + "self_attn", "sampling"}  # it picks no token
+    assert {finding["module"] for finding in findings} == {
+        LAYER + "self_attn",
+        "sampling",
+    }  # it picks no token
 
 
 def test_the_plain_recipe_is_as_planned_where_heads_divide(auditors: Any, models: Any) -> None:
@@ -173,7 +287,9 @@ PLANS: dict[str, dict[str, Any]] = {
     "down_proj replicated": {LAYER + "mlp.down_proj.weight": "replicate"},
     "down_proj on its outputs": {LAYER + "mlp.down_proj.weight": "colwise"},
     "gate_proj on its inputs": {LAYER + "mlp.gate_proj.weight": "rowwise"},
-    "q, k, v on their inputs": {LAYER + f"self_attn.{part}_proj.weight": "rowwise" for part in "qkv"},
+    "q, k, v on their inputs": {
+        LAYER + f"self_attn.{part}_proj.weight": "rowwise" for part in "qkv"
+    },
     "table over hidden": {"model.embed_tokens.weight": [None, "model"]},
     "head on its inputs": {"lm_head.weight": [None, "model"]},
     "one layer": {"model.layers.1.mlp.down_proj.weight": "replicate"},
@@ -185,24 +301,34 @@ ALIKE = ("o_proj replicated", "down_proj on its outputs", "q, k, v on their inpu
     ("name", "mesh"),
     # Every plan on one of the meshes, but for those of a kind that another plan has, too; the rest is slow.
     [
-        pytest.param(name, mesh, marks=() if (index + place) % 2 == 0 and name not in ALIKE else pytest.mark.slow)
+        pytest.param(
+            name,
+            mesh,
+            marks=() if (index + place) % 2 == 0 and name not in ALIKE else pytest.mark.slow,
+        )
         for index, name in enumerate(PLANS)
         for place, mesh in enumerate(("1x2", "2x2"))
     ],
 )
-def test_a_plan_of_ones_own_is_carried_out_and_its_cost_named(auditors: Any, models: Any, name: str, mesh: str) -> None:
+def test_a_plan_of_ones_own_is_carried_out_and_its_cost_named(
+    auditors: Any, models: Any, name: str, mesh: str
+) -> None:
     folder = models(**DIVIDES, hidden=64).folder
     accepted = auditors("judged", folder, mesh, phase="decode", plan=PLANS[name], accept_plan=True)
     assert accepted["findings"] == ()
     document = auditors("judged", folder, mesh, phase="prefill", plan=PLANS[name])
-    assert document["findings"] and all("which this mesh can do without" in finding["what"] for finding in document["findings"])
+    assert document["findings"] and all(
+        "which this mesh can do without" in finding["what"] for finding in document["findings"]
+    )
     pattern = next(iter(PLANS[name])).removesuffix(".weight")
     assert any(module.startswith(pattern.split("*")[0]) for module in modules(document))
     assert all(finding["bytes"] > 0 for finding in document["findings"])
 
 
 @pytest.mark.parametrize("part", ["mlp.*", "self_attn.k_proj"])
-def test_a_replicated_weight_that_costs_no_collective_is_no_finding(auditors: Any, models: Any, part: str) -> None:
+def test_a_replicated_weight_that_costs_no_collective_is_no_finding(
+    auditors: Any, models: Any, part: str
+) -> None:
     plan = {f"{LAYER}{part}.weight": "replicate"}
     assert auditors("judged", models(**DIVIDES).folder, "1x2", phase="decode", plan=plan)["passed"]
 
@@ -223,7 +349,12 @@ def test_groups_of_devices_are_named_by_their_axis() -> None:
 
 
 def audit(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "parallama", "audit", *arguments], capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        [sys.executable, "-m", "parallama", "audit", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 @pytest.mark.slow  # unmarked, tests/test_readme.py has it audited on 1x8
@@ -232,7 +363,10 @@ def test_smollm2_needs_two_all_reduces_a_layer_and_what_embedding_and_pick_need(
     done = audit("smollm2", "--mesh", mesh, "--phase", "all", "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    assert document["passed"] and [each["phase"] for each in document["phases"]] == ["prefill", "decode"]
+    assert document["passed"] and [each["phase"] for each in document["phases"]] == [
+        "prefill",
+        "decode",
+    ]
     for phase in document["phases"]:
         layers = {"*": 30} if phase["phase"] == "decode" else {"0-28": 29, "29": 1}
         sums = {
@@ -240,7 +374,9 @@ def test_smollm2_needs_two_all_reduces_a_layer_and_what_embedding_and_pick_need(
             for some, count in layers.items()
             for module in ("self_attn.o_proj", "mlp.down_proj")
         }
-        assert {(each["kind"], each["module"]): each["count"] for each in phase["found"]} == sums | {
+        assert {
+            (each["kind"], each["module"]): each["count"] for each in phase["found"]
+        } == sums | {
             ("all-reduce", "model.embed_tokens"): 1,
             ("all-gather", "sampling"): 1,
         }
@@ -251,7 +387,20 @@ def test_plan_predicts_what_audit_finds(models: Any, tmp_path: Path) -> None:
     folder = models(**SMOL).folder
     done = audit(folder, "--mesh", "2x2", "--batch", "4", "--seq", "40", "--phase", "all", "--json")
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, "-m", "parallama", "plan", folder, "--mesh", "2x2", "--batch", "4", "--seq", "40", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "parallama",
+        "plan",
+        folder,
+        "--mesh",
+        "2x2",
+        "--batch",
+        "4",
+        "--seq",
+        "40",
+        "--json",
+    ]
     planned = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     for phase in json.loads(done.stdout)["phases"]:
         assert phase["found"] == planned["collectives"][phase["phase"]]
@@ -266,18 +415,37 @@ def test_a_failed_audit_says_what_differs_and_exits_with_1(models: Any, tmp_path
     assert "decode: FAILED" in done.stdout
     finding = "- model.layers.*.self_attn.o_proj: the plan needs all-gather over 'model', 2 of"
     assert finding in " ".join(done.stdout.split())
-    assert audit(models(**DIVIDES).folder, "--mesh", "1x2", "--plan", str(plan), "--accept-plan", "--quiet").returncode == 0
+    assert (
+        audit(
+            models(**DIVIDES).folder,
+            "--mesh",
+            "1x2",
+            "--plan",
+            str(plan),
+            "--accept-plan",
+            "--quiet",
+        ).returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--phase", "generate"], "--phase 'generate' is unknown\nexpected one of prefill, decode, train, all"),
-        (["--mesh", "2x1", "--batch", "3"], "--batch is 3\nexpected a multiple of 2, the devices along 'data'"),
+        (
+            ["--phase", "generate"],
+            "--phase 'generate' is unknown\nexpected one of prefill, decode, train, all",
+        ),
+        (
+            ["--mesh", "2x1", "--batch", "3"],
+            "--batch is 3\nexpected a multiple of 2, the devices along 'data'",
+        ),
         (["--seq", "0"], "--seq is 0\nexpected at least 1"),
     ],
 )
-def test_a_wrong_option_is_refused_before_anything_runs(capsys: Any, arguments: list[str], said: str) -> None:
+def test_a_wrong_option_is_refused_before_anything_runs(
+    capsys: Any, arguments: list[str], said: str
+) -> None:
     from parallama.__main__ import run
 
     assert run(["audit", "nowhere", *arguments]) == 2

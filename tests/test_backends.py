@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from parallama import backends, flags, plugins
+from parallama.engine.devices import discovery, plugins
+from parallama.engine.torch_xla import backends, flags
 from parallama.errors import BackendError, UsageError
 from parallama.host import usable_cores
 
@@ -19,7 +20,7 @@ START = """
 import os, sys
 import torch, torch_xla
 {before}
-from parallama import backends
+from parallama.engine.torch_xla import backends
 from parallama.errors import FitError
 try:
     print(backends.start("cpu", 2).devices, os.environ["XLA_FLAGS"])
@@ -32,12 +33,21 @@ os._exit(0)  # joining XLA's threads can take long on a busy machine
 
 TWO_DEVICES = " ".join(
     f"{key}={value}"
-    for key, value in {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2", **flags.cpu_threads(2, usable_cores(), os.environ)}.items()
+    for key, value in {
+        "PJRT_DEVICE": "CPU",
+        "CPU_NUM_DEVICES": "2",
+        **flags.cpu_threads(2, usable_cores(), os.environ),
+    }.items()
 )
 
 
 def started(before: str) -> str:
-    done = subprocess.run([sys.executable, "-c", START.format(before=before)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", START.format(before=before)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -45,7 +55,10 @@ def started(before: str) -> str:
 def test_devices_start_after_another_package_has_imported_torch_xla_and_with_our_flags() -> None:
     devices, *flags = started("os.environ['XLA_FLAGS'] = '--xla_cpu_use_xnnpack=true'").split()
     assert devices == "2"
-    assert flags == ["--xla_cpu_use_xnnpack=true", "--xla_disable_hlo_passes=tree_reduction_rewriter"]
+    assert flags == [
+        "--xla_cpu_use_xnnpack=true",
+        "--xla_disable_hlo_passes=tree_reduction_rewriter",
+    ]
 
 
 @pytest.mark.slow
@@ -60,7 +73,7 @@ LATER = """
 import os, sys
 from pathlib import Path
 import torch
-from parallama import backends
+from parallama.engine.torch_xla import backends
 backends.start("cpu", 1)
 print([name for name in ("torch._inductor.lowering", "functorch.compile", "torch_xla.stablehlo", "torch_xla.experimental.gru") if name in sys.modules])
 import torch_xla
@@ -74,16 +87,30 @@ os._exit(0)
 """
 
 
-def test_what_torch_xla_imports_for_exports_and_grus_is_imported_when_it_is_used(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", LATER, str(tmp_path / "exported")], capture_output=True, text=True, timeout=300)
+def test_what_torch_xla_imports_for_exports_and_grus_is_imported_when_it_is_used(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LATER, str(tmp_path / "exported")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[]", "True", "torch.nn.modules.rnn torch_xla.experimental.gru"]
+    assert done.stdout.splitlines() == [
+        "[]",
+        "True",
+        "torch.nn.modules.rnn torch_xla.experimental.gru",
+    ]
     assert list((tmp_path / "exported" / "functions").iterdir())
 
 
 def test_a_large_product_is_right_after_more_split_loops_than_a_threads_queue_holds() -> None:
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "long_program.py"), "1100"], capture_output=True, text=True, timeout=900
+        [sys.executable, str(Path(__file__).parent / "long_program.py"), "1100"],
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
@@ -96,7 +123,7 @@ def test_a_large_product_is_right_after_more_split_loops_than_a_threads_queue_ho
 PLUGINS = """
 import json, os, sys
 from pathlib import Path
-from parallama import backends
+from parallama.engine.torch_xla import backends
 from parallama.errors import ParallamaError
 library, steps = sys.argv[1], json.loads(sys.argv[2])
 said = []
@@ -123,7 +150,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tt-metal").mkdir()
     (folder / "pjrt_plugin_tt.so").symlink_to(real)
     (folder / "mine-1.dist-info").mkdir()
-    (folder / "mine-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
+    (folder / "mine-1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: mine\nVersion: 1\n"
+    )
     (folder / "mine-1.dist-info" / "entry_points.txt").write_text(
         "[torch_xla.plugins]\nmine = mine:Mine\nbroken = no_such_module:Plugin\nnowhere = mine:Nowhere\n"
     )
@@ -135,9 +164,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "pjrt_plugin_tt.so"
 
 
-def run_plugins(library: Path, *steps: tuple[str, int | None, dict[str, Any], tuple[int, int] | None], **more: str) -> dict[str, Any]:
+def run_plugins(
+    library: Path,
+    *steps: tuple[str, int | None, dict[str, Any], tuple[int, int] | None],
+    **more: str,
+) -> dict[str, Any]:
     path = os.pathsep.join([str(library.parent), os.environ.get("PYTHONPATH", "")])
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))
+    }
     done = subprocess.run(
         [sys.executable, "-c", PLUGINS, str(library), json.dumps(steps)],
         capture_output=True,
@@ -149,16 +186,30 @@ def run_plugins(library: Path, *steps: tuple[str, int | None, dict[str, Any], tu
     return json.loads(done.stdout)
 
 
-def test_a_tenstorrent_plugin_by_path_gets_its_options_and_environment_before_its_client_is_made(library: Path) -> None:
+def test_a_tenstorrent_plugin_by_path_gets_its_options_and_environment_before_its_client_is_made(
+    library: Path,
+) -> None:
     options = {"cpu_device_count": 2}
     run = run_plugins(
-        library, ("{library}", 2, options, (1, 2)), ("{library}", 2, options, (1, 2)), ("tt", 2, {}, None), ("cpu", 2, {}, None)
+        library,
+        ("{library}", 2, options, (1, 2)),
+        ("{library}", 2, options, (1, 2)),
+        ("tt", 2, {}, None),
+        ("cpu", 2, {}, None),
     )
     first, again, other_options, other_backend = run["said"]
     assert first == again == ["tt", 2, str(library), "0.81", options, ["CPU:0", "CPU:1"]]
-    assert other_options[:3] == ["FitError", 4, "this process already runs 2 tt device(s), not 2 tt device(s)"]
+    assert other_options[:3] == [
+        "FitError",
+        4,
+        "this process already runs 2 tt device(s), not 2 tt device(s)",
+    ]
     assert other_options[3] == "with other backend options"
-    assert other_backend[:3] == ["FitError", 4, "this process already runs 2 tt device(s), not 2 cpu device(s)"]
+    assert other_backend[:3] == [
+        "FitError",
+        4,
+        "this process already runs 2 tt device(s), not 2 cpu device(s)",
+    ]
     assert run["spmd"] is True
     assert run["environment"] == {
         "PJRT_DEVICE": "TT",
@@ -171,21 +222,48 @@ def test_a_tenstorrent_plugin_by_path_gets_its_options_and_environment_before_it
     }
 
 
-def test_plugins_that_do_not_fit_are_refused_and_the_device_count_is_the_machines(library: Path) -> None:
-    steps = [("mine", None, {}, None), ("broken", None, {}, None), ("nowhere", None, {}, None), ("neuron", None, {}, None)]
+def test_plugins_that_do_not_fit_are_refused_and_the_device_count_is_the_machines(
+    library: Path,
+) -> None:
+    steps = [
+        ("mine", None, {}, None),
+        ("broken", None, {}, None),
+        ("nowhere", None, {}, None),
+        ("neuron", None, {}, None),
+    ]
     run = run_plugins(
-        library, *steps, ("tt", 3, {"cpu_device_count": 2}, None), ("tt", 2, {}, None), PJRT_NAMES_AND_LIBRARY_PATHS=f"tt:{library}"
+        library,
+        *steps,
+        ("tt", 3, {"cpu_device_count": 2}, None),
+        ("tt", 2, {}, None),
+        PJRT_NAMES_AND_LIBRARY_PATHS=f"tt:{library}",
     )
     mine, broken, nowhere, neuron, three, late = run["said"]
-    assert mine[:2] == ["BackendError", 5] and "speaks PJRT API 0.81, torch_xla 2.9.0 speaks 0.75" in mine[2]
+    assert (
+        mine[:2] == ["BackendError", 5]
+        and "speaks PJRT API 0.81, torch_xla 2.9.0 speaks 0.75" in mine[2]
+    )
     assert broken == [
         "BackendError",
         5,
         "backend 'broken' is not available: no_such_module:Plugin does not load: No module named 'no_such_module'",
     ]
-    assert nowhere == ["BackendError", 5, "backend 'nowhere' is not available: it names no plugin file: the driver is not installed"]
-    assert neuron == ["BackendError", 5, "backend 'neuron' is not available: it names no plugin file: No module named 'libneuronxla'"]
-    assert three == ["FitError", 4, "3 devices asked for, backend 'tt' has 2", "expected a mesh that covers all of them"]
+    assert nowhere == [
+        "BackendError",
+        5,
+        "backend 'nowhere' is not available: it names no plugin file: the driver is not installed",
+    ]
+    assert neuron == [
+        "BackendError",
+        5,
+        "backend 'neuron' is not available: it names no plugin file: No module named 'libneuronxla'",
+    ]
+    assert three == [
+        "FitError",
+        4,
+        "3 devices asked for, backend 'tt' has 2",
+        "expected a mesh that covers all of them",
+    ]
     assert late == [
         "FitError",
         4,
@@ -194,40 +272,57 @@ def test_plugins_that_do_not_fit_are_refused_and_the_device_count_is_the_machine
     ]
 
 
-def test_one_device_of_a_plugin_runs_without_spmd_and_a_variable_of_the_user_stays(library: Path) -> None:
-    run = run_plugins(library, ("{library}", 1, {"cpu_device_count": 1}, (1, 1)), XLA_STABLEHLO_COMPILE="0")
+def test_one_device_of_a_plugin_runs_without_spmd_and_a_variable_of_the_user_stays(
+    library: Path,
+) -> None:
+    run = run_plugins(
+        library, ("{library}", 1, {"cpu_device_count": 1}, (1, 1)), XLA_STABLEHLO_COMPILE="0"
+    )
     assert run["said"][0][:2] == ["tt", 1]
     assert run["spmd"] is False
-    assert run["environment"]["MESH_SHAPE"] is None and run["environment"]["XLA_STABLEHLO_COMPILE"] == "0"
+    assert (
+        run["environment"]["MESH_SHAPE"] is None
+        and run["environment"]["XLA_STABLEHLO_COMPILE"] == "0"
+    )
 
 
 def test_a_client_that_cannot_be_made_is_told_with_the_plugins_words(library: Path) -> None:
     run = run_plugins(library, ("{library}", None, {"cpu_device_count": "many"}, None))
     kind, code, said, which = run["said"][0]
     assert (kind, code) == ("BackendError", 5)
-    assert said == "backend 'tt' does not start: Unexpected index"  # text where a number was expected
+    assert (
+        said == "backend 'tt' does not start: Unexpected index"
+    )  # text where a number was expected
     assert which == f"plugin: {library} (PJRT API 0.81)"
 
 
 def test_backends_that_are_not_there_say_what_to_do() -> None:
     for name, said in {
-        "tpu": ["backend 'tpu' is not available: libtpu is not installed", "on a TPU machine run: pip install 'torch_xla[tpu]==2.9.0'"],
+        "tpu": [
+            "backend 'tpu' is not available: libtpu is not installed",
+            "on a TPU machine run: pip install 'torch_xla[tpu]==2.9.0'",
+        ],
         "tt": [
             "backend 'tt' is not available: no plugin of Tenstorrent's is installed",
             "install pjrt-plugin-tt, or give the path of pjrt_plugin_tt.so",
         ],
-        "abacus": ["backend 'abacus' is unknown", "expected one of cpu, tpu, tt, xla_cpu_pjrt, or the path of a PJRT plugin (.so)"],
+        "abacus": [
+            "backend 'abacus' is unknown",
+            "expected one of cpu, tpu, tt, xla_cpu_pjrt, or the path of a PJRT plugin (.so)",
+        ],
     }.items():
         with pytest.raises(BackendError) as caught:
-            backends.find(name)
+            discovery.find(name)
         assert str(caught.value).splitlines() == said
 
 
 def test_environment_variables_name_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PJRT_NAMES_AND_LIBRARY_PATHS", "tpu:/a/tpu.so,mine:/b/mine.so")
-    assert backends.library_of("mine") == Path("/b/mine.so") and backends.library_of("tpu") == Path("/a/tpu.so")
+    assert discovery.library_of("mine") == Path("/b/mine.so") and discovery.library_of(
+        "tpu"
+    ) == Path("/a/tpu.so")
     monkeypatch.setenv("TPU_LIBRARY_PATH", "/c/libtpu.so")
-    assert backends.library_of("tpu") == Path("/c/libtpu.so")
+    assert discovery.library_of("tpu") == Path("/c/libtpu.so")
 
 
 def test_the_cpu_takes_no_options() -> None:

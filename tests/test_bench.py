@@ -15,21 +15,26 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from parallama import cost
 from parallama.bench import profile, shapes
 from parallama.bench.processes import EngineProcess
 from parallama.bench.run import Options
 from parallama.bench.training import TrainOptions
 from parallama.errors import CheckpointError, RunError, UsageError
 from parallama.host import usable_cores
-from parallama.spec import ModelSpec
-from parallama.topology import MeshShape
+from parallama.model.spec import ModelSpec
+from parallama.plan import cost
+from parallama.plan.mesh_shape import MeshShape
 
 ONE = MeshShape(data=1, model=1)
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "parallama", "bench", *arguments], capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        [sys.executable, "-m", "parallama", "bench", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,9 @@ def test_a_decode_step_must_read_every_weight_and_the_cache_once() -> None:
     embedding = 512 * 64
     one = cost.decode_bytes(spec, 1, 0, 4)
     assert one == 4 * (parameters - embedding + 64)
-    assert cost.decode_bytes(spec, 3, 10, 4) - cost.decode_bytes(spec, 3, 0, 4) == 4 * 3 * 10 * (2 * 2 * 4 * 8)
+    assert cost.decode_bytes(spec, 3, 10, 4) - cost.decode_bytes(spec, 3, 0, 4) == 4 * 3 * 10 * (
+        2 * 2 * 4 * 8
+    )
     assert cost.decode_bytes(spec, 1, 7, 2) * 2 == cost.decode_bytes(spec, 1, 7, 4)
 
 
@@ -77,10 +84,14 @@ def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() 
     parameters = sum(math.prod(shape) for _, shape in spec.parameters())
     head = 512 * 64
     inside = parameters - 2 * head
-    scores_and_values = 2 * 2 * 8 * 8 * 2  # two products of two FLOPs, query heads, head dim, layers
+    scores_and_values = (
+        2 * 2 * 8 * 8 * 2
+    )  # two products of two FLOPs, query heads, head dim, layers
     assert cost.prefill_flops(spec, 1, 1) == 2 * inside + scores_and_values + 2 * head
     at_the_end = 64 * 64 + 3 * 64 * 176  # the last layer's o_proj and MLP
-    assert cost.prefill_flops(spec, 2, 5) == 2 * (2 * inside * 5 - 2 * at_the_end * 4 + scores_and_values * 15 + 2 * head)
+    assert cost.prefill_flops(spec, 2, 5) == 2 * (
+        2 * inside * 5 - 2 * at_the_end * 4 + scores_and_values * 15 + 2 * head
+    )
 
 
 # -- refusals
@@ -89,10 +100,22 @@ def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--peers", "vllm"], 2, "peer 'vllm' is unknown\nexpected one of hf, hf-compile, hf-tp, recipe, recipe-openxla"),
-        (["--batch", "1,x"], 2, "--batch '1,x' cannot be read\nexpected whole numbers with commas, as 1,4,16"),
+        (
+            ["--peers", "vllm"],
+            2,
+            "peer 'vllm' is unknown\nexpected one of hf, hf-compile, hf-tp, recipe, recipe-openxla",
+        ),
+        (
+            ["--batch", "1,x"],
+            2,
+            "--batch '1,x' cannot be read\nexpected whole numbers with commas, as 1,4,16",
+        ),
         (["--batch", "0"], 2, "batch is 0\nexpected at least 1"),
-        (["--prompt-tokens", "8,8"], 2, "--prompt-tokens 8,8 names a number twice\nexpected each once"),
+        (
+            ["--prompt-tokens", "8,8"],
+            2,
+            "--prompt-tokens 8,8 names a number twice\nexpected each once",
+        ),
         (["--mesh", "1x1,1x1"], 2, "--mesh 1x1,1x1 names a mesh twice\nexpected each once"),
         (["--mesh", ","], 2, "there is no mesh\nexpected at least one, as 1x1,1x2"),
         (["--steps", "3"], 2, "steps is 3\nexpected at least 8"),
@@ -103,10 +126,18 @@ def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() 
         (["--train", "--batch", "2,4"], 2, "--batch 2,4 with --train\nexpected one number"),
         (["--train", "--prompt-tokens", "1"], 2, "prompt-tokens is 1\nexpected at least 2"),
         (["--train", "--repeats", "0"], 2, "repeats is 0\nexpected at least 1"),
-        (["--train", "--mesh", "2x1", "--batch", "3"], 2, "batch 3 on mesh 2x1\nexpected a multiple of 2"),
+        (
+            ["--train", "--mesh", "2x1", "--batch", "3"],
+            2,
+            "batch 3 on mesh 2x1\nexpected a multiple of 2",
+        ),
         (["--train", "--mesh", ","], 2, "there is no mesh\nexpected at least one, as 1x1,1x2"),
         (["--train", "--threads", "4096"], 2, "threads is 4096\nexpected 1 to "),
-        (["--train", "--dtype", "int4"], 2, "dtype 'int4' is unknown\nexpected float32 or bfloat16"),
+        (
+            ["--train", "--dtype", "int4"],
+            2,
+            "dtype 'int4' is unknown\nexpected float32 or bfloat16",
+        ),
         (["--load"], 2, "model 'nowhere' is no folder\nexpected safetensors"),
         (["--load", "--mesh", ","], 2, "there is no mesh\nexpected at least one, as 1x1,1x2"),
         (["--load", "--repeats", "0"], 2, "repeats is 0\nexpected at least 1"),
@@ -114,16 +145,34 @@ def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() 
         (["--load", "--peers", "hf"], 2, "--peers was given with --load\nexpected one of the two"),
         (["--load", "--steps", "24"], 2, "--steps was given with --load\nexpected one of the two"),
         (["--load", "--train"], 2, "--train was given with --load\nexpected one of the two"),
-        (["--load", "--threads", "0"], 2, "--threads was given with --load\nexpected one of the two"),
+        (
+            ["--load", "--threads", "0"],
+            2,
+            "--threads was given with --load\nexpected one of the two",
+        ),
         (["--load", "--backend", "tpu"], 2, "--backend tpu with --load\nexpected cpu"),
-        (["--train", "--plot", "x.png"], 2, "--plot was given with --train\nexpected one of the two"),
+        (
+            ["--train", "--plot", "x.png"],
+            2,
+            "--plot was given with --train\nexpected one of the two",
+        ),
         (["--load", "--profile"], 2, "--profile was given with --load\nexpected one of the two"),
-        (["--make", "l200", "--threads", "2"], 2, "--threads was given with --make\nexpected one of the two"),
+        (
+            ["--make", "l200", "--threads", "2"],
+            2,
+            "--threads was given with --make\nexpected one of the two",
+        ),
         (["--make", "l200", "--load"], 2, "--load was given with --make\nexpected one of the two"),
-        (["--train", "--steps", "24"], 2, "--steps was given with --train\nexpected one of the two"),
+        (
+            ["--train", "--steps", "24"],
+            2,
+            "--steps was given with --train\nexpected one of the two",
+        ),
     ],
 )
-def test_a_wrong_option_is_refused_before_anything_runs(capsys: Any, arguments: list[str], code: int, said: str) -> None:
+def test_a_wrong_option_is_refused_before_anything_runs(
+    capsys: Any, arguments: list[str], code: int, said: str
+) -> None:
     from parallama.__main__ import run
 
     assert run(["bench", "nowhere", *arguments]) == code
@@ -131,12 +180,17 @@ def test_a_wrong_option_is_refused_before_anything_runs(capsys: Any, arguments: 
     assert error.startswith(f"parallama: {said}") and len(error.splitlines()) <= 3
 
 
-def test_a_picture_that_could_not_be_written_is_refused_before_anything_runs(capsys: Any, tmp_path: Path) -> None:
+def test_a_picture_that_could_not_be_written_is_refused_before_anything_runs(
+    capsys: Any, tmp_path: Path
+) -> None:
     from parallama.__main__ import run
 
     for path in (tmp_path, tmp_path / "none" / "rows.png"):
         assert run(["bench", "nowhere", "--plot", str(path)]) == 2
-        assert capsys.readouterr().err == f"parallama: --plot {path} cannot be written\nexpected a file in a folder that exists\n"
+        assert (
+            capsys.readouterr().err
+            == f"parallama: --plot {path} cannot be written\nexpected a file in a folder that exists\n"
+        )
 
 
 def test_a_model_that_is_not_there_is_refused(capsys: Any) -> None:
@@ -147,14 +201,18 @@ def test_a_model_that_is_not_there_is_refused(capsys: Any) -> None:
 
 
 def test_a_shape_that_is_unknown_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="shape 'l9' is unknown\nexpected one of tiny, smol135, l200, l1b"):
+    with pytest.raises(
+        UsageError, match="shape 'l9' is unknown\nexpected one of tiny, smol135, l200, l1b"
+    ):
         shapes.make("l9", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("mine")
-    with pytest.raises(CheckpointError, match="is not empty\nexpected a new one: nothing is written over"):
+    with pytest.raises(
+        CheckpointError, match="is not empty\nexpected a new one: nothing is written over"
+    ):
         shapes.make("tiny", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
@@ -174,7 +232,15 @@ def test_options_are_checked_in_python_too() -> None:
 
 @pytest.mark.parametrize("kind", [Options, TrainOptions])
 def test_every_engine_is_told_all_that_was_asked_for(kind: Any) -> None:
-    asked = kind(model="m", meshes=(ONE,), threads=1, dtype="bfloat16", backend="cpu", backend_options={"a": 1}, allow_nonfinite=True)
+    asked = kind(
+        model="m",
+        meshes=(ONE,),
+        threads=1,
+        dtype="bfloat16",
+        backend="cpu",
+        backend_options={"a": 1},
+        allow_nonfinite=True,
+    )
     told = asked.engine("hf", ONE)
     assert {name: told[name] for name in ("engine", "model", "mesh", "devices", "threads")} == {
         "engine": "hf",
@@ -183,8 +249,14 @@ def test_every_engine_is_told_all_that_was_asked_for(kind: Any) -> None:
         "devices": 1,
         "threads": 1,
     }
-    assert (told["dtype"], told["backend_options"], told["allow_nonfinite"]) == ("bfloat16", {"a": 1}, True)
-    assert told.get("train") == ({"batch": 4, "seq_len": 256, "lr": 1e-4} if kind is TrainOptions else None)
+    assert (told["dtype"], told["backend_options"], told["allow_nonfinite"]) == (
+        "bfloat16",
+        {"a": 1},
+        True,
+    )
+    assert told.get("train") == (
+        {"batch": 4, "seq_len": 256, "lr": 1e-4} if kind is TrainOptions else None
+    )
 
 
 def test_an_engine_that_cannot_start_says_why(tmp_path: Path) -> None:
@@ -227,7 +299,10 @@ def test_an_engine_that_takes_too_long_is_ended_and_named() -> None:
 def test_an_engine_that_has_replied_leaves_the_cores_to_the_next() -> None:
     with EngineProcess(MACHINE | {"threads": 2}) as engine:
         engine.ask("measure")
-        states = [stat.read_text().rpartition(") ")[2][0] for stat in Path(f"/proc/{engine.pid}/task").glob("*/stat")]
+        states = [
+            stat.read_text().rpartition(") ")[2][0]
+            for stat in Path(f"/proc/{engine.pid}/task").glob("*/stat")
+        ]
     assert len(states) > 1 and set(states) == {"S"}
 
 
@@ -240,7 +315,10 @@ def rows_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def check_report(report: dict[str, Any], meshes: list[str]) -> None:
-    assert report["machine"]["bandwidth_bytes_per_s"] > 1e8 and report["machine"]["gemm_flops_per_s"] > 1e8
+    assert (
+        report["machine"]["bandwidth_bytes_per_s"] > 1e8
+        and report["machine"]["gemm_flops_per_s"] > 1e8
+    )
     assert set(report["versions"]) == {"parallama", "torch", "torch_xla", "transformers", "python"}
     assert [start["mesh"] for start in report["starts"]] == meshes
     for start in report["starts"]:
@@ -256,9 +334,24 @@ def check_report(report: dict[str, Any], meshes: list[str]) -> None:
         assert 0 < used < 1.5
 
 
-def test_a_run_measures_ours_beside_peers_that_choose_the_same_tokens(tiny: str, tmp_path: Path) -> None:
+def test_a_run_measures_ours_beside_peers_that_choose_the_same_tokens(
+    tiny: str, tmp_path: Path
+) -> None:
     picture = tmp_path / "rows.png"
-    arguments = ["--mesh", "1x2", "--peers", "hf,hf-tp", "--batch", "2", "--prompt-tokens", "8,9000", "--steps", "8", "--repeats", "1"]
+    arguments = [
+        "--mesh",
+        "1x2",
+        "--peers",
+        "hf,hf-tp",
+        "--batch",
+        "2",
+        "--prompt-tokens",
+        "8,9000",
+        "--steps",
+        "8",
+        "--repeats",
+        "1",
+    ]
     report = rows_of(bench(tiny, *arguments, "--plot", str(picture), "--json"))
     assert report["command"].startswith(f"parallama bench {tiny} --mesh 1x2")
     measured = [row for row in report["rows"] if row["skipped"] is None]
@@ -269,19 +362,26 @@ def test_a_run_measures_ours_beside_peers_that_choose_the_same_tokens(tiny: str,
         ("decode", "1x2", 2, 8),
     ]
     for row in measured:
-        assert [(peer["peer"], peer["processes"], peer["error"], peer["same_tokens"]) for peer in row["peers"]] == [
+        assert [
+            (peer["peer"], peer["processes"], peer["error"], peer["same_tokens"])
+            for peer in row["peers"]
+        ] == [
             ("hf", 1, None, True),
             ("hf-tp", 2, None, True),
         ]
         for peer in row["peers"]:
-            assert math.isclose(peer["ratio"], row["tokens_per_s"]["median"] / peer["tokens_per_s"]["median"])
+            assert math.isclose(
+                peer["ratio"], row["tokens_per_s"]["median"] / peer["tokens_per_s"]["median"]
+            )
     assert [(row["what"], row["skipped"]) for row in skipped] == [
         (what, "18000 prompt tokens, over the limit of 16384") for what in ("prefill", "decode")
     ]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_profile_without_perf_says_how_to_get_it(capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_profile_without_perf_says_how_to_get_it(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from parallama.__main__ import run
 
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -294,7 +394,12 @@ def test_a_profile_without_perf_says_how_to_get_it(capsys: Any, monkeypatch: pyt
 def test_a_profile_that_cannot_be_taken_says_what_perf_said() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    with pytest.raises(RunError, match=r"^perf cannot record: .+\nsee /proc/sys/kernel/perf_event_paranoid$"), profile.recording(ended.pid):
+    with (
+        pytest.raises(
+            RunError, match=r"^perf cannot record: .+\nsee /proc/sys/kernel/perf_event_paranoid$"
+        ),
+        profile.recording(ended.pid),
+    ):
         pass
 
 
@@ -326,12 +431,28 @@ def test_a_profile_shows_what_every_engine_does(tiny: str) -> None:
     assert not list(Path("/tmp").glob("perf-*.map"))
 
 
-def test_a_model_that_holds_nan_is_measured_only_where_that_is_allowed(tiny: str, tmp_path: Path) -> None:
+def test_a_model_that_holds_nan_is_measured_only_where_that_is_allowed(
+    tiny: str, tmp_path: Path
+) -> None:
     stored = load_file(Path(tiny) / "model.safetensors")
     stored["model.layers.0.mlp.down_proj.weight"][0, -1] = float("nan")
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((Path(tiny) / "config.json").read_bytes())
-    few = [str(tmp_path), "--peers", ",", "--batch", "1", "--prompt-tokens", "8", "--steps", "8", "--repeats", "1", "--quiet", "--json"]
+    few = [
+        str(tmp_path),
+        "--peers",
+        ",",
+        "--batch",
+        "1",
+        "--prompt-tokens",
+        "8",
+        "--steps",
+        "8",
+        "--repeats",
+        "1",
+        "--quiet",
+        "--json",
+    ]
     refused = bench(*few)
     assert (refused.returncode, refused.stdout) == (3, "")
     first, _, remedy = refused.stderr.splitlines()
@@ -342,42 +463,94 @@ def test_a_model_that_holds_nan_is_measured_only_where_that_is_allowed(tiny: str
     report = rows_of(bench(*few, "--allow-nonfinite"))
     assert report["command"].endswith("--allow-nonfinite")
     check_report(report, ["1x1"])
-    assert [(row["what"], row["peers"]) for row in report["rows"]] == [("prefill", []), ("decode", [])]
+    assert [(row["what"], row["peers"]) for row in report["rows"]] == [
+        ("prefill", []),
+        ("decode", []),
+    ]
 
 
-def test_training_steps_are_measured_beside_an_eager_loop_that_has_the_same_losses(tiny: str) -> None:
+def test_training_steps_are_measured_beside_an_eager_loop_that_has_the_same_losses(
+    tiny: str,
+) -> None:
     profiled = ["--profile"] if shutil.which("perf") else []
     report = rows_of(
-        bench(tiny, "--train", "--mesh", "1x2", "--batch", "2", "--prompt-tokens", "16", "--repeats", "2", *profiled, "--json")
+        bench(
+            tiny,
+            "--train",
+            "--mesh",
+            "1x2",
+            "--batch",
+            "2",
+            "--prompt-tokens",
+            "16",
+            "--repeats",
+            "2",
+            *profiled,
+            "--json",
+        )
     )
-    assert report["command"].startswith(f"parallama bench {tiny} --train") and report["machine"]["gemm_flops_per_s"] > 1e9
+    assert (
+        report["command"].startswith(f"parallama bench {tiny} --train")
+        and report["machine"]["gemm_flops_per_s"] > 1e9
+    )
     (row,) = report["rows"]
     assert (row["what"], row["mesh"], row["batch"], row["seq_len"]) == ("train", "1x2", 2, 16)
     speed, (peer,) = row["tokens_per_s"], row["peers"]
     assert 0 < speed["min"] <= speed["median"] <= speed["max"] and speed["samples"] == 2
-    assert math.isclose(row["step_s"], 32 / speed["median"], rel_tol=0.5) and 0 < row["mfu"] < 1.5 and row["peak_rss_bytes"] > 1e8
+    assert (
+        math.isclose(row["step_s"], 32 / speed["median"], rel_tol=0.5)
+        and 0 < row["mfu"] < 1.5
+        and row["peak_rss_bytes"] > 1e8
+    )
     # A device has half of each matrix, and Adam keeps two numbers of each parameter.
-    (params, _), (optimizer, _) = row["bytes_per_device"]["params"], row["bytes_per_device"]["optimizer"]
+    (params, _), (optimizer, _) = (
+        row["bytes_per_device"]["params"],
+        row["bytes_per_device"]["optimizer"],
+    )
     assert 4 * 158_016 / 2 <= params < 4 * 158_016 and optimizer == 2 * params + 4
-    assert (peer["peer"], peer["error"], peer["same_losses"]) == ("hf", None, True) and len(row["losses"]) == len(peer["losses"]) == 3
+    assert (peer["peer"], peer["error"], peer["same_losses"]) == ("hf", None, True) and len(
+        row["losses"]
+    ) == len(peer["losses"]) == 3
     assert math.isclose(peer["ratio"], speed["median"] / peer["tokens_per_s"]["median"])
     assert peer["bytes_per_device"]["params"] == [4 * 158_016]
     if profiled:
         assert row["profile"]["samples"] > 20 and row["profile"]["core_ms_per_pass"]["compiled"] > 0
-        assert peer["profile"]["core_ms_per_pass"]["torch"] > 0 and not list(Path("/tmp").glob("perf-*.map"))
+        assert peer["profile"]["core_ms_per_pass"]["torch"] > 0 and not list(
+            Path("/tmp").glob("perf-*.map")
+        )
 
 
 @pytest.mark.slow
 def test_every_peer_runs_and_chooses_the_same_tokens(tiny: str) -> None:
-    arguments = ["--mesh", "1x1,1x2,2x1", "--peers", "all", "--batch", "2", "--prompt-tokens", "8", "--steps", "8", "--repeats", "1"]
+    arguments = [
+        "--mesh",
+        "1x1,1x2,2x1",
+        "--peers",
+        "all",
+        "--batch",
+        "2",
+        "--prompt-tokens",
+        "8",
+        "--steps",
+        "8",
+        "--repeats",
+        "1",
+    ]
     report = rows_of(bench(tiny, *arguments, "--json"))
     check_report(report, ["1x1", "1x2", "2x1"])
     for row in report["rows"]:
         found = {peer["peer"]: peer["error"] or peer["same_tokens"] for peer in row["peers"]}
         apart = {
-            "1x1": {"hf-tp": "hf-tp needs two processes; on one it is hf", "recipe": True, "recipe-openxla": True},
+            "1x1": {
+                "hf-tp": "hf-tp needs two processes; on one it is hf",
+                "recipe": True,
+                "recipe-openxla": True,
+            },
             "1x2": {"parallama 1x1": True, "hf-tp": True, "recipe": True, "recipe-openxla": True},
             "2x1": {"parallama 1x1": True}
-            | {peer: f"{peer} splits over one axis only, not 2x1" for peer in ("hf-tp", "recipe", "recipe-openxla")},
+            | {
+                peer: f"{peer} splits over one axis only, not 2x1"
+                for peer in ("hf-tp", "recipe", "recipe-openxla")
+            },
         }[row["mesh"]]
         assert found == {"hf": True, "hf-compile": True} | apart

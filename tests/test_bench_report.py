@@ -47,15 +47,33 @@ def speed(median: float) -> Speed:
     return Speed(median=median, min=median * 0.9, max=median * 1.05, samples=32)
 
 
-def peer(name: str, median: float, ours: float, *, processes: int = 1, same_tokens: bool | None = True) -> PeerResult:
+def peer(
+    name: str, median: float, ours: float, *, processes: int = 1, same_tokens: bool | None = True
+) -> PeerResult:
     return PeerResult(
-        peer=name, processes=processes, tokens_per_s=speed(median), ratio=ours / median, same_tokens=same_tokens, peak_rss_bytes=10**9
+        peer=name,
+        processes=processes,
+        tokens_per_s=speed(median),
+        ratio=ours / median,
+        same_tokens=same_tokens,
+        peak_rss_bytes=10**9,
     )
 
 
 def row(what: What, median: float, *peers: PeerResult, **more: Any) -> Row:
     share = {"mbu": 0.621, "host_ms_per_step": 0.41} if what == "decode" else {"mfu": 0.483}
-    return Row(**{"what": what, "mesh": "1x2", "batch": 1, "prompt": 16, "tokens_per_s": speed(median), "peers": peers, **share, **more})
+    return Row(
+        **{
+            "what": what,
+            "mesh": "1x2",
+            "batch": 1,
+            "prompt": 16,
+            "tokens_per_s": speed(median),
+            "peers": peers,
+            **share,
+            **more,
+        }
+    )
 
 
 def report(*rows: Row, starts: tuple[Start, ...] = (START,), model: str = "l200") -> Report:
@@ -74,16 +92,38 @@ def report(*rows: Row, starts: tuple[Start, ...] = (START,), model: str = "l200"
 
 
 FULL = report(
-    row("prefill", 310.0, peer("transformers", 134.5, 310.0), PeerResult(peer="compiled", processes=1, error=REASON)),
-    row("decode", 23.1, peer("transformers", 10.0, 23.1), peer("compiled", 16.5, 23.1, same_tokens=False), peak_rss_bytes=2 * 10**9),
-    row("decode", 60.5, peer("transformers", 20.25, 60.5), peer("split", 33.5, 60.5, processes=2), batch=4, prompt=512),
-    Row(what="prefill", mesh="1x8", batch=4, prompt=4096, skipped="needs 3.1 GB more than there is"),
+    row(
+        "prefill",
+        310.0,
+        peer("transformers", 134.5, 310.0),
+        PeerResult(peer="compiled", processes=1, error=REASON),
+    ),
+    row(
+        "decode",
+        23.1,
+        peer("transformers", 10.0, 23.1),
+        peer("compiled", 16.5, 23.1, same_tokens=False),
+        peak_rss_bytes=2 * 10**9,
+    ),
+    row(
+        "decode",
+        60.5,
+        peer("transformers", 20.25, 60.5),
+        peer("split", 33.5, 60.5, processes=2),
+        batch=4,
+        prompt=512,
+    ),
+    Row(
+        what="prefill", mesh="1x8", batch=4, prompt=4096, skipped="needs 3.1 GB more than there is"
+    ),
 )
 
 
 def rendered(what: Report, width: int = 120, encoding: str = "utf-8") -> str:
     written = io.BytesIO()
-    console = Console(file=io.TextIOWrapper(written, encoding=encoding, write_through=True), width=width)
+    console = Console(
+        file=io.TextIOWrapper(written, encoding=encoding, write_through=True), width=width
+    )
     render(what, console)
     return written.getvalue().decode(encoding)
 
@@ -119,14 +159,20 @@ def seen(tokens: list[Any]) -> str:
 
 def paragraphs(text: str) -> list[str]:
     parsed = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
-    return [seen(token.children or []) for token in parsed if token.type == "inline" and token.level == 1]
+    return [
+        seen(token.children or [])
+        for token in parsed
+        if token.type == "inline" and token.level == 1
+    ]
 
 
 SECONDS = st.lists(st.floats(1e-6, 1e4), min_size=1, max_size=40)
 
 
 @given(tokens=st.integers(1, 10**6), seconds=SECONDS)
-def test_a_median_speed_lies_between_the_slowest_and_the_fastest(tokens: int, seconds: list[float]) -> None:
+def test_a_median_speed_lies_between_the_slowest_and_the_fastest(
+    tokens: int, seconds: list[float]
+) -> None:
     measured = Speed.of(tokens, seconds)
     assert 0 < measured.min <= measured.median <= measured.max
     assert measured.min == tokens / max(seconds) and measured.max == tokens / min(seconds)
@@ -134,19 +180,34 @@ def test_a_median_speed_lies_between_the_slowest_and_the_fastest(tokens: int, se
 
 
 @given(tokens=st.integers(1, 10**6), seconds=SECONDS, data=st.data())
-def test_a_speed_does_not_depend_on_the_order_of_its_repetitions(tokens: int, seconds: list[float], data: st.DataObject) -> None:
+def test_a_speed_does_not_depend_on_the_order_of_its_repetitions(
+    tokens: int, seconds: list[float], data: st.DataObject
+) -> None:
     assert Speed.of(tokens, data.draw(st.permutations(seconds))) == Speed.of(tokens, seconds)
 
 
 @given(tokens=st.integers(1, 10**6), seconds=SECONDS)
-def test_twice_the_tokens_in_the_same_time_are_twice_the_speed(tokens: int, seconds: list[float]) -> None:
+def test_twice_the_tokens_in_the_same_time_are_twice_the_speed(
+    tokens: int, seconds: list[float]
+) -> None:
     once, twice = Speed.of(tokens, seconds), Speed.of(2 * tokens, seconds)
     assert (twice.median, twice.min, twice.max) == (2 * once.median, 2 * once.min, 2 * once.max)
 
 
 def test_the_json_document_holds_everything_that_was_measured() -> None:
     document = json.loads(json.dumps(FULL.to_dict(), allow_nan=False))
-    assert document.keys() >= {"command", "date", "model", "dtype", "backend", "threads", "machine", "versions", "starts", "rows"}
+    assert document.keys() >= {
+        "command",
+        "date",
+        "model",
+        "dtype",
+        "backend",
+        "threads",
+        "machine",
+        "versions",
+        "starts",
+        "rows",
+    }
     assert document["machine"].keys() == {"cpu", "bandwidth_bytes_per_s", "gemm_flops_per_s"}
     assert document["starts"][0]["param_bytes_per_device"] == [411_000_000, 411_000_000]
     prefill, decode, _, skipped = document["rows"]
@@ -154,12 +215,25 @@ def test_the_json_document_holds_everything_that_was_measured() -> None:
     assert len(keys) == 12
     assert all(row.keys() == keys | {"versions", "threads"} for row in document["rows"])
     assert (prefill["threads"], prefill["versions"]) == (2, document["versions"])
-    assert decode["tokens_per_s"] == {"median": 23.1, "min": 23.1 * 0.9, "max": 23.1 * 1.05, "samples": 32}
-    assert (decode["what"], decode["mesh"], decode["batch"], decode["mbu"], decode["mfu"]) == ("decode", "1x2", 1, 0.621, None)
+    assert decode["tokens_per_s"] == {
+        "median": 23.1,
+        "min": 23.1 * 0.9,
+        "max": 23.1 * 1.05,
+        "samples": 32,
+    }
+    assert (decode["what"], decode["mesh"], decode["batch"], decode["mbu"], decode["mfu"]) == (
+        "decode",
+        "1x2",
+        1,
+        0.621,
+        None,
+    )
     assert (prefill["mbu"], prefill["mfu"], decode["peak_rss_bytes"]) == (None, 0.483, 2 * 10**9)
     assert prefill["peers"][1]["error"] == REASON and prefill["peers"][1]["tokens_per_s"] is None
     assert decode["peers"][1]["same_tokens"] is False and decode["peers"][1]["ratio"] == 23.1 / 16.5
-    assert skipped["skipped"] == "needs 3.1 GB more than there is" and skipped["tokens_per_s"] is None
+    assert (
+        skipped["skipped"] == "needs 3.1 GB more than there is" and skipped["tokens_per_s"] is None
+    )
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -186,7 +260,9 @@ def test_the_terminal_shows_every_part_of_a_start(width: int) -> None:
 
 
 def test_devices_that_hold_different_amounts_are_shown_from_the_least_to_the_most() -> None:
-    text = rendered(report(starts=(replace(START, param_bytes_per_device=(98_000_000, 131_000_000)),)))
+    text = rendered(
+        report(starts=(replace(START, param_bytes_per_device=(98_000_000, 131_000_000)),))
+    )
     assert "2 x 98.0 MB" in text and "to 131.0 MB" in text
 
 
@@ -266,7 +342,10 @@ def test_a_skipped_row_shows_why(width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_bars_are_as_long_as_the_speeds_are_high(width: int) -> None:
     text = rendered(FULL, width)
-    assert [(label, number) for label, _, number in bars(text, "prefill")] == [("parallama", 310.0), ("transformers", 134.5)]
+    assert [(label, number) for label, _, number in bars(text, "prefill")] == [
+        ("parallama", 310.0),
+        ("transformers", 134.5),
+    ]
     decode = bars(text, "decode")
     expected = [
         ("parallama", 23.1),
@@ -278,7 +357,10 @@ def test_bars_are_as_long_as_the_speeds_are_high(width: int) -> None:
     ]
     assert [(label, number) for label, _, number in decode] == expected
     for chart in (bars(text, "prefill"), decode):
-        longest, highest = max(length for _, length, _ in chart), max(number for _, _, number in chart)
+        longest, highest = (
+            max(length for _, length, _ in chart),
+            max(number for _, _, number in chart),
+        )
         assert longest > width / 2
         assert all(abs(length - longest * number / highest) <= 0.55 for _, length, number in chart)
 
@@ -286,7 +368,11 @@ def test_bars_are_as_long_as_the_speeds_are_high(width: int) -> None:
 def test_our_bars_are_told_from_the_peers_without_colour() -> None:
     for encoding, ours, theirs in (("utf-8", "█", "▒"), ("ascii", "#", "=")):
         lines = rendered(FULL, encoding=encoding).split("decode, tokens/s")[1].splitlines()
-        assert all((ours in line) == line.startswith("  parallama") and not (ours in line and theirs in line) for line in lines)
+        assert all(
+            (ours in line) == line.startswith("  parallama")
+            and not (ours in line and theirs in line)
+            for line in lines
+        )
         assert any(theirs in line for line in lines)
 
 
@@ -295,7 +381,18 @@ def test_a_terminal_that_knows_only_ascii_gets_ascii() -> None:
 
 
 def test_the_markdown_table_has_the_columns_of_the_terminals() -> None:
-    heads = ["what", "mesh", "batch", "prompt", "tokens/s (min-max)", "MBU or MFU", "host ms/step", "transformers", "compiled", "split"]
+    heads = [
+        "what",
+        "mesh",
+        "batch",
+        "prompt",
+        "tokens/s (min-max)",
+        "MBU or MFU",
+        "host ms/step",
+        "transformers",
+        "compiled",
+        "split",
+    ]
     cells = table_cells(markdown(FULL))
     assert cells[0] == heads
     assert cells[2] == [
@@ -316,7 +413,13 @@ def test_the_markdown_table_has_the_columns_of_the_terminals() -> None:
 
 def test_the_markdown_says_where_its_figures_come_from() -> None:
     last = paragraphs(markdown(FULL))[-1]
-    for told in ("l200, float32, cpu backend", "Some CPU", "19.8 GB/s", "torch_xla 2.9.0", "2026-11-02: parallama bench --shape l200"):
+    for told in (
+        "l200, float32, cpu backend",
+        "Some CPU",
+        "19.8 GB/s",
+        "torch_xla 2.9.0",
+        "2026-11-02: parallama bench --shape l200",
+    ):
         assert told in last
 
 
@@ -328,18 +431,30 @@ def test_a_run_that_measured_no_speed_is_still_a_report(rows: tuple[Row, ...]) -
 
 
 # What other programs say comes with markup of rich and of markdown, control characters and newlines.
-WILD = st.text(st.one_of(st.sampled_from("[]|*_`<>&$~\\/()!#\n\t\x1b:1a "), st.characters(exclude_categories=["Cs"])), max_size=40)
+WILD = st.text(
+    st.one_of(
+        st.sampled_from("[]|*_`<>&$~\\/()!#\n\t\x1b:1a "), st.characters(exclude_categories=["Cs"])
+    ),
+    max_size=40,
+)
 
 
 @settings(deadline=None, max_examples=60)
 @given(name=WILD, reason=WILD, width=st.integers(80, 200))
 def test_no_message_of_a_peer_breaks_the_report(name: str, reason: str, width: int) -> None:
     failed = PeerResult(peer=name, processes=1, error=reason)
-    wild = report(row("decode", 20.0, failed, peer("other", 10.0, 20.0)), row("decode", 30.0, peer(name, 10.0, 30.0)), model=reason)
+    wild = report(
+        row("decode", 20.0, failed, peer("other", 10.0, 20.0)),
+        row("decode", 30.0, peer(name, 10.0, 30.0)),
+        model=reason,
+    )
     text = rendered(wild, width)
     assert max(cell_len(line) for line in text.splitlines()) <= width
     assert "\x1b" not in text
-    name, reason = (one_line("".join(letter if letter.isprintable() else " " for letter in text)) for text in (name, reason))
+    name, reason = (
+        one_line("".join(letter if letter.isprintable() else " " for letter in text))
+        for text in (name, reason)
+    )
     assert {len(cells) for cells in table_cells(markdown(wild))} == {8 if name == "other" else 9}
     assert f"[1] {name}: {reason or 'no reason given'}" in paragraphs(markdown(wild))
 
@@ -355,8 +470,13 @@ def has(picture: Any, colour: str) -> Any:
 
 
 def test_the_plot_is_a_png_with_bars_as_high_as_the_speeds(tmp_path: Path) -> None:
-    half_as_fast = replace(peer("half", 20.0, 40.0), tokens_per_s=Speed(median=20.0, min=19.0, max=39.0, samples=3))
-    plot(report(row("decode", 40.0, half_as_fast, peer("quarter", 10.0, 40.0))), tmp_path / "bench.png")
+    half_as_fast = replace(
+        peer("half", 20.0, 40.0), tokens_per_s=Speed(median=20.0, min=19.0, max=39.0, samples=3)
+    )
+    plot(
+        report(row("decode", 40.0, half_as_fast, peer("quarter", 10.0, 40.0))),
+        tmp_path / "bench.png",
+    )
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     picture = pixels(tmp_path / "bench.png")
     ours, half, quarter = (has(picture, colour).sum() for colour in ("0072B2", "E69F00", "009E73"))
@@ -364,7 +484,10 @@ def test_the_plot_is_a_png_with_bars_as_high_as_the_speeds(tmp_path: Path) -> No
 
 
 def test_the_plot_shows_the_span_from_min_to_max(tmp_path: Path) -> None:
-    plot(report(row("decode", 40.0, tokens_per_s=Speed(median=40.0, min=10.0, max=60.0, samples=3))), tmp_path / "bench.png")
+    plot(
+        report(row("decode", 40.0, tokens_per_s=Speed(median=40.0, min=10.0, max=60.0, samples=3))),
+        tmp_path / "bench.png",
+    )
     picture = pixels(tmp_path / "bench.png")
     bar, span = (has(picture, colour).sum(axis=0).max() for colour in ("0072B2", "333333"))
     assert span / bar == pytest.approx(50 / 40, rel=0.05)
@@ -377,12 +500,17 @@ def test_the_plot_has_a_panel_for_each_thing_that_was_measured(tmp_path: Path) -
 
 
 def test_a_name_that_looks_like_a_formula_is_plotted_as_it_stands(tmp_path: Path) -> None:
-    plot(report(row("decode", 40.0, peer(r"$\frac", 20.0, 40.0)), model=r"$\broken{$"), tmp_path / "bench.png")
+    plot(
+        report(row("decode", 40.0, peer(r"$\frac", 20.0, 40.0)), model=r"$\broken{$"),
+        tmp_path / "bench.png",
+    )
     assert has(pixels(tmp_path / "bench.png"), "0072B2").any()
 
 
 @pytest.mark.parametrize("where", ["no/such/folder/bench.png", "file/bench.png", "."])
-def test_a_plot_that_cannot_be_written_is_an_error_with_its_path(where: str, tmp_path: Path) -> None:
+def test_a_plot_that_cannot_be_written_is_an_error_with_its_path(
+    where: str, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UsageError) as error:
         plot(FULL, tmp_path / where)
@@ -402,15 +530,26 @@ def test_a_plot_of_nothing_is_an_error_and_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plot_without_matplotlib_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # this is how Python marks a module that cannot be imported
-    with pytest.raises(UsageError, match=r"--plot needs matplotlib\nrun: pip install 'parallama\[bench\]'"):
+def test_a_plot_without_matplotlib_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        sys.modules, "matplotlib", None
+    )  # this is how Python marks a module that cannot be imported
+    with pytest.raises(
+        UsageError, match=r"--plot needs matplotlib\nrun: pip install 'parallama\[bench\]'"
+    ):
         plot(FULL, tmp_path / "bench.png")
 
 
 def test_reporting_imports_neither_torch_nor_matplotlib() -> None:
     code = "import sys, parallama.bench.report; print({'torch', 'torch_xla', 'matplotlib'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "set()\n"
+    )
 
 
 def test_where_the_time_goes_is_told_by_what_a_core_runs() -> None:
@@ -442,7 +581,9 @@ def test_where_the_time_goes_is_told_by_what_a_core_runs() -> None:
 
 def test_a_profile_adds_up_to_all_cores_over_the_passes_and_not_what_lies_between_them() -> None:
     taken = profile.Recording()
-    taken.counted = profile.count("1999 libtorch_cpu.so [.] at::add\n 999 [kernel.kallsyms] [k] clear_page_erms")
+    taken.counted = profile.count(
+        "1999 libtorch_cpu.so [.] at::add\n 999 [kernel.kallsyms] [k] clear_page_erms"
+    )
     told = taken.profile([0.5, 0.3, 0.6, 0.6], cores=2)
     assert told.samples == 2998
     assert told.ms_per_pass == 500
@@ -454,7 +595,17 @@ def test_a_profile_adds_up_to_all_cores_over_the_passes_and_not_what_lies_betwee
 def test_the_terminal_shows_where_the_time_goes(width: int) -> None:
     spent = {kind: 0.0 for kind in profile.KINDS} | {"products": 71.5, "idle": 33.25}
     taken = Profile(samples=9, ms_per_pass=81.5, core_ms_per_pass=spent)
-    shown = rendered(report(row("decode", 23.1, replace(peer("transformers", 10.0, 23.1), profile=taken), profile=taken)), width)
+    shown = rendered(
+        report(
+            row(
+                "decode",
+                23.1,
+                replace(peer("transformers", 10.0, 23.1), profile=taken),
+                profile=taken,
+            )
+        ),
+        width,
+    )
     _, _, table = shown.partition("Where the time goes")
     assert table.count("81.5") == 2 and table.count("71.5") == 2 and table.count("33.2") == 2
     assert all(kind in table for kind in profile.KINDS)

@@ -21,12 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kill_cases import Killer, counting
 
-from parallama import heads
 from parallama.errors import ParallamaError, RunError
-from parallama.plan import Blocks
-from parallama.topology import MeshShape
+from parallama.files.disk import RunLock
+from parallama.plan.mesh_shape import MeshShape
+from parallama.plan.placement import Blocks, heads
 from parallama.train import checkpoints
-from parallama.train.disk import RunLock
 from parallama.train.manifest import BlockRuns
 
 ERRORS = {
@@ -42,7 +41,8 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 
 def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(
-        found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name]) for name in found
+        found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name])
+        for name in found
     )
 
 
@@ -59,24 +59,33 @@ def two(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("mesh", ["1x1", "1x8", "2x4", "4x2", "8x1"])
-def test_what_was_written_on_any_mesh_is_read_as_the_models_own_tensors(mesh: str, tmp_path: Path) -> None:
+def test_what_was_written_on_any_mesh_is_read_as_the_models_own_tensors(
+    mesh: str, tmp_path: Path
+) -> None:
     path = checkpoints.write(tmp_path, snapshot(3, MeshShape.parse(mesh)), keep_last=1)
     assert same(read(path), state(3))
     held = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     whole = sum(
         tensor.nbytes
         for tensor in (
-            laid_out(state(3)["param.heads.weight"], snapshot(3).manifest.tensors["param.heads.weight"].blocks.blocks),
+            laid_out(
+                state(3)["param.heads.weight"],
+                snapshot(3).manifest.tensors["param.heads.weight"].blocks.blocks,
+            ),
             *list(state(3).values())[1:],
         )
     )  # type: ignore[union-attr]
-    assert held < whole + 1000 * MeshShape.parse(mesh).devices  # nothing stands there twice but headers
+    assert (
+        held < whole + 1000 * MeshShape.parse(mesh).devices
+    )  # nothing stands there twice but headers
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(-1, 6), min_size=1, max_size=20))
 def test_runs_of_blocks_are_the_blocks(sources: list[int]) -> None:
-    blocks = Blocks(dim=1, block=3, sources=tuple(heads.EMPTY if source < 0 else source for source in sources))
+    blocks = Blocks(
+        dim=1, block=3, sources=tuple(heads.EMPTY if source < 0 else source for source in sources)
+    )
     assert BlockRuns.of(blocks).blocks == blocks
 
 
@@ -99,22 +108,39 @@ def test_a_checkpoint_is_written_in_the_order_that_makes_it_safe(two: Path) -> N
     assert names(two) == {"step-00000002", "step-00000003", "latest"}
     assert (two / "latest").resolve() == (two / "step-00000003").resolve()
     manifest = json.loads((two / "latest" / "manifest.json").read_text())
-    assert {"step", "mesh", "data", "rng", "schedule", "settings", "plan", "versions", "tensors", "files"} <= set(manifest)
+    assert {
+        "step",
+        "mesh",
+        "data",
+        "rng",
+        "schedule",
+        "settings",
+        "plan",
+        "versions",
+        "tensors",
+        "files",
+    } <= set(manifest)
 
 
-def test_killed_before_any_operation_of_a_save_a_whole_checkpoint_is_the_newest(killer: Killer, two: Path, tmp_path: Path) -> None:
+def test_killed_before_any_operation_of_a_save_a_whole_checkpoint_is_the_newest(
+    killer: Killer, two: Path, tmp_path: Path
+) -> None:
     operations = 1
     kept: list[int] = []
     at = 0
     while at < operations:
         folder = tmp_path / f"killed-{at}"
-        shutil.copytree(two, folder, symlinks=True, ignore=shutil.ignore_patterns("killed-*", "log"))
+        shutil.copytree(
+            two, folder, symlinks=True, ignore=shutil.ignore_patterns("killed-*", "log")
+        )
         if at == 0:
             code = killer("save", tmp_path / "log", folder=str(folder), step=3)
             assert code == 0, (tmp_path / "log").read_text()
             operations = len(json.loads((folder / "operations").read_text()))
             shutil.rmtree(folder)
-            shutil.copytree(two, folder, symlinks=True, ignore=shutil.ignore_patterns("killed-*", "log"))
+            shutil.copytree(
+                two, folder, symlinks=True, ignore=shutil.ignore_patterns("killed-*", "log")
+            )
         code = killer("save", tmp_path / "log", folder=str(folder), step=3, kill_at=at)
         assert code == -9, (tmp_path / "log").read_text()
         newest = checkpoints.newest(folder)
@@ -126,19 +152,30 @@ def test_killed_before_any_operation_of_a_save_a_whole_checkpoint_is_the_newest(
         checkpoints.clean(folder)
         checkpoints.write(folder, snapshot(3), keep_last=2)
         checkpoints.write(folder, snapshot(4), keep_last=2)
-        assert names(folder) == {"step-00000003", "step-00000004", "latest"} and same(read(folder / "latest"), state(4))
+        assert names(folder) == {"step-00000003", "step-00000004", "latest"} and same(
+            read(folder / "latest"), state(4)
+        )
         shutil.rmtree(folder)
         at += 1
     assert operations > 30 and kept == sorted(kept) and set(kept) == {2, 3}
 
 
 @pytest.mark.parametrize("code", ERRORS, ids=[errno.errorcode[code] for code in ERRORS])
-def test_an_error_at_any_operation_leaves_the_checkpoint_before_whole_and_says_what_to_do(code: int, two: Path, tmp_path: Path) -> None:
+def test_an_error_at_any_operation_leaves_the_checkpoint_before_whole_and_says_what_to_do(
+    code: int, two: Path, tmp_path: Path
+) -> None:
     disk, done = counting(None)
-    copy = shutil.copytree(two, tmp_path / "whole", symlinks=True, ignore=shutil.ignore_patterns("whole"))
+    copy = shutil.copytree(
+        two, tmp_path / "whole", symlinks=True, ignore=shutil.ignore_patterns("whole")
+    )
     checkpoints.write(copy, snapshot(3), keep_last=2, disk=disk)
     for at in range(len(done)):
-        folder = shutil.copytree(two, tmp_path / f"failed-{at}", symlinks=True, ignore=shutil.ignore_patterns("whole", "failed-*"))
+        folder = shutil.copytree(
+            two,
+            tmp_path / f"failed-{at}",
+            symlinks=True,
+            ignore=shutil.ignore_patterns("whole", "failed-*"),
+        )
         disk, _ = counting(None, code, at)
         with pytest.raises(RunError) as caught:
             checkpoints.write(folder, snapshot(3), keep_last=2, disk=disk)
@@ -146,7 +183,12 @@ def test_an_error_at_any_operation_leaves_the_checkpoint_before_whole_and_says_w
         said = str(caught.value).splitlines()
         newest = checkpoints.newest(folder)
         assert newest is not None and same(read(newest), state(int(newest.name[-1])))
-        assert said[0].startswith(f"the checkpoint of step 3 cannot be saved in {str(folder)!r}: {what}") and len(said) == 3
+        assert (
+            said[0].startswith(
+                f"the checkpoint of step 3 cannot be saved in {str(folder)!r}: {what}"
+            )
+            and len(said) == 3
+        )
         assert said[1] == f"the newest whole checkpoint is {str(newest)!r}" and said[2] == remedy
         assert not [name for name in names(folder) if name.startswith(".")]
         checkpoints.write(folder, snapshot(4), keep_last=2)
@@ -156,7 +198,9 @@ def test_an_error_at_any_operation_leaves_the_checkpoint_before_whole_and_says_w
 @contextlib.contextmanager
 def mounted(folder: Path, *options: str) -> Iterator[None]:
     """A small file system of its own; where mounting is not allowed, the test is left out."""
-    done = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"no right to mount: {done.stderr.strip()}")
     try:
@@ -197,7 +241,11 @@ def test_where_files_may_not_grow_the_checkpoint_before_is_whole(two: Path) -> N
             checkpoints.write(two, snapshot(3), keep_last=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert same(read(checkpoints.newest(two) or two), state(2)) and names(two) == {"step-00000001", "step-00000002", "latest"}
+    assert same(read(checkpoints.newest(two) or two), state(2)) and names(two) == {
+        "step-00000001",
+        "step-00000002",
+        "latest",
+    }
 
 
 def test_on_a_disk_that_may_only_be_read_the_checkpoint_before_is_whole(tmp_path: Path) -> None:
@@ -206,7 +254,10 @@ def test_on_a_disk_that_may_only_be_read_the_checkpoint_before_is_whole(tmp_path
         folder = tmp_path / "disk" / "checkpoints"
         checkpoints.write(folder, snapshot(1), keep_last=2)
         subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
-        with pytest.raises(RunError, match=r"Read-only file system[\s\S]*step-00000001[\s\S]*make the folder writable"):
+        with pytest.raises(
+            RunError,
+            match=r"Read-only file system[\s\S]*step-00000001[\s\S]*make the folder writable",
+        ):
             checkpoints.write(folder, snapshot(2), keep_last=2)
         assert same(read(folder / "latest"), state(1))
         with pytest.raises(RunError, match=r"cannot be written: .*Read-only file system"):
@@ -214,24 +265,51 @@ def test_on_a_disk_that_may_only_be_read_the_checkpoint_before_is_whole(tmp_path
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody without rights")
-def test_without_the_right_to_write_the_checkpoint_before_is_whole(killer: Killer, two: Path, tmp_path: Path) -> None:
+def test_without_the_right_to_write_the_checkpoint_before_is_whole(
+    killer: Killer, two: Path, tmp_path: Path
+) -> None:
     for folder in [two, *two.parents][:-1]:
         folder.chmod(folder.stat().st_mode | 0o055)
     code = killer("save", tmp_path / "log", folder=str(two), step=3, user=65534)
     said = (tmp_path / "log").read_text()
     assert code == 70
-    assert "Permission denied" in said and "step-00000002" in said and "make the folder writable" in said
+    assert (
+        "Permission denied" in said
+        and "step-00000002" in said
+        and "make the folder writable" in said
+    )
     assert same(read(two / "latest"), state(2))
 
 
 DAMAGE: dict[str, tuple[Any, str]] = {
-    "a byte turned": (lambda path: _turn(path / "device-3.safetensors"), "file 'device-3.safetensors' is damaged"),
-    "a file cut": (lambda path: os.truncate(path / "device-0.safetensors", 100), "file 'device-0.safetensors' has 100 bytes"),
-    "a file gone": (lambda path: (path / "device-1.safetensors").unlink(), "file 'device-1.safetensors' is missing"),
-    "no manifest": (lambda path: (path / "manifest.json").unlink(), "has no manifest.json that can be read"),
-    "a torn manifest": (lambda path: os.truncate(path / "manifest.json", 300), "manifest.json is wrong at '': Invalid JSON"),
-    "another format": (lambda path: _rewrite(path, format="x"), "manifest.json is wrong at 'format'"),
-    "another version": (lambda path: _rewrite(path, version=2), "manifest.json is wrong at 'version'"),
+    "a byte turned": (
+        lambda path: _turn(path / "device-3.safetensors"),
+        "file 'device-3.safetensors' is damaged",
+    ),
+    "a file cut": (
+        lambda path: os.truncate(path / "device-0.safetensors", 100),
+        "file 'device-0.safetensors' has 100 bytes",
+    ),
+    "a file gone": (
+        lambda path: (path / "device-1.safetensors").unlink(),
+        "file 'device-1.safetensors' is missing",
+    ),
+    "no manifest": (
+        lambda path: (path / "manifest.json").unlink(),
+        "has no manifest.json that can be read",
+    ),
+    "a torn manifest": (
+        lambda path: os.truncate(path / "manifest.json", 300),
+        "manifest.json is wrong at '': Invalid JSON",
+    ),
+    "another format": (
+        lambda path: _rewrite(path, format="x"),
+        "manifest.json is wrong at 'format'",
+    ),
+    "another version": (
+        lambda path: _rewrite(path, version=2),
+        "manifest.json is wrong at 'version'",
+    ),
     "an unknown key": (lambda path: _rewrite(path, more=1), "manifest.json is wrong at 'more'"),
     "a file elsewhere": (
         lambda path: _rewrite(path, tensors={}, files={"../x": {"bytes": 1, "sha256": "0" * 64}}),
@@ -241,7 +319,10 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         lambda path: _rewrite(path, mesh={"data": 3, "model": 5}),
         "has 'param.heads.weight' of shape [16, 16] over ['model', 'data']",
     ),
-    "a tensor of no file": (lambda path: _rewrite(path, files={}), "has 'param.heads.weight' of shape"),
+    "a tensor of no file": (
+        lambda path: _rewrite(path, files={}),
+        "has 'param.heads.weight' of shape",
+    ),
 }
 
 
@@ -257,11 +338,17 @@ def _rewrite(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_checkpoint_says_so_and_the_one_before_is_taken(damage: Any, message: str, two: Path) -> None:
+def test_a_damaged_checkpoint_says_so_and_the_one_before_is_taken(
+    damage: Any, message: str, two: Path
+) -> None:
     damage(two / "step-00000002")
     with pytest.raises(ParallamaError) as caught:
         checkpoints.verify(two / "step-00000002")
-    assert message in str(caught.value) and caught.value.exit_code == 3 and str(caught.value).count("\n") <= 2
+    assert (
+        message in str(caught.value)
+        and caught.value.exit_code == 3
+        and str(caught.value).count("\n") <= 2
+    )
     said: list[str] = []
     newest = checkpoints.newest(two, said.append)
     assert newest == two / "step-00000001" and len(said) == 1 and said[0].endswith("; passed over")
@@ -273,7 +360,9 @@ def test_saving_the_same_step_again_changes_nothing(two: Path) -> None:
     before = (two / "step-00000002" / "manifest.json").stat().st_mtime_ns
     (two / "latest").unlink()
     checkpoints.write(two, snapshot(2), keep_last=2)
-    assert (two / "step-00000002" / "manifest.json").stat().st_mtime_ns == before and same(read(two / "latest"), state(2))
+    assert (two / "step-00000002" / "manifest.json").stat().st_mtime_ns == before and same(
+        read(two / "latest"), state(2)
+    )
 
 
 def test_an_asynchronous_save_that_fails_is_heard_of_at_the_next_call(tmp_path: Path) -> None:
@@ -290,13 +379,18 @@ def test_an_asynchronous_save_that_fails_is_heard_of_at_the_next_call(tmp_path: 
 
 
 def test_a_runs_folder_is_one_processs(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from parallama.train.disk import RunLock; lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    code = "import sys, time; from pathlib import Path; from parallama.files.disk import RunLock; lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     other.stdout.close()
     with pytest.raises(ParallamaError) as caught:
         RunLock(tmp_path / "run")
-    assert f"is being written by another process (id {other.pid})" in str(caught.value) and caught.value.exit_code == 2
+    assert (
+        f"is being written by another process (id {other.pid})" in str(caught.value)
+        and caught.value.exit_code == 2
+    )
     other.kill()
     other.wait()
     RunLock(tmp_path / "run").release()

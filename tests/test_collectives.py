@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import MESHES, TINY, specs
 
-from parallama.collectives import Collective, expected
 from parallama.errors import PlanError
-from parallama.plan import make_plan
-from parallama.topology import DATA, MODEL, MeshShape
-from parallama.train_collectives import TrainStep, expected_in_training
+from parallama.plan.collectives import Collective, expected
+from parallama.plan.mesh_shape import DATA, MODEL, MeshShape
+from parallama.plan.placement import make_plan
+from parallama.plan.train_collectives import TrainStep, expected_in_training
 
 REDUCED = 3 * 5 * 24 * 4  # rows of one device, positions, hidden, bytes
 
@@ -36,7 +36,9 @@ def test_a_prefill_sums_after_the_embedding_and_twice_a_layer_the_last_positions
 
 
 def test_a_decode_step_sums_one_position():
-    assert [c.bytes for c in found(MeshShape(data=2, model=2), "decode")] == [3 * 24 * 4] * 3 + [3 * 2 * 5 * 4]
+    assert [c.bytes for c in found(MeshShape(data=2, model=2), "decode")] == [3 * 24 * 4] * 3 + [
+        3 * 2 * 5 * 4
+    ]
 
 
 def test_training_sums_gradients_once_over_data_and_inputs_gradients_twice_a_layer_over_model():
@@ -58,17 +60,31 @@ def test_training_sums_gradients_once_over_data_and_inputs_gradients_twice_a_lay
 
 def test_sequence_parallelism_scatters_and_gathers_what_is_summed_without_it():
     plan = make_plan(TINY, MeshShape(model=2))
-    plain, along = (expected_in_training(plan, TrainStep(batch=2, seq=6, sequence_parallel=on)) for on in (False, True))
+    plain, along = (
+        expected_in_training(plan, TrainStep(batch=2, seq=6, sequence_parallel=on))
+        for on in (False, True)
+    )
     stream = 2 * 6 * 24 * 4
     summed = sum(c.count for c in plain if c.bytes == stream)
     assert {c.kind for c in along if c.bytes == stream} == {"all-gather"}
-    assert sum(c.count for c in along if c.kind == "reduce-scatter" and c.bytes == stream // 2) == summed
+    assert (
+        sum(c.count for c in along if c.kind == "reduce-scatter" and c.bytes == stream // 2)
+        == summed
+    )
 
 
-@pytest.mark.parametrize("overrides", [{"model.layers.1.mlp.up_proj.weight": "replicate"}, {"model.embed_tokens.weight": [None, MODEL]}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.layers.1.mlp.up_proj.weight": "replicate"},
+        {"model.embed_tokens.weight": [None, MODEL]},
+    ],
+)
 def test_a_plan_that_training_does_not_follow_is_refused_with_its_name(overrides):
     with pytest.raises(PlanError, match=next(iter(overrides)).replace(".", r"\.")) as refused:
-        expected_in_training(make_plan(TINY, MeshShape(model=2), overrides), TrainStep(batch=2, seq=6))
+        expected_in_training(
+            make_plan(TINY, MeshShape(model=2), overrides), TrainStep(batch=2, seq=6)
+        )
     assert "training expects" in str(refused.value) and len(str(refused.value).splitlines()) <= 3
 
 
@@ -82,14 +98,25 @@ def test_an_axis_of_one_device_has_no_collectives(spec, mesh, phase):
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_replicated_needs_no_sum(tied):
     spec = replace(TINY, tied=tied)
-    overrides = {"model.embed_tokens.weight": "replicate", "model.layers.1.mlp.down_proj.weight": "replicate"}
-    modules = {c.module: c.count for c in found(MeshShape(model=2), "decode", overrides=overrides, spec=spec)}
+    overrides = {
+        "model.embed_tokens.weight": "replicate",
+        "model.layers.1.mlp.down_proj.weight": "replicate",
+    }
+    modules = {
+        c.module: c.count
+        for c in found(MeshShape(model=2), "decode", overrides=overrides, spec=spec)
+    }
     assert "model.embed_tokens" not in modules
-    assert modules["model.layers.0.mlp.down_proj"] == 1 and modules["model.layers.*.self_attn.o_proj"] == 2
+    assert (
+        modules["model.layers.0.mlp.down_proj"] == 1
+        and modules["model.layers.*.self_attn.o_proj"] == 2
+    )
     assert modules["sampling"] == 1  # logits are split for the pick, whatever the head
 
 
 def test_a_weight_split_over_data_is_gathered_there():
     overrides = {"model.layers.*.mlp.up_proj.weight": [MODEL, DATA]}
-    (gathered,) = [c for c in found(MeshShape(data=2, model=2), overrides=overrides) if c.axis == DATA]
+    (gathered,) = [
+        c for c in found(MeshShape(data=2, model=2), overrides=overrides) if c.axis == DATA
+    ]
     assert gathered == item("all-gather", DATA, 2, 40 // 2 * 24 * 4, "model.layers.*.mlp.up_proj")

@@ -5,12 +5,19 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
-from parallama.configs import ALIASES, CONFIGS, loaded_dtype, named, spec_of, stored_dtype
-from parallama.cost import parameter_count
 from parallama.errors import CheckpointError, UsageError
-from parallama.families import TP_PLANS
-from parallama.plan import _TRANSFORMERS_STYLES
-from parallama.spec import ModelSpec
+from parallama.model.families import TP_PLANS
+from parallama.model.known_configs import (
+    ALIASES,
+    CONFIGS,
+    loaded_dtype,
+    named,
+    spec_of,
+    stored_dtype,
+)
+from parallama.model.spec import ModelSpec
+from parallama.plan.cost import parameter_count
+from parallama.plan.placement import _TRANSFORMERS_STYLES
 
 # As the hub counts the tensors in each repository's safetensors files.
 PUBLISHED = {
@@ -48,12 +55,17 @@ TINY: dict[str, Any] = {
 def by_transformers(document: Any) -> ModelSpec:
     """The spec of transformers' config object, its plan's styles by our names."""
     config = CONFIG_MAPPING[document["model_type"]].from_dict(dict(document))
-    config.base_model_tp_plan = {name: _TRANSFORMERS_STYLES.get(style, style) for name, style in config.base_model_tp_plan.items()}
+    config.base_model_tp_plan = {
+        name: _TRANSFORMERS_STYLES.get(style, style)
+        for name, style in config.base_model_tp_plan.items()
+    }
     return ModelSpec.from_config(config)
 
 
 def test_every_config_has_its_published_number_of_parameters():
-    assert {name: parameter_count(spec_of(document, name)) for name, document in CONFIGS.items()} == PUBLISHED
+    assert {
+        name: parameter_count(spec_of(document, name)) for name, document in CONFIGS.items()
+    } == PUBLISHED
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -62,7 +74,9 @@ def test_a_shipped_config_is_to_transformers_what_it_is_to_us(name):
 
 
 @pytest.mark.parametrize("model_type", sorted(TP_PLANS))
-@pytest.mark.parametrize("more", [{}, {"tie_word_embeddings": True}, {"head_dim": 10}], ids=["plain", "tied", "head_dim"])
+@pytest.mark.parametrize(
+    "more", [{}, {"tie_word_embeddings": True}, {"head_dim": 10}], ids=["plain", "tied", "head_dim"]
+)
 def test_a_config_json_is_to_us_what_it_is_to_transformers(model_type, more):
     document = {"model_type": model_type, "head_dim": 4} | TINY | more
     assert spec_of(document, "config.json") == by_transformers(document)
@@ -73,7 +87,9 @@ def test_transformers_keeps_every_value_of_a_shipped_config(name):
     """No key is misspelt: transformers takes up each of them."""
     document = dict(CONFIGS[name])
     taken = CONFIG_MAPPING[document["model_type"]].from_dict(document).to_dict()
-    rope = {"rope_theta": document.pop("rope_theta")} | (document.pop("rope_scaling") or {"rope_type": "default"})
+    rope = {"rope_theta": document.pop("rope_theta")} | (
+        document.pop("rope_scaling") or {"rope_type": "default"}
+    )
     assert {key: taken["rope_parameters"].get(key) for key in rope} == rope
     assert str(taken["dtype"]).removeprefix("torch.") == document.pop("torch_dtype")
     if not document.get("use_sliding_window", True):
@@ -91,7 +107,11 @@ def test_an_alias_stands_for_a_config():
     ("document", "expected"),
     [
         ([1, 2], "the file holds a list\nexpected a JSON object"),
-        (TINY | {"model_type": "gpt2"}, "model_type 'gpt2' is not supported: query, key and value are one fused weight\n" + KNOWN),
+        (
+            TINY | {"model_type": "gpt2"},
+            "model_type 'gpt2' is not supported: query, key and value are one fused weight\n"
+            + KNOWN,
+        ),
         (
             TINY | {"model_type": "llama", "quantization_config": {"quant_method": "awq"}},
             "the file has a quantization_config\nexpected plain weights: float32, bfloat16 or float16",
@@ -118,7 +138,10 @@ def test_a_config_that_loading_would_refuse_is_refused(document, expected):
 
 
 def test_auto_is_the_stored_dtype_where_we_compute_in_it():
-    assert [stored_dtype(document) for document in ({"torch_dtype": "float16"}, {"dtype": "bfloat16"}, {}, {"dtype": 7})] == [
+    assert [
+        stored_dtype(document)
+        for document in ({"torch_dtype": "float16"}, {"dtype": "bfloat16"}, {}, {"dtype": 7})
+    ] == [
         "float16",
         "bfloat16",
         None,

@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from reference import TinyModels, random_prompts
 from test_plan import MESHES, TINY, specs
 
-from parallama import cost
-from parallama.buckets import CHUNK, cache_buckets, chunk_size, prompt_buckets
-from parallama.configs import CONFIGS, spec_of
 from parallama.errors import FitError, UsageError
-from parallama.forecast import MOST_DEVICES, Request, device_counts, forecast, largest
-from parallama.hardware import HARDWARE, Hardware, named
-from parallama.kinds import kinds, ranges
-from parallama.plan import make_plan
-from parallama.spec import ModelSpec
-from parallama.topology import MeshShape
-from parallama.train_collectives import TrainStep
-from parallama.train_cost import train_memory
+from parallama.model.known_configs import CONFIGS, spec_of
+from parallama.model.spec import ModelSpec
+from parallama.plan import cost
+from parallama.plan.forecast import MOST_DEVICES, Request, device_counts, forecast, largest
+from parallama.plan.hardware import HARDWARE, Hardware, named
+from parallama.plan.layer_patterns import kinds, ranges
+from parallama.plan.mesh_shape import MeshShape
+from parallama.plan.placement import make_plan
+from parallama.plan.program_shapes import CHUNK, cache_buckets, chunk_size, prompt_buckets
+from parallama.plan.train_collectives import TrainStep
+from parallama.plan.train_cost import train_memory
 
 LLAMA_8B = spec_of(CONFIGS["llama-3.1-8b"], "llama-3.1-8b")
 ON_8 = make_plan(LLAMA_8B, MeshShape(model=8))
@@ -81,8 +81,12 @@ def test_a_training_step_of_llama_3_1_8b_is_what_a_pencil_says():
         found.activations + found.logits, 2 * params + layer + entered
     )
     twice = train_memory(ON_8, TrainStep(batch=1, seq=512, itemsize=2, micro_steps=2))
-    assert twice.working == found.copies + 2 * params + max(found.activations + found.logits, 2 * params + found.backward)
-    half = train_memory(ON_8, TrainStep(batch=1, seq=512, itemsize=2, rematerialized=frozenset(range(0, 32, 2))))
+    assert twice.working == found.copies + 2 * params + max(
+        found.activations + found.logits, 2 * params + found.backward
+    )
+    half = train_memory(
+        ON_8, TrainStep(batch=1, seq=512, itemsize=2, rematerialized=frozenset(range(0, 32, 2)))
+    )
     assert half.activations == 16 * layer + 16 * entered + top
     assert found.activations > half.activations > found.activations_remat == half.activations_remat
     along = train_memory(ON_8, TrainStep(batch=1, seq=512, itemsize=2, sequence_parallel=True))
@@ -99,7 +103,10 @@ def test_a_decode_step_can_be_the_peak():
 
 
 def test_a_long_prompts_chunks_see_the_cache():
-    one, two = (cost.memory(ON_8, batch=1, prompt=prompt, max_model_len=8192, itemsize=2) for prompt in (512, 513))
+    one, two = (
+        cost.memory(ON_8, batch=1, prompt=prompt, max_model_len=8192, itemsize=2)
+        for prompt in (512, 513)
+    )
     assert two.activations == 512 * (4096 + 10 * 128) * 2 + 512 * 4 * (1024 + 512) * 6
     assert two.activations > one.activations
 
@@ -107,7 +114,13 @@ def test_a_long_prompts_chunks_see_the_cache():
 def test_the_devices_hold_as_much_as_is_forecast(workers: Workers, models: TinyModels):
     """Weights and cache, against the runtime's own slices."""
     tiny = models(heads=6, kv_heads=3)
-    done = workers[2].call("device_cases:generate", folder=tiny.folder, mesh="1x2", prompts=random_prompts([5, 9], tiny.vocab), steps=2)
+    done = workers[2].call(
+        "device_cases:generate",
+        folder=tiny.folder,
+        mesh="1x2",
+        prompts=random_prompts([5, 9], tiny.vocab),
+        steps=2,
+    )
     plan = make_plan(ModelSpec.from_config(tiny.model.config), MeshShape(model=2))
     found = cost.memory(plan, batch=2, prompt=9, max_model_len=256, itemsize=4)
     assert done["measured"] == [found.params] * 2
@@ -135,7 +148,9 @@ def test_nothing_is_wasted_where_everything_divides(count, itemsize):
     (row,) = device_counts(LLAMA_8B, [count], itemsize)
     norms = (2 * LLAMA_8B.layers + 1) * LLAMA_8B.hidden * itemsize
     assert row.extra_weight_percent == row.extra_cache_percent == 0
-    assert row.param_bytes_per_device * count == model_bytes(LLAMA_8B, itemsize) + (count - 1) * norms
+    assert (
+        row.param_bytes_per_device * count == model_bytes(LLAMA_8B, itemsize) + (count - 1) * norms
+    )
 
 
 @settings(deadline=None)
@@ -145,9 +160,18 @@ def test_a_device_counts_line_agrees_with_its_whole_plan(spec, devices):
     plan = make_plan(spec, MeshShape(model=devices))
     assert row.param_bytes_per_device == plan.parameter_bytes(4)[0]
     everywhere = sum(math.prod(placement.shape) for placement in plan.parameters)
-    assert row.extra_weight_percent == pytest.approx(100 * (everywhere / cost.parameter_count(spec) - 1))
-    assert (row.query_heads, row.kv_heads) == (len(plan.head_layout.query_sources), plan.head_layout.slots)
-    assert (row.intermediate, row.vocab, row.kind) == (plan.intermediate, plan.vocab, plan.head_layout.kind)
+    assert row.extra_weight_percent == pytest.approx(
+        100 * (everywhere / cost.parameter_count(spec) - 1)
+    )
+    assert (row.query_heads, row.kv_heads) == (
+        len(plan.head_layout.query_sources),
+        plan.head_layout.slots,
+    )
+    assert (row.intermediate, row.vocab, row.kind) == (
+        plan.intermediate,
+        plan.vocab,
+        plan.head_layout.kind,
+    )
 
 
 @settings(deadline=None)
@@ -160,7 +184,9 @@ def test_a_device_counts_line_agrees_with_its_whole_plan(spec, devices):
     room=st.integers(0, 1 << 22),
     train=st.booleans(),
 )
-def test_the_largest_batch_and_context_fit_and_one_more_does_not(spec, mesh, batch, length, seq, room, train):
+def test_the_largest_batch_and_context_fit_and_one_more_does_not(
+    spec, mesh, batch, length, seq, room, train
+):
     length = min(length, spec.max_positions)
     plan = make_plan(spec, mesh)
     device = Hardware(name="some", memory_bytes=room, what="a device")
@@ -180,7 +206,11 @@ def test_the_largest_batch_and_context_fit_and_one_more_does_not(spec, mesh, bat
             return train_memory(plan, TrainStep(batch=changed.batch, seq=changed.seq)).total <= room
         return (
             cost.memory(
-                plan, batch=changed.batch, prompt=min(changed.seq, changed.max_model_len), max_model_len=changed.max_model_len, itemsize=4
+                plan,
+                batch=changed.batch,
+                prompt=min(changed.seq, changed.max_model_len),
+                max_model_len=changed.max_model_len,
+                itemsize=4,
             ).total
             <= room
         )
@@ -197,17 +227,27 @@ def test_the_largest_batch_and_context_fit_and_one_more_does_not(spec, mesh, bat
 
 @given(limit=st.integers(0, 10_000), most=st.none() | st.integers(1, 10_000))
 def test_largest_finds_the_last_that_fits(limit, most):
-    assert largest(lambda number: number <= limit, most) == (limit if most is None else min(limit, most))
+    assert largest(lambda number: number <= limit, most) == (
+        limit if most is None else min(limit, most)
+    )
 
 
-@given(longest=st.integers(1, 5000), capacity=st.integers(1, 20_000), rows=st.sampled_from((1, 7, 8, 32)))
+@given(
+    longest=st.integers(1, 5000),
+    capacity=st.integers(1, 20_000),
+    rows=st.sampled_from((1, 7, 8, 32)),
+)
 def test_a_prompts_buckets_hold_its_chunks_and_end_with_the_capacity(longest, capacity, rows):
     chunks = math.ceil(longest / chunk_size(longest)) * chunk_size(longest)
     buckets = prompt_buckets(capacity, longest, rows=rows)
     assert chunk_size(longest) <= CHUNK
     assert buckets[0] >= chunks >= longest and buckets[-1] >= capacity
     assert buckets == sorted(set(buckets))
-    assert buckets[-1] == cache_buckets(max(capacity, chunks), rows=rows)[-1] < max(capacity, chunks) + (256 if rows < 8 else 64)
+    assert (
+        buckets[-1]
+        == cache_buckets(max(capacity, chunks), rows=rows)[-1]
+        < max(capacity, chunks) + (256 if rows < 8 else 64)
+    )
 
 
 # -- kinds
@@ -216,13 +256,19 @@ def test_a_prompts_buckets_hold_its_chunks_and_end_with_the_capacity(longest, ca
 def test_every_parameter_is_of_one_kind():
     found = kinds(ON_8)
     assert sum(kind.count for kind in found) == len(ON_8.parameters) == 32 * 9 + 3
-    assert [kind.name for kind in found][:2] == ["model.embed_tokens.weight", "model.layers.*.self_attn.q_proj.weight"]
+    assert [kind.name for kind in found][:2] == [
+        "model.embed_tokens.weight",
+        "model.layers.*.self_attn.q_proj.weight",
+    ]
     assert found[1].title == "layers.*.self_attn.q_proj.weight x32"
     assert found[1].module == "model.layers.*.self_attn.q_proj"
 
 
 def test_layers_that_lie_differently_are_kinds_of_their_own_below_one_another():
-    overrides = {"model.layers.0.mlp.up_proj.weight": "replicate", "model.layers.2.mlp.up_proj.weight": "replicate"}
+    overrides = {
+        "model.layers.0.mlp.up_proj.weight": "replicate",
+        "model.layers.2.mlp.up_proj.weight": "replicate",
+    }
     plan = make_plan(replace(TINY, layers=6), MeshShape(model=2), overrides)
     names = [(kind.name, kind.count) for kind in kinds(plan) if "up_proj" in kind.name]
     # The two have patterns, and so reasons, of their own.
@@ -234,7 +280,12 @@ def test_layers_that_lie_differently_are_kinds_of_their_own_below_one_another():
 
 
 def test_runs_of_numbers_are_short():
-    assert (ranges([3]), ranges([0, 1]), ranges([0, 2, 3, 4, 9]), ranges([])) == ("3", "0-1", "0,2-4,9", "")
+    assert (ranges([3]), ranges([0, 1]), ranges([0, 2, 3, 4, 9]), ranges([])) == (
+        "3",
+        "0-1",
+        "0,2-4,9",
+        "",
+    )
 
 
 # -- hardware and requests
@@ -244,28 +295,37 @@ def test_hardware_is_found_by_name_in_any_case():
     assert named("TPU-v5e") is HARDWARE["tpu-v5e"]
     with pytest.raises(UsageError) as caught:
         named("tpu-v99")
-    assert str(caught.value).startswith("hardware 'tpu-v99' is unknown\nexpected one of tpu-v4, tpu-v5e, ")
+    assert str(caught.value).startswith(
+        "hardware 'tpu-v99' is unknown\nexpected one of tpu-v4, tpu-v5e, "
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"batch": 0}, "--batch is 0\nexpected 1 to 1048576"),
-        ({"max_model_len": 131073}, "--max-model-len is 131073\nexpected 1 to 131072, the model's maximum"),
+        (
+            {"max_model_len": 131073},
+            "--max-model-len is 131073\nexpected 1 to 131072, the model's maximum",
+        ),
         ({"max_model_len": 0}, "--max-model-len is 0\nexpected 1 to 131072, the model's maximum"),
         ({"seq": 1025}, "--seq is 1025\nexpected 1 to 1024, the maximum length"),
         ({"seq": 0}, "--seq is 0\nexpected 1 to 1024, the maximum length"),
     ],
 )
 def test_a_number_out_of_range_is_named_with_its_limits(changes, expected):
-    request = Request(**({"batch": 1, "seq": 16, "max_model_len": 1024, "dtype": "float32"} | changes))
+    request = Request(
+        **({"batch": 1, "seq": 16, "max_model_len": 1024, "dtype": "float32"} | changes)
+    )
     with pytest.raises(UsageError) as caught:
         forecast("a model", ON_8, request)
     assert str(caught.value) == expected
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would():
-    request = Request(batch=64, seq=512, max_model_len=8192, dtype="bfloat16", hardware=named("n300"))
+    request = Request(
+        batch=64, seq=512, max_model_len=8192, dtype="bfloat16", hardware=named("n300")
+    )
     found = forecast("llama-3.1-8b", make_plan(LLAMA_8B, MeshShape(model=4)), request)
     with pytest.raises(FitError) as caught:
         found.check()
@@ -282,14 +342,25 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
 
 
 def test_where_nothing_fits_there_is_no_largest():
-    request = Request(batch=1, seq=512, max_model_len=8192, dtype="bfloat16", hardware=named("n150"))
+    request = Request(
+        batch=1, seq=512, max_model_len=8192, dtype="bfloat16", hardware=named("n150")
+    )
     with pytest.raises(FitError, match="\nno batch and no context fits\n"):
         forecast("llama-3.1-8b", make_plan(LLAMA_8B, MeshShape()), request).check()
 
 
 def test_the_device_counts_show_division_repetition_and_padding():
-    rows = forecast("m", ON_8, Request(batch=1, seq=1, max_model_len=1, dtype="float32")).device_counts
+    rows = forecast(
+        "m", ON_8, Request(batch=1, seq=1, max_model_len=1, dtype="float32")
+    ).device_counts
     assert [row.devices for row in rows] == [1, 2, 4, 8, 16, 32, 64]
     assert [row.kind for row in rows] == ["divide"] * 4 + ["repeat"] * 2 + ["repeat+pad"]
-    odd = forecast("m", make_plan(LLAMA_8B, MeshShape(model=7)), Request(batch=1, seq=1, max_model_len=1, dtype="float32"))
-    assert 7 in [row.devices for row in odd.device_counts] and max(row.devices for row in odd.device_counts) == MOST_DEVICES
+    odd = forecast(
+        "m",
+        make_plan(LLAMA_8B, MeshShape(model=7)),
+        Request(batch=1, seq=1, max_model_len=1, dtype="float32"),
+    )
+    assert (
+        7 in [row.devices for row in odd.device_counts]
+        and max(row.devices for row in odd.device_counts) == MOST_DEVICES
+    )

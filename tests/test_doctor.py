@@ -19,18 +19,37 @@ import pytest
 import torch
 from plugin_maker import make
 
-from parallama import child, doctor, faults, host, plugins, selftest, versions
+from parallama import host, isolated_process
 from parallama.cli.doctor import render
-from parallama.doctor import BackendState, Report
-from parallama.faults import known
+from parallama.engine.devices import faults, plugins, versions
+from parallama.engine.devices.faults import known
+from parallama.engine.torch_xla import selftest
+from parallama.prove import doctor
+from parallama.prove.doctor import BackendState, Report
 
 COMMAND = str(Path(sys.executable).with_name("parallama"))
-STOCK: dict[str, Any] = {"torch": "2.9.1", "torch_xla": "2.9.0", "transformers": "5.23.0", "partitioner": "gspmd", "features": []}
+STOCK: dict[str, Any] = {
+    "torch": "2.9.1",
+    "torch_xla": "2.9.0",
+    "transformers": "5.23.0",
+    "partitioner": "gspmd",
+    "features": [],
+}
 
 
 def run(*arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))}
-    return subprocess.run([COMMAND, "doctor", *arguments], capture_output=True, text=True, timeout=300, env=kept | more)
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))
+    }
+    return subprocess.run(
+        [COMMAND, "doctor", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=kept | more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +83,11 @@ def test_the_self_test_runs_three_checks_on_two_virtual_devices_and_passes(repor
     test = report.self_test
     assert test.passed and (test.exit_code, test.error, test.mesh) == (0, None, "1x2")
     assert test.devices == ("CPU:0", "CPU:1")
-    assert [check["name"] for check in test.checks] == ["sharded product", "all-reduce", "donated buffer"]
+    assert [check["name"] for check in test.checks] == [
+        "sharded product",
+        "all-reduce",
+        "donated buffer",
+    ]
     assert all(check["passed"] for check in test.checks)
     product, reduced, donated = (check["max_error"] for check in test.checks)
     # Float32 against float64: not the same numbers, unless nothing was computed.
@@ -82,13 +105,18 @@ def test_a_wrong_result_fails_its_check() -> None:
     assert not shape.passed and shape.said == "the result is [3], expected [2, 3]"
 
 
-def test_a_plugin_that_cannot_run_a_program_fails_with_its_own_words_and_exit_code_1(too_new: Path) -> None:
+def test_a_plugin_that_cannot_run_a_program_fails_with_its_own_words_and_exit_code_1(
+    too_new: Path,
+) -> None:
     done = run("--backend", str(too_new), "--backend-option", "cpu_device_count=2", "--json")
     assert done.returncode == 1, done.stderr
     test = json.loads(done.stdout)["self_test"]
     assert not test["passed"] and test["exit_code"] == 1 and test["checks"] == []
     assert "size: expected" in test["error"] and "PJRT API version 0.81" in test["error"]
-    assert done.stderr.splitlines()[0] == f"parallama: the self-test on backend {str(too_new)!r} failed"
+    assert (
+        done.stderr.splitlines()[0]
+        == f"parallama: the self-test on backend {str(too_new)!r} failed"
+    )
     assert len(done.stderr.splitlines()) == 2
 
 
@@ -96,9 +124,17 @@ def test_a_plugin_that_crashes_is_reported_with_exit_code_1(tmp_path: Path) -> N
     library = make(tmp_path / "crash.so")  # it fits, and has no functions
     done = run("--backend", str(library))
     assert done.returncode == 1
-    assert done.stderr.splitlines()[0] == f"parallama: the self-test on backend {str(library)!r} failed"
-    assert "the self-test's process died of SIGSEGV" in done.stderr and len(done.stderr.splitlines()) == 2
-    assert "failed in" in done.stdout and "torch_xla" in done.stdout, "the page is printed all the same"
+    assert (
+        done.stderr.splitlines()[0]
+        == f"parallama: the self-test on backend {str(library)!r} failed"
+    )
+    assert (
+        "the self-test's process died of SIGSEGV" in done.stderr
+        and len(done.stderr.splitlines()) == 2
+    )
+    assert "failed in" in done.stdout and "torch_xla" in done.stdout, (
+        "the page is printed all the same"
+    )
 
 
 @pytest.mark.slow
@@ -157,23 +193,41 @@ def test_the_command_prints_the_same_and_exits_0_when_the_self_test_passed(repor
 
 def test_versions_are_those_installed_and_fit(report: Report) -> None:
     found = {item.name: item for item in report.versions}
-    assert set(found) == {"python", "parallama", "torch", "torch_xla", "transformers", "safetensors", "tokenizers"}
+    assert set(found) == {
+        "python",
+        "parallama",
+        "torch",
+        "torch_xla",
+        "transformers",
+        "safetensors",
+        "tokenizers",
+    }
     assert all(found[name].version == version(name) for name in found if name != "python")
     assert all(item.fits for item in report.versions)
-    assert {(want.by, want.spec) for want in found["torch"].wanted} == {("parallama", "==2.9.1"), ("torch_xla", "~=2.9.0")}
+    assert {(want.by, want.spec) for want in found["torch"].wanted} == {
+        ("parallama", "==2.9.1"),
+        ("torch_xla", "~=2.9.0"),
+    }
 
 
 def test_backends_say_whether_they_can_be_had_and_why_not(report: Report) -> None:
     found = {state.name: state for state in report.backends}
     assert found["cpu"].available is True
     assert (found["tpu"].available, found["tpu"].reason) == (False, "libtpu is not installed")
-    assert (found["tt"].available, found["tt"].reason) == (False, "no plugin of Tenstorrent's is installed")
+    assert (found["tt"].available, found["tt"].reason) == (
+        False,
+        "no plugin of Tenstorrent's is installed",
+    )
     assert found["xla_cpu_pjrt"].available is False
-    assert found["xla_cpu_pjrt"].reason.endswith("speaks PJRT API 0.81, torch_xla 2.9.0 speaks 0.75")
+    assert found["xla_cpu_pjrt"].reason.endswith(
+        "speaks PJRT API 0.81, torch_xla 2.9.0 speaks 0.75"
+    )
     assert found["neuron"].available is None, "only importing it would tell"
 
 
-def test_a_plugin_that_fits_is_shown_with_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_that_fits_is_shown_with_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library = make(tmp_path / "pjrt_plugin_tt.so", (0, 113))
     monkeypatch.setenv("PJRT_NAMES_AND_LIBRARY_PATHS", f"tt:{library}")
     found = {state.name: state for state in doctor.states()}
@@ -198,7 +252,9 @@ def test_the_page_shows_versions_backends_faults_and_checks(report: Report) -> N
         "passed in",
     ):
         assert re.sub(r" +", " ", told) in re.sub(r" +", " ", page), told
-    broken = replace(report, self_test=replace(report.self_test, exit_code=1, error="wrong: all-reduce"))
+    broken = replace(
+        report, self_test=replace(report.self_test, exit_code=1, error="wrong: all-reduce")
+    )
     assert "failed in" in rendered(broken)
 
 
@@ -206,18 +262,35 @@ def test_the_machine_is_described(report: Report) -> None:
     name, features = host.processor()
     assert (report.cpu, report.cpu_features) == (name, tuple(features)) and name
     assert report.memory_bytes is not None and report.memory_available_bytes is not None
-    assert 1e9 < report.memory_available_bytes < report.memory_bytes == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert (
+        1e9
+        < report.memory_available_bytes
+        < report.memory_bytes
+        == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
 
 
 # -- versions
 
 
-def test_a_version_that_does_not_fit_is_told_by_who_wants_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, number, wants in (("torch", "2.8.0", ""), ("torch_xla", "2.9.0+git12", ""), ("transformers", "5.2.0", "tokenizers<0.20")):
+def test_a_version_that_does_not_fit_is_told_by_who_wants_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, number, wants in (
+        ("torch", "2.8.0", ""),
+        ("torch_xla", "2.9.0+git12", ""),
+        ("transformers", "5.2.0", "tokenizers<0.20"),
+    ):
         folder = tmp_path / f"{name}-{number}.dist-info"
         folder.mkdir()
-        requires = f"Requires-Dist: {wants}\nRequires-Dist: torch>=9; extra == 'x'\nRequires-Dist: not a requirement\n" if wants else ""
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\nRequires-Python: >=3.99\n{requires}")
+        requires = (
+            f"Requires-Dist: {wants}\nRequires-Dist: torch>=9; extra == 'x'\nRequires-Dist: not a requirement\n"
+            if wants
+            else ""
+        )
+        (folder / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\nRequires-Python: >=3.99\n{requires}"
+        )
     monkeypatch.syspath_prepend(tmp_path)
     found = {item.name: item for item in versions.survey()}
     assert not any(found[name].fits for name in ("python", "torch", "transformers", "tokenizers"))
@@ -226,12 +299,23 @@ def test_a_version_that_does_not_fit_is_told_by_who_wants_another(tmp_path: Path
         ("parallama", "==2.9.1", False),
         ("torch_xla", "~=2.9.0", False),
     }
-    assert ("transformers", "<0.20", False) in {(want.by, want.spec, want.fits) for want in found["tokenizers"].wanted}
+    assert ("transformers", "<0.20", False) in {
+        (want.by, want.spec, want.fits) for want in found["tokenizers"].wanted
+    }
 
 
 @pytest.mark.parametrize(
     ("number", "said"),
-    [("2.8.0", ["torch_xla 2.8.0 is installed", "expected 2.9.x, the release this package is made for"]), ("2.9.0+git12", None)],
+    [
+        (
+            "2.8.0",
+            [
+                "torch_xla 2.8.0 is installed",
+                "expected 2.9.x, the release this package is made for",
+            ],
+        ),
+        ("2.9.0+git12", None),
+    ],
 )
 def test_another_torch_xla_is_refused_and_a_fork_of_the_same_release_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str, said: list[str] | None
@@ -250,24 +334,36 @@ def test_another_torch_xla_is_refused_and_a_fork_of_the_same_release_is_not(
 
 
 def test_a_missing_torch_xla_says_how_to_install_it(tmp_path: Path) -> None:
-    code = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\nfrom parallama import versions\nversions.check_torch_xla()"
-    source = Path(versions.__file__).parents[1]
+    code = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\nfrom parallama.engine.devices import versions\nversions.check_torch_xla()"
+    source = Path(versions.__file__).parents[3]
 
     (tmp_path / "packaging").symlink_to(Path(packaging.__file__).parent)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": f"{source}:{tmp_path}"}, timeout=60
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": f"{source}:{tmp_path}"},
+        timeout=60,
     )
-    assert done.stderr.endswith("torch_xla is not installed\nexpected torch_xla 2.9.x\nrun: pip install torch_xla==2.9.0\n")
+    assert done.stderr.endswith(
+        "torch_xla is not installed\nexpected torch_xla 2.9.x\nrun: pip install torch_xla==2.9.0\n"
+    )
 
 
-def test_the_partitioner_is_read_from_the_installed_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_partitioner_is_read_from_the_installed_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert versions.partitioner() == "gspmd"
     assert versions.onednn_fusions() is (platform.machine() == "x86_64")
     folder = tmp_path / "torch_xla-2.9.0+git12.dist-info"
     folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_xla\nVersion: 2.9.0+git12\n")
+    (folder / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torch_xla\nVersion: 2.9.0+git12\n"
+    )
     (folder / "RECORD").write_text("_XLAC.cpython-311-x86_64-linux-gnu.so,,\n")
-    (tmp_path / "_XLAC.cpython-311-x86_64-linux-gnu.so").write_bytes(b"\0" * 100 + b"CONVERT_SHLO_TO_SHARDY\0")
+    (tmp_path / "_XLAC.cpython-311-x86_64-linux-gnu.so").write_bytes(
+        b"\0" * 100 + b"CONVERT_SHLO_TO_SHARDY\0"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     assert versions.partitioner() == "shardy" and not versions.onednn_fusions()
 
@@ -286,20 +382,43 @@ def names(**given: Any) -> set[str]:
 
 def test_each_fault_is_told_only_where_it_applies() -> None:
     cpu = names(backend="cpu")
-    assert cpu == {"CVE-2026-24747", "gspmd", "compile-cache", "cpu-bf16", "cpu-one-process", "memory-info"}
+    assert cpu == {
+        "CVE-2026-24747",
+        "gspmd",
+        "compile-cache",
+        "cpu-bf16",
+        "cpu-one-process",
+        "memory-info",
+    }
     assert names(backend="tpu") == cpu - {"cpu-bf16", "cpu-one-process"}
-    assert names(backend="tt") == {"CVE-2026-24747", "gspmd", "tt-stock-torch-xla", "tt-spmd-1x1", "memory-info"}
-    assert names(backend="tt", partitioner="shardy") == {"CVE-2026-24747", "tt-spmd-1x1", "memory-info"}
+    assert names(backend="tt") == {
+        "CVE-2026-24747",
+        "gspmd",
+        "tt-stock-torch-xla",
+        "tt-spmd-1x1",
+        "memory-info",
+    }
+    assert names(backend="tt", partitioner="shardy") == {
+        "CVE-2026-24747",
+        "tt-spmd-1x1",
+        "memory-info",
+    }
     assert "CVE-2026-4372" in names(backend="cpu", transformers="5.2.1")
     assert "CVE-2026-24747" not in names(backend="cpu", torch="2.10.0")
 
 
 def test_the_bf16_fault_says_what_the_processor_has() -> None:
     def said(features: list[str]) -> str:
-        return next(fault.what for fault in known(**(STOCK | {"backend": "cpu", "features": features})) if fault.name == "cpu-bf16")
+        return next(
+            fault.what
+            for fault in known(**(STOCK | {"backend": "cpu", "features": features}))
+            if fault.name == "cpu-bf16"
+        )
 
     assert said(["avx2"]).endswith("this processor has no bf16 instructions either")
-    assert said(["avx512_bf16", "amx_bf16"]).endswith("though this processor has amx_bf16, avx512_bf16")
+    assert said(["avx512_bf16", "amx_bf16"]).endswith(
+        "though this processor has amx_bf16, avx512_bf16"
+    )
     assert all(fault.what and fault.means for fault in faults.known(**(STOCK | {"backend": "tt"})))
 
 
@@ -307,9 +426,11 @@ def test_the_bf16_fault_says_what_the_processor_has() -> None:
 
 
 def test_a_module_of_ours_that_fails_is_told_by_how_it_ended() -> None:
-    ended = child.run_module("parallama.plugins", "/nowhere.so", limit_s=60)
+    ended = isolated_process.run_module(
+        "parallama.engine.devices.plugins", "/nowhere.so", limit_s=60
+    )
     assert (ended.code, ended.how, ended.out) == (1, "ended with exit code 1", "")
     assert ended.last_words.startswith("/nowhere.so: cannot open shared object file")
-    assert child.Ended(code=-9, out="", err="").how == "died of SIGKILL"
-    assert child.Ended(code=-63, out="", err="").how == "died of signal 63"
-    assert child.Ended(code=None, out="", err="").how == "did not end in time"
+    assert isolated_process.Ended(code=-9, out="", err="").how == "died of SIGKILL"
+    assert isolated_process.Ended(code=-63, out="", err="").how == "died of signal 63"
+    assert isolated_process.Ended(code=None, out="", err="").how == "did not end in time"

@@ -16,31 +16,54 @@ import reference
 import torch
 from conftest import CaseError, Workers
 
-from parallama.buckets import text_size
 from parallama.errors import UsageError
-from parallama.evaluation import EvalOptions
+from parallama.evaluate.evaluation import EvalOptions
+from parallama.plan.program_shapes import text_size
 
 HERE = Path(__file__).parent
 LIMIT = 64
 OFFLINE = ("parallama_facts", "parallama_alice", "parallama_cloze", "parallama_quiz")
-CHAT = {"apply_chat_template": True, "fewshot_as_multiturn": True, "num_fewshot": 1, "system_instruction": "Answer in one word."}
+CHAT = {
+    "apply_chat_template": True,
+    "fewshot_as_multiturn": True,
+    "num_fewshot": 1,
+    "system_instruction": "Answer in one word.",
+}
 
 
-def run(*arguments: str, code: str | None = None, cwd: Path = HERE) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, code: str | None = None, cwd: Path = HERE
+) -> subprocess.CompletedProcess[str]:
     """`parallama ARGUMENTS`, or Python code, in a process of its own."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_", "TF_CPP_"))}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_", "TF_CPP_"))
+    }
     command = [sys.executable, *(["-c", code] if code else ["-m", "parallama"]), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, env=kept, stdin=subprocess.DEVNULL)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=cwd,
+        env=kept,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def harness(*runs: dict[str, Any], max_length: int = LIMIT) -> list[dict[str, Any]]:
     """What the harness's own `hf` model finds, in a process of its own."""
     asked = json.dumps({"max_length": max_length, "runs": runs})
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_"))
+    }
     # accelerate would start XLA's devices.
     environment |= {"USE_TORCH_XLA": "0", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "eval_reference.py", asked]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=HERE, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=900, cwd=HERE, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
@@ -65,7 +88,10 @@ def agree(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
                 elif isinstance(expected, float):
                     assert answer == pytest.approx(expected, abs=1e-3), (task, number)
                 else:
-                    assert answer[0] == pytest.approx(expected[0], abs=1e-3) and answer[1] == expected[1], (task, number)
+                    assert (
+                        answer[0] == pytest.approx(expected[0], abs=1e-3)
+                        and answer[1] == expected[1]
+                    ), (task, number)
 
 
 def plain(found: dict[str, Any]) -> dict[str, Any]:
@@ -76,17 +102,38 @@ def plain(found: dict[str, Any]) -> dict[str, Any]:
 def test_four_kinds_of_tasks_on_1x3_agree_with_the_harness_own_model(workers: Workers) -> None:
     """Choices, whole texts in windows, the last word, and answers that are generated."""
     (theirs,) = harness({"tasks": list(OFFLINE)})
-    ours = plain(workers[3].call("eval_cases:evaluated", mesh="1x3", tasks=",".join(OFFLINE), max_model_len=LIMIT, batch=4))
+    ours = plain(
+        workers[3].call(
+            "eval_cases:evaluated",
+            mesh="1x3",
+            tasks=",".join(OFFLINE),
+            max_model_len=LIMIT,
+            batch=4,
+        )
+    )
     agree(ours, theirs)
-    assert ours["results"]["parallama_facts"]["acc,none"] > 0.5 and ours["results"]["parallama_quiz"]["exact_match,stripped"] > 0.5
-    assert ours["mesh"] == {"data": 1, "model": 3} and ours["batch_size"] == 4 and ours["requests"] == 12 * 4 + 5 + 8 + 10
+    assert (
+        ours["results"]["parallama_facts"]["acc,none"] > 0.5
+        and ours["results"]["parallama_quiz"]["exact_match,stripped"] > 0.5
+    )
+    assert (
+        ours["mesh"] == {"data": 1, "model": 3}
+        and ours["batch_size"] == 4
+        and ours["requests"] == 12 * 4 + 5 + 8 + 10
+    )
     # Prompts of 32 and 64 tokens at the most, each with its decoding; texts to score of 16, 32 and 64.
-    assert ours["programs_compiled"] == ours["compiled"] and ours["programs_after_warmup"] == 0 and 3 <= ours["compiled"] <= 7
+    assert (
+        ours["programs_compiled"] == ours["compiled"]
+        and ours["programs_after_warmup"] == 0
+        and 3 <= ours["compiled"] <= 7
+    )
     assert ours["cut_requests"] == 0
 
 
 @pytest.mark.slow
-def test_chat_templates_examples_and_cut_prompts_agree_with_the_harness_own_model(workers: Workers) -> None:
+def test_chat_templates_examples_and_cut_prompts_agree_with_the_harness_own_model(
+    workers: Workers,
+) -> None:
     """On every kind of mesh; prompts that are longer than the limit lose their beginning in both."""
     runs: list[dict[str, Any]] = [
         {"tasks": list(OFFLINE), **CHAT},
@@ -98,7 +145,11 @@ def test_chat_templates_examples_and_cut_prompts_agree_with_the_harness_own_mode
             for given, wanted in zip(runs, theirs, strict=True):
                 options = {key: value for key, value in given.items() if key != "tasks"}
                 ours = workers[devices].call(
-                    "eval_cases:evaluated", mesh=mesh, tasks=",".join(given["tasks"]), max_model_len=limit, **options
+                    "eval_cases:evaluated",
+                    mesh=mesh,
+                    tasks=",".join(given["tasks"]),
+                    max_model_len=limit,
+                    **options,
                 )
                 agree(plain(ours), wanted)
                 assert ours["programs_after_warmup"] == 0
@@ -109,7 +160,13 @@ def test_chat_templates_examples_and_cut_prompts_agree_with_the_harness_own_mode
 def test_sampled_answers_differ_and_are_the_same_again_with_the_same_seed(workers: Workers) -> None:
     def answers(mesh: str, devices: int, seed: int) -> list[list[str]]:
         run = workers[devices].call(
-            "eval_cases:evaluated", mesh=mesh, tasks="parallama_sampled", max_model_len=96, batch=6, limit=2, seed=seed
+            "eval_cases:evaluated",
+            mesh=mesh,
+            tasks="parallama_sampled",
+            max_model_len=96,
+            batch=6,
+            limit=2,
+            seed=seed,
         )
         return run["answers"]["parallama_sampled"]
 
@@ -119,7 +176,9 @@ def test_sampled_answers_differ_and_are_the_same_again_with_the_same_seed(worker
 
 
 @pytest.mark.parametrize("mesh", ["1x1", "2x4"])
-def test_scores_are_those_of_transformers_at_the_edges_of_batches_and_lengths(workers: Workers, models: Any, mesh: str) -> None:
+def test_scores_are_those_of_transformers_at_the_edges_of_batches_and_lengths(
+    workers: Workers, models: Any, mesh: str
+) -> None:
     tiny = models(layers=1, seed=3)
     texts = []
     # Inputs are one shorter: 1, 15, 16, 17, 512 and 600 tokens, in programs of 16, 512 and 1,024.
@@ -134,7 +193,9 @@ def test_scores_are_those_of_transformers_at_the_edges_of_batches_and_lengths(wo
         "eval_cases:scored", folder=tiny.folder, mesh=mesh, batch=2, max_model_len=600, texts=texts
     )
     for (ids, count), row, (logprob, greedy) in zip(texts, logits, found["scores"], strict=True):
-        chances = torch.log_softmax(row.double(), -1).gather(1, torch.tensor(ids[1:])[:, None])[-count:, 0]
+        chances = torch.log_softmax(row.double(), -1).gather(1, torch.tensor(ids[1:])[:, None])[
+            -count:, 0
+        ]
         assert logprob == pytest.approx(float(chances.sum()), rel=1e-5, abs=1e-4)
         assert greedy == (row[-count:].argmax(-1).tolist() == ids[-count:])
     assert found["scores"][-1][1] and not found["scores"][0][1]
@@ -156,20 +217,45 @@ def test_texts_come_in_few_lengths() -> None:
         2048,
     ]
     assert text_size(600, 600) == 1024 and text_size(2500, 2500) == 2560
-    assert all(length <= text_size(length, limit) for limit in range(1, 3000, 97) for length in range(1, limit + 1, 13))
+    assert all(
+        length <= text_size(length, limit)
+        for limit in range(1, 3000, 97)
+        for length in range(1, limit + 1, 13)
+    )
 
 
 REFUSED = [
-    ("a batch that doesn't divide", {"tasks": "parallama_quiz", "batch": 0}, "a batch of 0 sequences on mesh 1x3"),
-    ("a setting that parallama has not", {"tasks": "parallama_beams"}, "generation setting 'num_beams' is 4"),
-    ("no room for a context", {"tasks": "parallama_quiz", "max_model_len": 16}, "the task generates 16 tokens"),
-    ("a continuation over the limit", {"tasks": "parallama_facts", "max_model_len": 2}, "has 4 tokens"),
+    (
+        "a batch that doesn't divide",
+        {"tasks": "parallama_quiz", "batch": 0},
+        "a batch of 0 sequences on mesh 1x3",
+    ),
+    (
+        "a setting that parallama has not",
+        {"tasks": "parallama_beams"},
+        "generation setting 'num_beams' is 4",
+    ),
+    (
+        "no room for a context",
+        {"tasks": "parallama_quiz", "max_model_len": 16},
+        "the task generates 16 tokens",
+    ),
+    (
+        "a continuation over the limit",
+        {"tasks": "parallama_facts", "max_model_len": 2},
+        "has 4 tokens",
+    ),
     ("a task unheard of", {"tasks": "parallama_fact"}, "task 'parallama_fact' is not known"),
 ]
 
 
 def test_what_cannot_be_evaluated_is_refused_before_it_runs(workers: Workers) -> None:
-    found = workers[3].call("eval_cases:refused", mesh="1x3", max_model_len=LIMIT, runs=[dict(given) for _, given, _ in REFUSED])
+    found = workers[3].call(
+        "eval_cases:refused",
+        mesh="1x3",
+        max_model_len=LIMIT,
+        runs=[dict(given) for _, given, _ in REFUSED],
+    )
     for (what, _, expected), (kind, code, message) in zip(REFUSED, found, strict=True):
         assert (kind, code) == ("UsageError", 2), (what, message)
         assert expected in message and len(message.splitlines()) <= 3, (what, message)
@@ -191,43 +277,71 @@ def test_options_out_of_their_range_are_refused(options: dict[str, Any], expecte
         EvalOptions(**options)
 
 
-def test_the_command_of_the_readme_prints_one_document_and_writes_what_the_harness_would(tmp_path: Path) -> None:
+def test_the_command_of_the_readme_prints_one_document_and_writes_what_the_harness_would(
+    tmp_path: Path,
+) -> None:
     readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
     shown = next(line for line in readme.splitlines() if line.startswith("$ parallama eval "))
-    arguments = [*shlex.split(shown)[3:], "--limit", "2", "--batch-size", "2", "--max-model-len", "64"]
+    arguments = [
+        *shlex.split(shown)[3:],
+        "--limit",
+        "2",
+        "--batch-size",
+        "2",
+        "--max-model-len",
+        "64",
+    ]
     done = run("eval", *arguments, "--output-path", str(tmp_path), "--log-samples", "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["n-samples"]["parallama_cloze"] == {"original": 8, "effective": 2}
-    assert document["model"] == "smollm2" and document["dtype"] == "float32" and document["mesh"] == {"data": 1, "model": 3}
+    assert (
+        document["model"] == "smollm2"
+        and document["dtype"] == "float32"
+        and document["mesh"] == {"data": 1, "model": 3}
+    )
     assert document["programs_compiled"] == 1 and document["programs_after_warmup"] == 0
-    assert "2 requests" in done.stderr and "1 programs, 0 after warm-up" in done.stderr and "it/s" not in done.stderr
+    assert (
+        "2 requests" in done.stderr
+        and "1 programs, 0 after warm-up" in done.stderr
+        and "it/s" not in done.stderr
+    )
     (results,), (samples,) = (
-        list((tmp_path / "smollm2").glob(pattern)) for pattern in ("results_*.json", "samples_parallama_cloze_*.jsonl")
+        list((tmp_path / "smollm2").glob(pattern))
+        for pattern in ("results_*.json", "samples_parallama_cloze_*.jsonl")
     )
     assert json.loads(results.read_text())["results"] == document["results"]
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
-    assert [row["doc_id"] for row in rows] == [0, 1] and rows[0]["arguments"]["gen_args_0"]["arg_1"] == "stove"
+    assert [row["doc_id"] for row in rows] == [0, 1] and rows[0]["arguments"]["gen_args_0"][
+        "arg_1"
+    ] == "stove"
 
 
 def test_without_the_extra_the_error_says_how_to_get_it() -> None:
     code = "import sys; sys.modules['lm_eval'] = None\nfrom parallama.__main__ import run\nsys.exit(run(sys.argv[1:]))"
     done = run("eval", "smollm2", "--tasks", "x", code=code)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "parallama: parallama eval needs the package 'lm_eval'\npip install 'parallama[eval]'\n"
+    assert (
+        done.stderr
+        == "parallama: parallama eval needs the package 'lm_eval'\npip install 'parallama[eval]'\n"
+    )
 
 
-def test_a_task_that_came_with_a_checkpoint_is_refused_and_nothing_of_it_is_run(tmp_path: Path) -> None:
+def test_a_task_that_came_with_a_checkpoint_is_refused_and_nothing_of_it_is_run(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "model" / "tasks"
     folder.mkdir(parents=True)
     (folder / "own.yaml").write_text("task: own\ndoc_to_text: !function code.text\n")
-    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef text(doc): return ''\n")
+    (folder / "code.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\ndef text(doc): return ''\n"
+    )
     (tmp_path / "link").symlink_to(folder)
     code = """if True:
         import sys
         from pathlib import Path
         from parallama.errors import UsageError
-        from parallama.evaluation import find_tasks
+        from parallama.evaluate.evaluation import find_tasks
         for names, include in ((["own"], ["model/tasks"]), (["own"], ["link"]), (["model/tasks/own.yaml"], []), (["own"], ["nowhere"]), ([","], [])):
             try:
                 find_tasks(names, [Path(path) for path in include], model="model")
@@ -252,7 +366,9 @@ def test_a_task_that_came_with_a_checkpoint_is_refused_and_nothing_of_it_is_run(
         "--include-path 'nowhere' is no folder",
         "no task was named",
     ]
-    assert len(said) == 7 and all(line.startswith("task 'broken.yaml' cannot be loaded: ") for line in said[5:])
+    assert len(said) == 7 and all(
+        line.startswith("task 'broken.yaml' cannot be loaded: ") for line in said[5:]
+    )
     # From any other folder it is the user's own, and its code is run.
     assert (tmp_path / "ran").exists()
 
@@ -272,4 +388,11 @@ def test_a_worker_says_what_is_wrong_with_a_text_to_score(workers: Workers, mode
         (([1, 101], 1), "token id 101 is out of range"),
     ):
         with pytest.raises(CaseError, match=expected):
-            workers[1].call("eval_cases:scored", folder=tiny.folder, mesh="1x1", batch=1, max_model_len=16, texts=[text])
+            workers[1].call(
+                "eval_cases:scored",
+                folder=tiny.folder,
+                mesh="1x1",
+                batch=1,
+                max_model_len=16,
+                texts=[text],
+            )

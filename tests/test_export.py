@@ -13,14 +13,20 @@ import pytest
 import torch
 from reference import TinyModels
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+)
 
-from parallama import manifest
-from parallama.checkpoint import SafetensorsFolder
 from parallama.errors import CheckpointError, RunError, UsageError
-from parallama.export import export_checkpoint, export_weights
-from parallama.loading import find
-from parallama.verification import verify
+from parallama.files import manifest
+from parallama.files.checkpoint import SafetensorsFolder
+from parallama.files.export import export_checkpoint, export_weights
+from parallama.files.find import find
+from parallama.prove.verification import verify
 
 COMMAND = str(Path(sys.executable).with_name("parallama"))
 
@@ -43,18 +49,25 @@ def assert_same(found: Any, expected: Any, dtype: torch.dtype | None = None) -> 
     ],
     ids=str,
 )
-def test_a_model_taken_off_eight_devices_is_what_transformers_loads_to_the_bit(tmp_path, models, workers, sizes):
+def test_a_model_taken_off_eight_devices_is_what_transformers_loads_to_the_bit(
+    tmp_path, models, workers, sizes
+):
     """Head padding and repetition, padded intermediate and vocabulary, biases, ties."""
     tiny = models(**sizes)
     out = tmp_path / "out"
     told = workers[8].call("stream_cases:export", folder=tiny.folder, mesh="1x8", out=str(out))
     back = AutoModelForCausalLM.from_pretrained(out)
     assert_same(back, tiny.model)
-    assert (back.lm_head.weight is back.model.embed_tokens.weight) == tiny.model.config.tie_word_embeddings
+    assert (
+        back.lm_head.weight is back.model.embed_tokens.weight
+    ) == tiny.model.config.tie_word_embeddings
     stored = load_file(out / "model.safetensors")
     assert ("lm_head.weight" in stored) != tiny.model.config.tie_word_embeddings
     assert told["parameters"] == sum(tensor.numel() for tensor in stored.values())
-    configs = [AutoConfig.from_pretrained(folder).to_dict() | {"_name_or_path": ""} for folder in (out, tiny.folder)]
+    configs = [
+        AutoConfig.from_pretrained(folder).to_dict() | {"_name_or_path": ""}
+        for folder in (out, tiny.folder)
+    ]
     assert configs[0] == configs[1]
     assert sorted(told["files"]) == sorted(path.name for path in out.iterdir())
 
@@ -67,11 +80,20 @@ def dressed(models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Pat
     shutil.copytree(tiny.folder, folder, dirs_exist_ok=True)
     tensors = load_file(folder / "model.safetensors")
     kinds = {"up_proj": torch.float16, "norm": torch.float32}
-    cast = {name: t.to(next((kind for part, kind in kinds.items() if part in name), torch.bfloat16)) for name, t in tensors.items()}
+    cast = {
+        name: t.to(next((kind for part, kind in kinds.items() if part in name), torch.bfloat16))
+        for name, t in tensors.items()
+    }
     save_file(cast, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16", "auto_map": {"AutoConfig": "evil.Evil"}, "kept": 7}))
-    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5], "do_sample": true, "top_k": 7}')
+    (folder / "config.json").write_text(
+        json.dumps(
+            config | {"dtype": "bfloat16", "auto_map": {"AutoConfig": "evil.Evil"}, "kept": 7}
+        )
+    )
+    (folder / "generation_config.json").write_text(
+        '{"eos_token_id": [2, 5], "do_sample": true, "top_k": 7}'
+    )
     tokenizer = find("smollm2").tokenizer()
     assert tokenizer is not None
     tokenizer.save_pretrained(folder)
@@ -82,17 +104,33 @@ def dressed(models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_everything_that_came_with_the_weights_is_in_the_folder(dressed, tmp_path):
     exported = export_checkpoint(find(str(dressed)), tmp_path / "out")
     assert exported.dtype == "mixed"
-    stored, expected = load_file(tmp_path / "out" / "model.safetensors"), load_file(dressed / "model.safetensors")
+    stored, expected = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(dressed / "model.safetensors"),
+    )
     assert stored.keys() == expected.keys()
-    assert all(stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor) for name, tensor in expected.items())
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    assert all(
+        stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor)
+        for name, tensor in expected.items()
+    )
+    for name in (
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    ):
         assert (tmp_path / "out" / name).read_bytes() == (dressed / name).read_bytes(), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["kept"] == 7 and config["dtype"] == "bfloat16" and "auto_map" not in config
     assert not (tmp_path / "out" / "evil.py").exists()
-    theirs, ours = AutoTokenizer.from_pretrained(dressed), AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs, ours = (
+        AutoTokenizer.from_pretrained(dressed),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
     messages = [{"role": "user", "content": "Hello"}]
-    assert ours.apply_chat_template(messages, tokenize=False) == theirs.apply_chat_template(messages, tokenize=False)
+    assert ours.apply_chat_template(messages, tokenize=False) == theirs.apply_chat_template(
+        messages, tokenize=False
+    )
     assert GenerationConfig.from_pretrained(tmp_path / "out").top_k == 7
 
 
@@ -109,11 +147,15 @@ def test_the_manifest_has_every_file_with_its_sha256(dressed, tmp_path):
         manifest.check(tmp_path / "out")
 
 
-def test_chat_templates_beside_the_default_one_are_copied_and_stand_in_the_manifest(dressed, tmp_path):
+def test_chat_templates_beside_the_default_one_are_copied_and_stand_in_the_manifest(
+    dressed, tmp_path
+):
     folder = tmp_path / "model"
     shutil.copytree(dressed, folder)
     (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages[0]['content'] }}!")
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(
+        "{{ messages[0]['content'] }}!"
+    )
     exported = export_checkpoint(find(str(folder)), tmp_path / "out")
     name = "additional_chat_templates/tool_use.jinja"
     assert name in exported.files
@@ -121,16 +163,28 @@ def test_chat_templates_beside_the_default_one_are_copied_and_stand_in_the_manif
     assert checked is not None and name in checked
     messages = [{"role": "user", "content": "Hello"}]
     assert (
-        AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(messages, chat_template="tool_use", tokenize=False) == "Hello!"
+        AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
+            messages, chat_template="tool_use", tokenize=False
+        )
+        == "Hello!"
     )
     assert verify(str(tmp_path / "out")).passed
     (tmp_path / "out" / name).write_text("{{ messages[0]['content'] }}?")
     found = verify(str(tmp_path / "out"))
-    assert [finding.check for finding in found.findings] == ["manifest"] and f"{name} has SHA-256" in found.findings[0].message
+    assert [finding.check for finding in found.findings] == [
+        "manifest"
+    ] and f"{name} has SHA-256" in found.findings[0].message
 
 
 @pytest.mark.parametrize(
-    "name", ["../out/config.json", "a/b", "additional_chat_templates/../config.json", "additional_chat_templates/a/b", "/etc/passwd"]
+    "name",
+    [
+        "../out/config.json",
+        "a/b",
+        "additional_chat_templates/../config.json",
+        "additional_chat_templates/a/b",
+        "/etc/passwd",
+    ],
 )
 def test_a_manifest_names_no_file_elsewhere(dressed, tmp_path, name):
     export_checkpoint(find(str(dressed)), tmp_path / "out")
@@ -146,7 +200,10 @@ def test_several_files_have_an_index_that_transformers_follows(models, tmp_path)
     exported = export_checkpoint(find(tiny.folder), tmp_path / "out", shard_bytes=40_000)
     shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
-    assert all(sum(t.nbytes for t in load_file(tmp_path / "out" / name).values()) <= 40_000 for name in shards)
+    assert all(
+        sum(t.nbytes for t in load_file(tmp_path / "out" / name).values()) <= 40_000
+        for name in shards
+    )
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4 * exported.parameters
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tiny.model)
@@ -157,7 +214,9 @@ def test_weights_are_cast_where_a_dtype_is_asked_for(models, tmp_path):
     tiny = models(heads=9, kv_heads=3)
     exported = export_checkpoint(find(tiny.folder), tmp_path / "out", dtype="bfloat16")
     assert exported.dtype == "bfloat16"
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # transformers takes the dtype from the config
+    back = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out"
+    )  # transformers takes the dtype from the config
     assert_same(back, tiny.model, torch.bfloat16)
 
 
@@ -170,12 +229,18 @@ def test_a_gguf_becomes_a_folder_with_its_tokenizer_and_the_same_weights(tmp_pat
     for name, tensor in source.tensors(source.spec):
         assert torch.equal(parameters[name], tensor), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"] and config["dtype"] == "float32" and config["tie_word_embeddings"] is True
+    assert (
+        config["architectures"] == ["LlamaForCausalLM"]
+        and config["dtype"] == "float32"
+        and config["tie_word_embeddings"] is True
+    )
     theirs, ours = source.tokenizer(), AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "Jupiter's 79 moons — naïve?\n\tdef f(x): return x"
     assert theirs is not None and ours(text)["input_ids"] == theirs(text)["input_ids"]
     messages = [{"role": "user", "content": "Hello"}]
-    assert ours.apply_chat_template(messages, tokenize=False) == theirs.apply_chat_template(messages, tokenize=False)
+    assert ours.apply_chat_template(messages, tokenize=False) == theirs.apply_chat_template(
+        messages, tokenize=False
+    )
     assert back.generation_config.eos_token_id == 2
     checked = manifest.check(tmp_path / "out")
     assert checked is not None and "tokenizer.json" in checked
@@ -209,7 +274,9 @@ def test_weights_that_are_not_finite_are_not_handed_back_unless_asked_for(models
         == "the model in float16: tensor model.norm.weight holds NaN or infinity (1 of 36 numbers that were read)"
     )
     assert list(tmp_path.iterdir()) == []
-    export_weights(pairs.items(), source, tmp_path / "out", dtype=torch.float16, allow_nonfinite=True)
+    export_weights(
+        pairs.items(), source, tmp_path / "out", dtype=torch.float16, allow_nonfinite=True
+    )
     assert torch.isinf(load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"][3])
 
 
@@ -235,22 +302,38 @@ def test_a_folder_with_something_in_it_is_not_written_to(models, tmp_path):
 
 def test_the_command_writes_the_folder_and_says_what_is_in_it(dressed, tmp_path):
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([COMMAND, "export", *arguments], capture_output=True, text=True, timeout=240)
+        return subprocess.run(
+            [COMMAND, "export", *arguments], capture_output=True, text=True, timeout=240
+        )
 
-    done = run(str(dressed), str(tmp_path / "out"), "--dtype", "float32", "--mesh", "1x2", "--json", "--quiet")
+    done = run(
+        str(dressed),
+        str(tmp_path / "out"),
+        "--dtype",
+        "float32",
+        "--mesh",
+        "1x2",
+        "--json",
+        "--quiet",
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["dtype"] == "float32" and told["folder"] == str(tmp_path / "out")
     assert sorted(told["files"]) == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert told["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(dressed, dtype=torch.float32))
+    assert_same(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+        AutoModelForCausalLM.from_pretrained(dressed, dtype=torch.float32),
+    )
     exact = run(str(dressed), str(tmp_path / "exact"), "--mesh", "1x2", "--quiet")
     assert exact.returncode == 0 and " parameters in mixed, " in exact.stdout
     expected = load_file(dressed / "model.safetensors")
     for name, tensor in load_file(tmp_path / "exact" / "model.safetensors").items():
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
     again = run(str(dressed), str(tmp_path / "out"))
-    assert again.returncode == 2 and "is not empty" in again.stderr and "Traceback" not in again.stderr
+    assert (
+        again.returncode == 2 and "is not empty" in again.stderr and "Traceback" not in again.stderr
+    )
     wrong = run(str(dressed), str(tmp_path / "other"), "--dtype", "int4")
     assert wrong.returncode == 2 and "dtype 'int4' is unknown" in wrong.stderr
     assert not (tmp_path / "other").exists()
@@ -258,7 +341,15 @@ def test_the_command_writes_the_folder_and_says_what_is_in_it(dressed, tmp_path)
 
 def test_a_config_is_what_it_was(models):
     """Of every family that the tests know, so that a config that has no file of its own says all that matters."""
-    from parallama.export import _described
+    from parallama.files.export import _described
 
-    config = LlamaConfig(hidden_size=24, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True, vocab_size=50)
-    assert LlamaConfig.from_dict(_described(config)).to_dict() == config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    config = LlamaConfig(
+        hidden_size=24,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        vocab_size=50,
+    )
+    assert LlamaConfig.from_dict(_described(config)).to_dict() == config.to_dict() | {
+        "architectures": ["LlamaForCausalLM"]
+    }

@@ -9,15 +9,20 @@ import reference
 import torch
 
 from parallama.errors import FitError
-from parallama.plan import make_plan
-from parallama.spec import ModelSpec
-from parallama.topology import MeshShape
+from parallama.model.spec import ModelSpec
+from parallama.plan.mesh_shape import MeshShape
+from parallama.plan.placement import make_plan
 from parallama.train.layout import training_plan
 from parallama.train.options import StepOptions
-from parallama.train.step import check_fit
+from parallama.train.torch_xla.step import check_fit
 
 MESHES = ("1x1", "1x2", "1x3", "1x8", "2x4")
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -27,7 +32,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 # Both change their frequencies from the 25th position on.
-DYNAMIC = {"positions": 24, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
+DYNAMIC = {
+    "positions": 24,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+}
 LONGROPE = {
     "rope_parameters": {
         "rope_type": "longrope",
@@ -53,12 +61,39 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama, yarn": {"heads": 6, "kv_heads": 2, "attention_bias": True, "rope_parameters": YARN},
     "llama, llama3": {"heads": 8, "kv_heads": 2, "tied": True, "rope_parameters": LLAMA3},
     "llama, longrope": {"heads": 5, "kv_heads": 1, "mlp_bias": True, **LONGROPE},
-    "llama, head_dim, all biases": {"heads": 4, "kv_heads": 2, "head_dim": 14, "attention_bias": True, "mlp_bias": True, "tied": True},
+    "llama, head_dim, all biases": {
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 14,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tied": True,
+    },
     "mistral, window": {"family": "mistral", "heads": 4, "kv_heads": 2, **WINDOW},
-    "mistral, no window": {"family": "mistral", "heads": 9, "kv_heads": 3, "head_dim": 6, "sliding_window": None, "tied": True},
-    "ministral": {"family": "ministral", "heads": 6, "kv_heads": 2, "layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    "mistral, no window": {
+        "family": "mistral",
+        "heads": 9,
+        "kv_heads": 3,
+        "head_dim": 6,
+        "sliding_window": None,
+        "tied": True,
+    },
+    "ministral": {
+        "family": "ministral",
+        "heads": 6,
+        "kv_heads": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        **WINDOW,
+    },
     "qwen2": {"family": "qwen2", "heads": 6, "kv_heads": 2, "tied": True},
-    "qwen2, window": {"family": "qwen2", "heads": 14, "kv_heads": 2, "head_dim": 4, "max_window_layers": 1, **SWITCHED},
+    "qwen2, window": {
+        "family": "qwen2",
+        "heads": 14,
+        "kv_heads": 2,
+        "head_dim": 4,
+        "max_window_layers": 1,
+        **SWITCHED,
+    },
     "qwen3": {"family": "qwen3", "heads": 9, "kv_heads": 3},
     "qwen3, window, biases": {
         "family": "qwen3",
@@ -70,7 +105,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
         **SWITCHED,
     },
-    "smollm3": {"family": "smollm3", "heads": 4, "kv_heads": 1, "tied": True, "no_rope_layers": [1, 0], "rope_parameters": YARN},
+    "smollm3": {
+        "family": "smollm3",
+        "heads": 4,
+        "kv_heads": 1,
+        "tied": True,
+        "no_rope_layers": [1, 0],
+        "rope_parameters": YARN,
+    },
     "smollm3, window": {
         "family": "smollm3",
         "heads": 9,
@@ -80,9 +122,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_bias": True,
         **SWITCHED,
     },
-    "seed_oss": {"family": "seed_oss", "heads": 10, "kv_heads": 2, "attention_out_bias": True, "mlp_bias": True},
+    "seed_oss": {
+        "family": "seed_oss",
+        "heads": 10,
+        "kv_heads": 2,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+    },
 }
-FOLLOWING = {"dynamic": {"heads": 4, "kv_heads": 2, **DYNAMIC}, "longrope": {"heads": 9, "kv_heads": 3, "tied": True, **LONGROPE}}
+FOLLOWING = {
+    "dynamic": {"heads": 4, "kv_heads": 2, **DYNAMIC},
+    "longrope": {"heads": 9, "kv_heads": 3, "tied": True, **LONGROPE},
+}
 
 
 # Each family on one mesh, each mesh as often as the others; the rest is slow.
@@ -112,10 +163,14 @@ def assert_equal(got: dict[str, Any], wanted: list[tuple[list[int], list[float]]
 
 
 @pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_a_family_continues_as_in_transformers_with_the_planned_collectives(auditors: Any, models: Any, name: str, mesh: str) -> None:
+def test_a_family_continues_as_in_transformers_with_the_planned_collectives(
+    auditors: Any, models: Any, name: str, mesh: str
+) -> None:
     tiny = models(vocab=VOCAB, **FAMILIES[name])
     # A batch's longest row decides on frequencies that follow it: there, rows of one length get what each gets alone.
-    prompts = reference.random_prompts([20] * 4 if name.endswith(("dynamic", "longrope")) else [20, 3, 30, 14], tiny.vocab)
+    prompts = reference.random_prompts(
+        [20] * 4 if name.endswith(("dynamic", "longrope")) else [20, 3, 30, 14], tiny.vocab
+    )
     got = auditors("audited_run", tiny.folder, mesh, prompts=prompts, steps=10)
     for phase, document in got["audits"].items():
         assert document["passed"], (phase, document["findings"])
@@ -134,47 +189,88 @@ def test_a_batch_turns_by_its_longest_row(workers: Any, models: Any, kind: str, 
     # None beyond 24 positions; one that gets there while decoding; one that starts there.
     for lengths in ([9, 3, 1, 14], [5, 20, 8, 11], [26, 4, 17, 30]):
         prompts = reference.random_prompts(lengths, tiny.vocab)
-        got = worker.call("device_cases:generate", folder=tiny.folder, mesh=mesh, prompts=prompts, steps=8, longest_prompt=30)
+        got = worker.call(
+            "device_cases:generate",
+            folder=tiny.folder,
+            mesh=mesh,
+            prompts=prompts,
+            steps=8,
+            longest_prompt=30,
+        )
         assert_equal(got, reference.greedy_batch(as_new(tiny), prompts, 8))
         assert got["after_warmup"] == 0
     # The last ones differ from what each row gets alone, or the above would show nothing.
-    assert got["logprobs"][1] != pytest.approx(reference.greedy(as_new(tiny), prompts[1], 8)[1], abs=2e-3)
+    assert got["logprobs"][1] != pytest.approx(
+        reference.greedy(as_new(tiny), prompts[1], 8)[1], abs=2e-3
+    )
 
 
 @pytest.mark.parametrize("kind", FOLLOWING)
-def test_what_is_cached_keeps_the_rotation_it_was_written_with(workers: Any, models: Any, kind: str) -> None:
+def test_what_is_cached_keeps_the_rotation_it_was_written_with(
+    workers: Any, models: Any, kind: str
+) -> None:
     tiny = models(**FOLLOWING[kind])
     turns = reference.random_prompts([10, 6, 30, 2], tiny.vocab)
     got = workers[2].call(
-        "device_cases:conversation", folder=tiny.folder, mesh="1x2", turns=[[turn] for turn in turns], steps=4, capacity=200
+        "device_cases:conversation",
+        folder=tiny.folder,
+        mesh="1x2",
+        turns=[[turn] for turn in turns],
+        steps=4,
+        capacity=200,
     )
-    assert [answers[0] for _, answers in got["answers"]] == reference.greedy_turns(as_new(tiny), turns, 4)
+    assert [answers[0] for _, answers in got["answers"]] == reference.greedy_turns(
+        as_new(tiny), turns, 4
+    )
 
 
 @pytest.mark.parametrize("kind", FOLLOWING)
-def test_every_chunk_of_a_prompt_turns_by_the_whole_prompt(workers: Any, models: Any, kind: str) -> None:
+def test_every_chunk_of_a_prompt_turns_by_the_whole_prompt(
+    workers: Any, models: Any, kind: str
+) -> None:
     rope = LONGROPE["rope_parameters"] | {"original_max_position_embeddings": 550}
-    tiny = models(**FOLLOWING[kind] | ({"positions": 550} if kind == "dynamic" else {"rope_parameters": rope}))
+    tiny = models(
+        **FOLLOWING[kind] | ({"positions": 550} if kind == "dynamic" else {"rope_parameters": rope})
+    )
     prompts = reference.random_prompts([600], tiny.vocab)
-    got = workers[2].call("device_cases:generate", folder=tiny.folder, mesh="1x2", prompts=prompts, steps=4, capacity=610)
+    got = workers[2].call(
+        "device_cases:generate",
+        folder=tiny.folder,
+        mesh="1x2",
+        prompts=prompts,
+        steps=4,
+        capacity=610,
+    )
     assert_equal(got, [reference.greedy(as_new(tiny), prompts[0], 4)])
 
 
 @pytest.mark.parametrize("kind", FOLLOWING)
-def test_a_model_that_the_user_built_turns_by_the_length_too(workers: Any, models: Any, kind: str) -> None:
+def test_a_model_that_the_user_built_turns_by_the_length_too(
+    workers: Any, models: Any, kind: str
+) -> None:
     tiny = models(**FOLLOWING[kind])
     inputs = [reference.random_ids(2, length, tiny.vocab) for length in (12, 40, 20)]
-    got = workers[2].call("device_cases:forward", folder=tiny.folder, mesh="1x2", inputs=[{"input_ids": ids} for ids in inputs])
+    got = workers[2].call(
+        "device_cases:forward",
+        folder=tiny.folder,
+        mesh="1x2",
+        inputs=[{"input_ids": ids} for ids in inputs],
+    )
     for logits, ids in zip(got["logits"], inputs, strict=True):
         assert reference.relative_l2(logits, reference.logits(as_new(tiny), ids)) < 1e-5
 
 
-def test_logits_of_a_whole_text_turn_by_its_length_and_not_by_its_padding(workers: Any, models: Any) -> None:
+def test_logits_of_a_whole_text_turn_by_its_length_and_not_by_its_padding(
+    workers: Any, models: Any
+) -> None:
     tiny = models(**FOLLOWING["longrope"])
     texts = [reference.random_prompts([length], tiny.vocab)[0] for length in (20, 30)]
     got = workers[2].call("device_cases:logits_of", folder=tiny.folder, mesh="1x2", texts=texts)
     for logits, text in zip(got, texts, strict=True):
-        assert reference.relative_l2(logits, reference.logits(as_new(tiny), torch.tensor([text]))[0]) < 1e-5
+        assert (
+            reference.relative_l2(logits, reference.logits(as_new(tiny), torch.tensor([text]))[0])
+            < 1e-5
+        )
 
 
 def test_training_does_not_take_what_follows_the_length(models: Any) -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from parallama.flags import FLAGS, NOT_MEASURED, VARIABLES, cpu_threads, with_defaults
+from parallama.engine.torch_xla.flags import (
+    FLAGS,
+    NOT_MEASURED,
+    VARIABLES,
+    cpu_threads,
+    with_defaults,
+)
 
 
 @pytest.mark.parametrize("backend", sorted(FLAGS))
@@ -42,5 +48,7 @@ def test_every_flag_says_what_it_does_and_whether_that_was_measured_here(backend
         (2, 16, {"NPROC": "all"}, None),  # no number: XLA passes over it
     ],
 )
-def test_xla_gets_a_thread_more_than_there_are_devices(devices: int, cores: int, given: dict[str, str], wanted: str | None) -> None:
+def test_xla_gets_a_thread_more_than_there_are_devices(
+    devices: int, cores: int, given: dict[str, str], wanted: str | None
+) -> None:
     assert cpu_threads(devices, cores, given) == ({} if wanted is None else {"PJRT_NPROC": wanted})

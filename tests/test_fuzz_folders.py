@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 from broken_folders import CONFIG, INDEX, SINGLE, make_good, make_sharded, packed, read_parts
 
-from parallama.checkpoint import SafetensorsFolder, config_from_dict
-from parallama.config_checks import check_generation
-from parallama.configs import spec_of
 from parallama.errors import CheckpointError
-from parallama.loading import make_skeleton
-from parallama.model_files import read_json
-from parallama.spec import ModelSpec
-from parallama.weight_files import survey
+from parallama.files.checkpoint import SafetensorsFolder, config_from_dict
+from parallama.files.model_files import read_json
+from parallama.files.skeleton import make_skeleton
+from parallama.files.weight_files import survey
+from parallama.model.config_checks import check_generation
+from parallama.model.known_configs import spec_of
+from parallama.model.spec import ModelSpec
 
 HEADERS, INDEXES, CONFIGS, GENERATIONS = 4000, 2000, 3000, 1000
 BAD: list[Any] = [
@@ -73,7 +73,19 @@ BAD: list[Any] = [
         "yarn",
         "linear",
     ),
-    *("../x", "/etc/passwd", "model.safetensors", "a" * 300, "\0", "\n", "\ud800", "\u202e", "__class__", "os.system", "auto"),
+    *(
+        "../x",
+        "/etc/passwd",
+        "model.safetensors",
+        "a" * 300,
+        "\0",
+        "\n",
+        "\ud800",
+        "\u202e",
+        "__class__",
+        "os.system",
+        "auto",
+    ),
     *(
         [],
         [0],
@@ -160,7 +172,9 @@ def mutate(document: Any, draw: random.Random, keys: list[str]) -> Any:
         if action == 0:
             parent[last] = copy.deepcopy(draw.choice(BAD))
         elif action == 1 and isinstance(old, int):
-            parent[last] = old + draw.choice((-8, -4, -1, 1, 4, 8, 1 << 32)) if draw.random() < 0.7 else -old
+            parent[last] = (
+                old + draw.choice((-8, -4, -1, 1, 4, 8, 1 << 32)) if draw.random() < 0.7 else -old
+            )
         elif action == 2 and isinstance(parent, dict):
             del parent[last]
         elif action == 3 and isinstance(parent, dict):
@@ -185,7 +199,9 @@ def _is_tree(value: Any, above: tuple[int, ...] = ()) -> bool:
     return (
         id(value) not in above
         and len(above) < 40
-        and all(_is_tree(each, (*above, id(value))) for each in inner if isinstance(each, (dict, list)))
+        and all(
+            _is_tree(each, (*above, id(value))) for each in inner if isinstance(each, (dict, list))
+        )
     )
 
 
@@ -237,7 +253,13 @@ def test_a_mutant_of_the_header_loads_or_is_refused(good):
         if draw.random() < 0.05:
             content = content[: draw.randrange(len(content))]
         elif draw.random() < 0.05:
-            content = packed(text, data, length=draw.choice((0, 1, len(text) - 1, len(text) + 1, 1 << 31, 1 << 63, (1 << 64) - 1)))
+            content = packed(
+                text,
+                data,
+                length=draw.choice(
+                    (0, 1, len(text) - 1, len(text) + 1, 1 << 31, 1 << 63, (1 << 64) - 1)
+                ),
+            )
         file.write_bytes(content)
         checkpoint.weights = survey(good, checkpoint.spec)
         assert len(dict(checkpoint.tensors(checkpoint.spec))) == 21
@@ -256,7 +278,11 @@ def test_a_mutant_of_the_index_loads_or_is_refused(good, tmp_path):
 
     def attempt(draw: random.Random) -> None:
         changed = mutate(document, draw, ["weight_map", "metadata", *names])
-        if draw.random() < 0.2 and isinstance(changed, dict) and isinstance(changed.get("weight_map"), dict):
+        if (
+            draw.random() < 0.2
+            and isinstance(changed, dict)
+            and isinstance(changed.get("weight_map"), dict)
+        ):
             changed["weight_map"][draw.choice((*document["weight_map"], "x"))] = draw.choice(
                 (*names, "../" + names[0], "gone.safetensors", 7)
             )
@@ -277,7 +303,9 @@ def test_a_mutant_of_the_config_makes_a_model_or_is_refused(good):
         try:
             config = config_from_dict(document, "config.json")
         finally:
-            with contextlib.suppress(CheckpointError):  # what `parallama plan` does without transformers
+            with contextlib.suppress(
+                CheckpointError
+            ):  # what `parallama plan` does without transformers
                 spec_of(document, "config.json")
         spec = ModelSpec.from_config(config)
         survey(good, spec)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from parallama.errors import CheckpointError
-from parallama.gguf_header import check
+from parallama.files.gguf_header import check
 
 
 def text(content: bytes) -> bytes:
@@ -22,8 +22,18 @@ def tensor(name: bytes, *dims: int, offset: int = 0) -> bytes:
     return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, 0, offset)
 
 
-def gguf(entries: list[bytes], tensors: list[bytes], *, version: int = 3, counts: tuple[int, int] | None = None) -> bytes:
-    return struct.pack("<4sIQQ", b"GGUF", version, *(counts or (len(tensors), len(entries)))) + b"".join(entries) + b"".join(tensors)
+def gguf(
+    entries: list[bytes],
+    tensors: list[bytes],
+    *,
+    version: int = 3,
+    counts: tuple[int, int] | None = None,
+) -> bytes:
+    return (
+        struct.pack("<4sIQQ", b"GGUF", version, *(counts or (len(tensors), len(entries))))
+        + b"".join(entries)
+        + b"".join(tensors)
+    )
 
 
 ARCHITECTURE = entry(b"general.architecture", 8, text(b"llama"))
@@ -31,12 +41,17 @@ ARCHITECTURE = entry(b"general.architecture", 8, text(b"llama"))
 
 def test_a_header_of_every_kind_of_value_passes(tmp_path):
     widths = {0: 1, 1: 1, 7: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 10: 8, 11: 8, 12: 8}
-    entries = [ARCHITECTURE, *(entry(b"k%d" % kind, kind, bytes(width)) for kind, width in widths.items())]
+    entries = [
+        ARCHITECTURE,
+        *(entry(b"k%d" % kind, kind, bytes(width)) for kind, width in widths.items()),
+    ]
     entries += [
         entry(b"texts", 9, struct.pack("<IQ", 8, 2) + text(b"a") + text(b"bc")),
         entry(b"ints", 9, struct.pack("<IQ3I", 4, 3, 1, 2, 3)),
     ]
-    (tmp_path / "model.gguf").write_bytes(gguf(entries, [tensor(b"a", 4, 2), tensor(b"b", 4, offset=32)]))
+    (tmp_path / "model.gguf").write_bytes(
+        gguf(entries, [tensor(b"a", 4, 2), tensor(b"b", 4, offset=32)])
+    )
     check(tmp_path / "model.gguf")
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallama.errors import UsageError
-from parallama.heads import EMPTY, HeadLayout, check_heads, choose, layout_for_group, padded
+from parallama.plan.heads import EMPTY, HeadLayout, check_heads, choose, layout_for_group, padded
 
 MOST_QUERY_HEADS = 160
 DEVICES = st.integers(1, 16)
@@ -108,9 +108,16 @@ def assert_exact(query: int, kv: int, layout: HeadLayout, seed: int) -> None:
     o = random.standard_normal((hidden, query, head_dim))
     expected = np.einsum("shd,ehd->se", heads_out(x, q, k, v, query // kv), o)
 
-    q, k, v = blocks(q, layout.query_sources, 0), blocks(k, layout.kv_sources, 0), blocks(v, layout.kv_sources, 0)
+    q, k, v = (
+        blocks(q, layout.query_sources, 0),
+        blocks(k, layout.kv_sources, 0),
+        blocks(v, layout.kv_sources, 0),
+    )
     o = blocks(o, layout.query_sources, 1)
-    slots, empty = layout.slots // layout.devices, [source == EMPTY for source in layout.query_sources]
+    slots, empty = (
+        layout.slots // layout.devices,
+        [source == EMPTY for source in layout.query_sources],
+    )
     assert not o[:, empty].any()
     partial_sums = []
     for device in range(layout.devices):
@@ -124,13 +131,20 @@ def assert_exact(query: int, kv: int, layout: HeadLayout, seed: int) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(counts=head_counts(most_kv=12, most_query=36), devices=DEVICES, seed=st.integers(0, 2**32 - 1))
-def test_every_layout_computes_the_same_attention_and_its_zero_heads_add_nothing(counts, devices, seed):
+@given(
+    counts=head_counts(most_kv=12, most_query=36), devices=DEVICES, seed=st.integers(0, 2**32 - 1)
+)
+def test_every_layout_computes_the_same_attention_and_its_zero_heads_add_nothing(
+    counts, devices, seed
+):
     for layout in every_layout(*counts, devices):
         assert_exact(*counts, layout, seed)
 
 
-@pytest.mark.parametrize(("query", "kv", "devices"), [(9, 3, 8), (32, 8, 16), (32, 8, 3), (40, 40, 3), (64, 8, 16), (160, 10, 7)])
+@pytest.mark.parametrize(
+    ("query", "kv", "devices"),
+    [(9, 3, 8), (32, 8, 16), (32, 8, 3), (40, 40, 3), (64, 8, 16), (160, 10, 7)],
+)
 def test_the_layouts_of_real_models_compute_the_same_attention(query, kv, devices):
     assert_exact(query, kv, choose(query, kv, devices), seed=0)
 
@@ -142,7 +156,17 @@ KNOWN = [
     (9, 3, 2, "pad", 12, 4, 100 / 3, 100 / 3, 100 / 3),
     (9, 3, 3, "divide", 9, 3, 0, 0, 0),
     (9, 3, 4, "pad", 12, 4, 100 / 3, 100 / 3, 100 / 3),
-    (9, 3, 5, "pad", 15, 5, 200 / 3, 200 / 3, 200 / 3),  # as dear as ten single heads, with half the cache
+    (
+        9,
+        3,
+        5,
+        "pad",
+        15,
+        5,
+        200 / 3,
+        200 / 3,
+        200 / 3,
+    ),  # as dear as ten single heads, with half the cache
     (9, 3, 6, "repeat+pad", 12, 6, 50, 100 / 3, 100),
     (9, 3, 7, "repeat+pad", 14, 7, 75, 500 / 9, 400 / 3),
     (9, 3, 8, "repeat+pad", 16, 8, 100, 700 / 9, 500 / 3),
@@ -162,8 +186,12 @@ KNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("query", "kv", "devices", "kind", "laid_query", "laid_kv", "weight", "score", "cache"), KNOWN)
-def test_known_models_lie_as_worked_out_by_hand(query, kv, devices, kind, laid_query, laid_kv, weight, score, cache):
+@pytest.mark.parametrize(
+    ("query", "kv", "devices", "kind", "laid_query", "laid_kv", "weight", "score", "cache"), KNOWN
+)
+def test_known_models_lie_as_worked_out_by_hand(
+    query, kv, devices, kind, laid_query, laid_kv, weight, score, cache
+):
     layout = choose(query, kv, devices)
     assert (layout.kind, len(layout.query_sources), layout.slots) == (kind, laid_query, laid_kv)
     assert layout.extra_weight_percent == pytest.approx(weight)
@@ -173,7 +201,24 @@ def test_known_models_lie_as_worked_out_by_hand(query, kv, devices, kind, laid_q
 
 def test_smollm2_on_eight_devices_is_laid_out_as_written_here():
     layout = choose(9, 3, 8)
-    assert layout.query_sources == (0, 1, 2, EMPTY, 3, 4, 5, EMPTY, 6, 7, 8, EMPTY, EMPTY, EMPTY, EMPTY, EMPTY)
+    assert layout.query_sources == (
+        0,
+        1,
+        2,
+        EMPTY,
+        3,
+        4,
+        5,
+        EMPTY,
+        6,
+        7,
+        8,
+        EMPTY,
+        EMPTY,
+        EMPTY,
+        EMPTY,
+        EMPTY,
+    )
     assert layout.kv_sources == (0, 0, 1, 1, 2, 2, EMPTY, EMPTY)
 
 
@@ -187,7 +232,12 @@ def test_smollm2_on_eight_devices_is_laid_out_as_written_here():
             3,
             "32 query / 8 KV heads on 3 devices: padded with zero heads to 36 / 9 (+12% attention weights, +12% cache)",
         ),
-        (32, 8, 16, "32 query / 8 KV heads on 16 devices: KV heads repeated to 32 / 16 (+20% attention weights, +100% cache)"),
+        (
+            32,
+            8,
+            16,
+            "32 query / 8 KV heads on 16 devices: KV heads repeated to 32 / 16 (+20% attention weights, +100% cache)",
+        ),
         (
             9,
             3,
@@ -203,8 +253,18 @@ def test_the_reason_names_the_heads_the_devices_and_the_price(query, kv, devices
 @pytest.mark.parametrize(
     ("query", "kv", "devices", "message"),
     [
-        (9, 2, 4, "9 query heads do not divide by 2 KV heads\nexpected a multiple: every KV head serves as many"),
-        (2, 4, 4, "2 query heads do not divide by 4 KV heads\nexpected a multiple: every KV head serves as many"),
+        (
+            9,
+            2,
+            4,
+            "9 query heads do not divide by 2 KV heads\nexpected a multiple: every KV head serves as many",
+        ),
+        (
+            2,
+            4,
+            4,
+            "2 query heads do not divide by 4 KV heads\nexpected a multiple: every KV head serves as many",
+        ),
         (0, 1, 4, "0 query heads\nexpected at least 1"),
         (-9, 3, 4, "-9 query heads\nexpected at least 1"),
         (9, 0, 4, "0 KV heads\nexpected at least 1"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallama import hlo
+from parallama.prove import hlo
 
 TEXT = """HloModule SyncTensorsGraph.9, is_scheduled=true, input_output_alias={ {1}: (2, {}, must-alias), {2}: (0, {}, may-alias) }, entry_computation_layout={(f32[2,8]{1,0})->f32[2,8]{1,0}}, num_partitions=2
 
@@ -38,11 +38,17 @@ MODULE = hlo.parse(TEXT)
 def test_outputs_that_take_over_a_parameters_buffer_are_known() -> None:
     assert MODULE.aliases == {1: 2, 2: 0}
     assert hlo.parse("HloModule m, is_scheduled=true\n").aliases == {}
-    assert hlo.parse("HloModule m, input_output_alias={ {}: (3, {}, must-alias) }\n").aliases == {0: 3}
+    assert hlo.parse("HloModule m, input_output_alias={ {}: (3, {}, must-alias) }\n").aliases == {
+        0: 3
+    }
 
 
 def test_parameters_are_those_of_the_entry_computation() -> None:
-    assert {number: each.results[0].shape for number, each in MODULE.parameters.items()} == {0: (2, 8), 1: (3,), 2: (4,)}
+    assert {number: each.results[0].shape for number, each in MODULE.parameters.items()} == {
+        0: (2, 8),
+        1: (3,),
+        2: (4,),
+    }
 
 
 def test_a_collective_has_its_bytes_and_its_module_and_an_asynchronous_one_counts_once() -> None:
@@ -53,7 +59,10 @@ def test_a_collective_has_its_bytes_and_its_module_and_an_asynchronous_one_count
 
 
 def test_a_module_is_the_innermost_scope_that_is_no_operation() -> None:
-    assert next(each for each in MODULE.instructions if each.name == "dot.2").scope == "model.layers.0.self_attn"
+    assert (
+        next(each for each in MODULE.instructions if each.name == "dot.2").scope
+        == "model.layers.0.self_attn"
+    )
 
 
 def test_the_product_that_reads_a_result_is_found_through_what_lies_between() -> None:
@@ -64,7 +73,17 @@ def test_the_product_that_reads_a_result_is_found_through_what_lies_between() ->
 
 
 @pytest.mark.parametrize(
-    ("dtype", "size"), [("pred", 2), ("s4", 1), ("bf16", 4), ("f32", 8), ("s64", 16), ("u8", 2), ("f8e4m3fn", 2), ("c64", 16)]
+    ("dtype", "size"),
+    [
+        ("pred", 2),
+        ("s4", 1),
+        ("bf16", 4),
+        ("f32", 8),
+        ("s64", 16),
+        ("u8", 2),
+        ("f8e4m3fn", 2),
+        ("c64", 16),
+    ],
 )
 def test_arrays_have_their_bytes(dtype: str, size: int) -> None:
     assert hlo.Array(dtype=dtype, shape=(2,)).bytes == size
@@ -90,8 +109,12 @@ def test_groups_of_devices_are_read_in_every_form(text: str, groups: object) -> 
 def test_the_short_form_of_rows_and_columns_is_the_long_one(rows: int, columns: int) -> None:
     grid = [[row * columns + column for column in range(columns)] for row in range(rows)]
     devices = rows * columns
-    assert hlo.replica_groups(f"replica_groups=[{rows},{columns}]<=[{devices}]", devices) == tuple(map(tuple, grid))
-    transposed = hlo.replica_groups(f"replica_groups=[{columns},{rows}]<=[{rows},{columns}]T(1,0)", devices)
+    assert hlo.replica_groups(f"replica_groups=[{rows},{columns}]<=[{devices}]", devices) == tuple(
+        map(tuple, grid)
+    )
+    transposed = hlo.replica_groups(
+        f"replica_groups=[{columns},{rows}]<=[{rows},{columns}]T(1,0)", devices
+    )
     assert transposed == tuple(zip(*grid, strict=True))
     assert sorted(itertools.chain(*transposed)) == list(range(devices))
 

@@ -13,9 +13,25 @@ COMMAND = str(Path(sys.executable).with_name("parallama"))
 
 
 def generate(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_", "TF_CPP_"))}
-    command = [COMMAND, "generate", str(folder), "--quiet", "--max-new-tokens", "2", "--max-model-len", "32", *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=kept, stdin=subprocess.DEVNULL)
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_", "TF_CPP_"))
+    }
+    command = [
+        COMMAND,
+        "generate",
+        str(folder),
+        "--quiet",
+        "--max-new-tokens",
+        "2",
+        "--max-model-len",
+        "32",
+        *more,
+    ]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=kept, stdin=subprocess.DEVNULL
+    )
 
 
 @pytest.mark.parametrize(
@@ -46,4 +62,6 @@ def test_what_is_not_read_of_a_checkpoint_is_reported(tmp_path):
     make("inv_freq buffers", tmp_path / "model")
     document = json.loads(generate(tmp_path / "model", "--prompt", "a b", "--json").stdout)
     reason = "a table of rotary frequencies, which are computed from the config"
-    assert document["ignored"] == [{"name": "model.layers.0.self_attn.rotary_emb.inv_freq", "reason": reason}]
+    assert document["ignored"] == [
+        {"name": "model.layers.0.self_attn.rotary_emb.inv_freq", "reason": reason}
+    ]

@@ -41,11 +41,16 @@ def home(models, tmp_path_factory) -> Path:
 
 
 def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, timeout=300, env=environment(home))
+    return subprocess.run(
+        [COMMAND, *arguments], capture_output=True, text=True, timeout=300, env=environment(home)
+    )
 
 
 def environment(home: Path) -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != "HF_HUB_CACHE"} | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    return {key: value for key, value in os.environ.items() if key != "HF_HUB_CACHE"} | {
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def test_a_model_of_the_hubs_cache_is_verified_by_its_id_and_by_its_folder(home):
@@ -69,10 +74,23 @@ def test_a_snapshot_that_links_to_another_repositorys_blobs_is_refused(models, t
     assert "model.safetensors is a link to" in done.stdout + done.stderr
 
 
-def test_a_model_of_the_hubs_cache_loads_by_its_id_with_a_bar_and_bytes_per_second_on_a_terminal(home):
+def test_a_model_of_the_hubs_cache_loads_by_its_id_with_a_bar_and_bytes_per_second_on_a_terminal(
+    home,
+):
     """On a pseudo-terminal, without a network; standard output stays a document."""
     ours, theirs = pty.openpty()
-    arguments = [COMMAND, "generate", "org/tiny", "--prompt-ids", "5,6,7", "--max-new-tokens", "2", "--mesh", "1x2", "--json"]
+    arguments = [
+        COMMAND,
+        "generate",
+        "org/tiny",
+        "--prompt-ids",
+        "5,6,7",
+        "--max-new-tokens",
+        "2",
+        "--mesh",
+        "1x2",
+        "--json",
+    ]
     with subprocess.Popen(
         arguments,
         stdout=subprocess.PIPE,

@@ -15,18 +15,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from parallama.checkpoint import SafetensorsFolder
 from parallama.errors import CheckpointError, UsageError, shown
-from parallama.gguf_file import GgufFile
-from parallama.loading import SHIPPED, find, resolve_dtype
-from parallama.spec import ModelSpec
+from parallama.files.checkpoint import SafetensorsFolder
+from parallama.files.find import find
+from parallama.files.gguf_file import GgufFile
+from parallama.files.locate import SHIPPED
+from parallama.model.spec import ModelSpec
+from parallama.sharded.loading import resolve_dtype
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 INDEX = "model.safetensors.index.json"
 KNOWN = "llama, ministral, mistral, qwen2, qwen3, seed_oss, smollm3"
 
 
-def save_tiny(folder: Path, *, max_shard_size: str = "1GB", **values: Any) -> dict[str, torch.Tensor]:
+def save_tiny(
+    folder: Path, *, max_shard_size: str = "1GB", **values: Any
+) -> dict[str, torch.Tensor]:
     """A tiny random Llama as transformers saves it; gives its parameters."""
     sizes: dict[str, Any] = {
         "hidden_size": 24,
@@ -82,16 +86,28 @@ def edit_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(document | values), encoding="utf-8")
 
 
-def edit_tensors(folder: Path, add: dict[str, torch.Tensor] | None = None, drop: tuple[str, ...] = ()) -> None:
+def edit_tensors(
+    folder: Path, add: dict[str, torch.Tensor] | None = None, drop: tuple[str, ...] = ()
+) -> None:
     tensors = load_file(folder / "model.safetensors") | (add or {})
-    save_file({name: tensor for name, tensor in tensors.items() if name not in drop}, folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name not in drop},
+        folder / "model.safetensors",
+    )
 
 
 # What can be loaded.
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 10}], ids=str
+    "values",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 10},
+    ],
+    ids=str,
 )
 def test_a_folder_gives_every_parameter_that_transformers_saved(tmp_path, values):
     expected = save_tiny(tmp_path, **values)
@@ -134,7 +150,13 @@ def test_a_tied_head_that_is_stored_twice_is_read_once(tmp_path):
 
 def test_rotary_tables_of_old_checkpoints_are_left_aside(tmp_path):
     expected = save_tiny(tmp_path)
-    edit_tensors(tmp_path, add={f"model.layers.{index}.self_attn.rotary_emb.inv_freq": torch.ones(2) for index in range(2)})
+    edit_tensors(
+        tmp_path,
+        add={
+            f"model.layers.{index}.self_attn.rotary_emb.inv_freq": torch.ones(2)
+            for index in range(2)
+        },
+    )
     assert_same(read(tmp_path), expected)
 
 
@@ -153,20 +175,30 @@ def test_code_that_a_checkpoint_names_is_not_run(tmp_path):
     expected = save_tiny(tmp_path)
     marker = tmp_path / "ran"
     for module in ("configuration_evil", "modeling_evil", "tokenization_evil"):
-        (tmp_path / f"{module}.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\n", encoding="utf-8")
+        (tmp_path / f"{module}.py").write_text(
+            f"open({str(marker)!r}, 'w').close()\nclass Evil: pass\n", encoding="utf-8"
+        )
     edit_json(
         tmp_path / "config.json",
-        auto_map={"AutoConfig": "configuration_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"},
+        auto_map={
+            "AutoConfig": "configuration_evil.Evil",
+            "AutoModelForCausalLM": "modeling_evil.Evil",
+        },
         trust_remote_code=True,
     )
-    tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}, "tokenizer_class": "Evil"}
+    tokenizer = {
+        "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]},
+        "tokenizer_class": "Evil",
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     checkpoint = SafetensorsFolder(tmp_path)
     assert_same(dict(checkpoint.tensors(ModelSpec.from_config(checkpoint.config))), expected)
     assert type(checkpoint.config) is LlamaConfig
     with pytest.raises(CheckpointError) as caught:
         checkpoint.tokenizer()
-    assert message_of(caught.value).startswith(f"the tokenizer in {str(tmp_path)!r} cannot be read: ")
+    assert message_of(caught.value).startswith(
+        f"the tokenizer in {str(tmp_path)!r} cannot be read: "
+    )
     assert not marker.exists()
 
 
@@ -181,28 +213,49 @@ def test_a_missing_tensor_is_an_error_that_names_it(folder):
 def test_many_missing_tensors_are_counted(folder):
     mlp = [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
     edit_tensors(folder, drop=(Q, *mlp, "lm_head.weight"))
-    assert refused(folder) == f"missing tensors: {', '.join((Q, *mlp))} and 1 more\nexpected 21 in 1 file(s)"
+    assert (
+        refused(folder)
+        == f"missing tensors: {', '.join((Q, *mlp))} and 1 more\nexpected 21 in 1 file(s)"
+    )
 
 
-@pytest.mark.parametrize("name", ["model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias", "transformer.wte.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "transformer.wte.weight",
+    ],
+)
 def test_an_unexpected_tensor_is_an_error_that_names_it(folder, name):
     edit_tensors(folder, add={name: torch.zeros(3)})
-    assert refused(folder) == f"model.safetensors: unexpected tensor {name}\nexpected only those of a llama model with this config"
+    assert (
+        refused(folder)
+        == f"model.safetensors: unexpected tensor {name}\nexpected only those of a llama model with this config"
+    )
 
 
 @pytest.mark.parametrize("shape", [(24, 23), (24,), (1, 24, 24), (24, 0)], ids=str)
 def test_a_tensor_of_another_shape_is_an_error_that_names_both_shapes(folder, shape):
     edit_tensors(folder, add={Q: torch.zeros(shape)})
-    assert refused(folder) == f"model.safetensors: tensor {Q} has shape {list(shape)}\nexpected [24, 24], from the config"
+    assert (
+        refused(folder)
+        == f"model.safetensors: tensor {Q} has shape {list(shape)}\nexpected [24, 24], from the config"
+    )
 
 
 def test_a_tensor_in_two_files_is_an_error_that_names_it(folder):
     (folder / "model.safetensors").rename(folder / "first.safetensors")
     save_file({Q: torch.zeros(24, 24)}, folder / "second.safetensors")
-    assert refused(folder) == f"second.safetensors: tensor {Q} stands in two files\nthe other is first.safetensors"
+    assert (
+        refused(folder)
+        == f"second.safetensors: tensor {Q} stands in two files\nthe other is first.safetensors"
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn], ids=str
+)
 def test_a_quantized_tensor_is_an_error_that_names_it(folder, dtype):
     edit_tensors(folder, add={Q: torch.ones(24, 24).to(dtype)})
     assert Q in refused(folder)
@@ -223,7 +276,13 @@ def test_a_truncated_file_is_an_error_that_names_it(folder, kept):
 
 @pytest.mark.parametrize(
     "header",
-    [b"\xff" * 8, b"\xff" * 7 + b"\x7f", (1 << 40).to_bytes(8, "little"), (16).to_bytes(8, "little") + b"not json at all!", bytes(8)],
+    [
+        b"\xff" * 8,
+        b"\xff" * 7 + b"\x7f",
+        (1 << 40).to_bytes(8, "little"),
+        (16).to_bytes(8, "little") + b"not json at all!",
+        bytes(8),
+    ],
     ids=["all ones", "2^63 - 1", "a terabyte", "no JSON", "empty"],
 )
 def test_a_garbage_header_is_an_error_that_names_the_file(folder, header):
@@ -235,7 +294,9 @@ def test_a_garbage_header_is_an_error_that_names_the_file(folder, header):
 @pytest.mark.parametrize("offsets", [[0, 1 << 60], [100, 0], [-8, 0]], ids=str)
 def test_a_header_with_absurd_offsets_is_an_error_that_names_the_file(folder, offsets):
     header = json.dumps({Q: {"dtype": "F32", "shape": [24, 24], "data_offsets": offsets}}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(24 * 24 * 4))
+    (folder / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(24 * 24 * 4)
+    )
     assert refused(folder).startswith("model.safetensors is damaged: ")
 
 
@@ -243,7 +304,9 @@ def test_a_header_with_absurd_offsets_is_an_error_that_names_the_file(folder, of
 
 
 def write_index(folder: Path, content: Any) -> None:
-    (folder / INDEX).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    (folder / INDEX).write_text(
+        content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+    )
 
 
 def test_an_index_that_names_a_missing_file_is_an_error_that_names_it(tmp_path):
@@ -255,7 +318,16 @@ def test_an_index_that_names_a_missing_file_is_an_error_that_names_it(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["../model.safetensors", "..", "/etc/passwd", "/model.safetensors", "sub/model.safetensors", "model.bin", "./model.safetensors", ""],
+    [
+        "../model.safetensors",
+        "..",
+        "/etc/passwd",
+        "/model.safetensors",
+        "sub/model.safetensors",
+        "model.bin",
+        "./model.safetensors",
+        "",
+    ],
 )
 def test_an_index_that_names_a_file_elsewhere_or_of_another_kind_is_an_error(tmp_path, name):
     inside = tmp_path / "inside"
@@ -263,16 +335,25 @@ def test_an_index_that_names_a_file_elsewhere_or_of_another_kind_is_an_error(tmp
     save_tiny(inside)
     (inside / "model.safetensors").rename(tmp_path / "model.safetensors")
     write_index(inside, {"weight_map": {Q: name}})
-    assert refused(inside) == f"{INDEX} names the file {name!r}\nexpected a *.safetensors file in the same folder"
+    assert (
+        refused(inside)
+        == f"{INDEX} names the file {name!r}\nexpected a *.safetensors file in the same folder"
+    )
 
 
-@pytest.mark.parametrize("content", [{}, [], {"weight_map": []}, {"weight_map": {Q: 7}}, {"weight_map": {Q: None}}, 7, None], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    [{}, [], {"weight_map": []}, {"weight_map": {Q: 7}}, {"weight_map": {Q: None}}, 7, None],
+    ids=str,
+)
 def test_an_index_without_a_map_of_names_to_files_is_an_error(folder, content):
     write_index(folder, content)
     assert refused(folder) == f"{INDEX} has no weight_map of names to files"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[" * 100_000, "\x00"], ids=lambda text: repr(text[:5]))
+@pytest.mark.parametrize(
+    "content", ["", "{", "[" * 100_000, "\x00"], ids=lambda text: repr(text[:5])
+)
 def test_an_index_that_is_no_json_is_an_error(folder, content):
     write_index(folder, content)
     first, second = refused(folder).splitlines()
@@ -289,11 +370,16 @@ def test_an_empty_map_of_files_lacks_every_tensor(folder):
 
 def test_a_folder_without_config_is_an_error_that_names_it(folder):
     (folder / "config.json").unlink()
-    assert refused(folder) == f"folder {str(folder)!r} has no config.json\nexpected a model folder as transformers saves it"
+    assert (
+        refused(folder)
+        == f"folder {str(folder)!r} has no config.json\nexpected a model folder as transformers saves it"
+    )
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"hidden_size": ' + b"9" * 5000 + b"}"], ids=lambda content: repr(content[:5])
+    "content",
+    [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"hidden_size": ' + b"9" * 5000 + b"}"],
+    ids=lambda content: repr(content[:5]),
 )
 def test_a_config_that_is_no_json_is_an_error(folder, content):
     (folder / "config.json").write_bytes(content)
@@ -301,7 +387,9 @@ def test_a_config_that_is_no_json_is_an_error(folder, content):
     assert (first.startswith("config.json cannot be read: "), second) == (True, "expected JSON")
 
 
-@pytest.mark.parametrize(("content", "kind"), [("[]", "list"), ('"llama"', "str"), ("7", "int"), ("null", "NoneType")])
+@pytest.mark.parametrize(
+    ("content", "kind"), [("[]", "list"), ('"llama"', "str"), ("7", "int"), ("null", "NoneType")]
+)
 def test_a_config_that_is_no_object_is_an_error(folder, content, kind):
     (folder / "config.json").write_text(content, encoding="utf-8")
     assert refused(folder) == f"config.json holds a {kind}\nexpected a JSON object"
@@ -316,10 +404,15 @@ def test_a_config_of_another_model_type_is_an_error_that_names_it(folder, model_
 @pytest.mark.parametrize("value", [0, -1, "24", 24.5, True, [], 1 << 60], ids=repr)
 def test_a_config_with_an_absurd_size_is_an_error_that_names_it(folder, value):
     edit_json(folder / "config.json", hidden_size=value)
-    assert refused(folder) == f"config.json: hidden_size is {value!r}\nexpected a whole number from 1 to 1048576"
+    assert (
+        refused(folder)
+        == f"config.json: hidden_size is {value!r}\nexpected a whole number from 1 to 1048576"
+    )
 
 
-@pytest.mark.parametrize("values", [{"rms_norm_eps": "small"}, {"hidden_act": 7}, {"rms_norm_eps": [1]}], ids=str)
+@pytest.mark.parametrize(
+    "values", [{"rms_norm_eps": "small"}, {"hidden_act": 7}, {"rms_norm_eps": [1]}], ids=str
+)
 def test_a_config_that_transformers_refuses_or_we_cannot_run_is_an_error(folder, values):
     edit_json(folder / "config.json", **values)
     assert refused(folder).startswith("config.json: ")
@@ -336,7 +429,10 @@ def test_an_unsupported_rope_type_is_an_error_that_names_it(folder):
 def test_a_config_whose_sizes_are_not_the_tensors_is_an_error(folder):
     edit_json(folder / "config.json", num_key_value_heads=3)
     first, second = refused(folder).splitlines()
-    assert first == "model.safetensors: tensor model.layers.0.self_attn.k_proj.weight has shape [8, 24]"
+    assert (
+        first
+        == "model.safetensors: tensor model.layers.0.self_attn.k_proj.weight has shape [8, 24]"
+    )
     assert second == "expected [12, 24], from the config"
 
 
@@ -359,7 +455,9 @@ def test_a_generation_config_that_is_no_object_is_an_error(folder, content):
 # Names that are no model.
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "weights.pkl"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "weights.pkl"]
+)
 def test_a_folder_with_pickles_only_is_an_error_and_they_are_not_opened(folder, name):
     (folder / "model.safetensors").unlink()
     torch.save({"a": torch.zeros(1)}, folder / name)
@@ -403,7 +501,9 @@ def test_a_file_of_another_kind_is_an_error_that_names_it(folder, name):
 def test_an_unknown_name_is_an_error_that_says_what_is_possible(name):
     first, second = refused(name).splitlines()
     assert first == f"model {shown(name)} is not there"
-    assert second == "expected a folder, a .gguf file, a hub id (org/name) or a shipped name (smollm2)"
+    assert (
+        second == "expected a folder, a .gguf file, a hub id (org/name) or a shipped name (smollm2)"
+    )
 
 
 @pytest.mark.parametrize("name", ["org/two..dots", "org/name-", "-org/name", "org/" + "n" * 100])
@@ -414,12 +514,19 @@ def test_a_bad_hub_id_is_an_error_without_a_connection(name):
 def test_a_hub_id_without_a_connection_is_an_error_that_names_it(tmp_path):
     code = (
         "import os; os.environ.update(HF_HUB_OFFLINE='1', HF_HOME=os.getcwd())\n"
-        "from parallama.loading import find\n"
+        "from parallama.files.find import find\n"
         "from parallama.errors import CheckpointError\n"
         "try: find('org/no-such-model')\n"
         "except CheckpointError as error: print(error.exit_code, error)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True, cwd=tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        cwd=tmp_path,
+    )
     assert run.stdout == (
         "3 model 'org/no-such-model' cannot be had from the hub as org/no-such-model: LocalEntryNotFoundError\n"
         "check the name and the network, or give a folder\n"
@@ -444,8 +551,12 @@ def test_the_shipped_gguf_gives_the_tensors_that_transformers_reads_from_it(smol
         model = AutoModelForCausalLM.from_config(checkpoint.config)
     # The part of `from_pretrained(gguf_file=...)` that reads; the whole of it wants accelerate. It would build its table of names for every
     # submodule again, so it is told of none.
-    names_only = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=dict)
-    expected = load_gguf_checkpoint(str(smollm2), return_tensors=True, model_to_load=names_only)["tensors"]
+    names_only = SimpleNamespace(
+        config=model.config, state_dict=model.state_dict, named_children=dict
+    )
+    expected = load_gguf_checkpoint(str(smollm2), return_tensors=True, model_to_load=names_only)[
+        "tensors"
+    ]
     names = []
     for name, tensor in checkpoint.tensors(ModelSpec.from_config(checkpoint.config)):
         assert tensor.dtype == expected[name].dtype == torch.float32
@@ -457,8 +568,20 @@ def test_the_shipped_gguf_gives_the_tensors_that_transformers_reads_from_it(smol
 def test_the_shipped_ggufs_config_has_smollm2s_sizes(smollm2):
     checkpoint = GgufFile(smollm2)
     spec = ModelSpec.from_config(checkpoint.config)
-    assert (spec.model_type, spec.hidden, spec.layers, spec.intermediate, spec.vocab) == ("llama", 576, 30, 1536, 49152)
-    assert (spec.query_heads, spec.kv_heads, spec.head_dim, spec.tied, spec.max_positions) == (9, 3, 64, True, 8192)
+    assert (spec.model_type, spec.hidden, spec.layers, spec.intermediate, spec.vocab) == (
+        "llama",
+        576,
+        30,
+        1536,
+        49152,
+    )
+    assert (spec.query_heads, spec.kv_heads, spec.head_dim, spec.tied, spec.max_positions) == (
+        9,
+        3,
+        64,
+        True,
+        8192,
+    )
     assert (spec.qkv_bias, spec.output_bias, spec.mlp_bias) == (False, False, False)
     assert checkpoint.config.rope_parameters["rope_theta"] == 100_000
     assert checkpoint.generation["eos_token_id"] == 2
@@ -483,12 +606,21 @@ def test_a_gguf_cut_in_its_header_is_an_error_that_names_the_file(smollm2, tmp_p
 def test_a_gguf_cut_in_its_tensors_is_an_error_that_names_both_sizes(smollm2, tmp_path, kept):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(smollm2.read_bytes()[:kept])
-    assert refused_gguf(cut) == f"cut.gguf is cut short: {kept} bytes\nexpected 98362432; download it again"
+    assert (
+        refused_gguf(cut)
+        == f"cut.gguf is cut short: {kept} bytes\nexpected 98362432; download it again"
+    )
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"not a GGUF file", b"\x00" * 4096, b"GGUF" + b"\xff" * 4096, b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 16],
+    [
+        b"",
+        b"not a GGUF file",
+        b"\x00" * 4096,
+        b"GGUF" + b"\xff" * 4096,
+        b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 16,
+    ],
     ids=["empty", "text", "zeros", "another version", "counts of 2^64"],
 )
 def test_a_file_that_is_no_gguf_is_an_error_that_names_it(tmp_path, content):
@@ -521,9 +653,13 @@ def write_gguf(
     for name, tensor in parameters.items():
         if "q_proj" in name or "k_proj" in name:
             heads = 6 if "q_proj" in name else 2
-            tensor = tensor.reshape(heads, 2, -1, 24).transpose(1, 2).reshape(tensor.shape).contiguous()
+            tensor = (
+                tensor.reshape(heads, 2, -1, 24).transpose(1, 2).reshape(tensor.shape).contiguous()
+            )
         tensors[names.get_name(name, try_suffixes=(".weight",))] = tensor
-    for name, other in (tensors | {name.replace("__", "."): tensor for name, tensor in changed.items()}).items():
+    for name, other in (
+        tensors | {name.replace("__", "."): tensor for name, tensor in changed.items()}
+    ).items():
         if other is not None:
             writer.add_tensor(name, other.numpy())
     writer.write_header_to_file()
@@ -549,7 +685,10 @@ def test_a_gguf_as_llama_cpp_writes_it_gives_back_the_models_parameters(tmp_path
             {"blk__1__ffn_up__weight": None},
             "missing tensor blk.1.ffn_up.weight (model.layers.1.mlp.up_proj.weight)\nexpected every parameter of the model",
         ),
-        ({"blk__2__ffn_up__weight": torch.zeros(4)}, "unexpected tensors blk.2.ffn_up.weight\nexpected only those of a llama model"),
+        (
+            {"blk__2__ffn_up__weight": torch.zeros(4)},
+            "unexpected tensors blk.2.ffn_up.weight\nexpected only those of a llama model",
+        ),
     ],
     ids=["missing", "unexpected"],
 )
@@ -560,15 +699,24 @@ def test_a_gguf_with_other_tensors_is_an_error_that_names_them(tmp_path, changed
 
 @pytest.mark.parametrize("shape", [(40, 23), (24, 40), (40,)], ids=str)
 def test_a_gguf_with_a_tensor_of_another_shape_is_an_error_that_names_it(tmp_path, shape):
-    write_gguf(tmp_path / "model.gguf", save_tiny(tmp_path / "folder"), blk__0__ffn_up__weight=torch.zeros(shape))
+    write_gguf(
+        tmp_path / "model.gguf",
+        save_tiny(tmp_path / "folder"),
+        blk__0__ffn_up__weight=torch.zeros(shape),
+    )
     first, second = refused_gguf(tmp_path / "model.gguf").splitlines()
     assert first.startswith("model.gguf: tensor blk.0.ffn_up.weight has ")
     assert second == "expected [40, 24], from the config"
 
 
 def test_a_gguf_that_scales_its_rotary_frequencies_is_an_error(tmp_path):
-    write_gguf(tmp_path / "model.gguf", save_tiny(tmp_path / "folder"), rope_freqs__weight=torch.ones(2))
-    assert refused_gguf(tmp_path / "model.gguf").splitlines()[0] == "model.gguf scales its rotary frequencies"
+    write_gguf(
+        tmp_path / "model.gguf", save_tiny(tmp_path / "folder"), rope_freqs__weight=torch.ones(2)
+    )
+    assert (
+        refused_gguf(tmp_path / "model.gguf").splitlines()[0]
+        == "model.gguf scales its rotary frequencies"
+    )
 
 
 def test_a_gguf_of_another_architecture_is_an_error_that_names_it(tmp_path):
@@ -580,11 +728,15 @@ def test_a_gguf_of_another_architecture_is_an_error_that_names_it(tmp_path):
 
 def test_a_gguf_of_a_family_whose_converter_is_not_known_is_an_error(tmp_path):
     write_gguf(tmp_path / "model.gguf", save_tiny(tmp_path / "folder"), architecture="smollm3")
-    assert refused_gguf(tmp_path / "model.gguf").startswith("model.gguf holds a smollm3 model, which is not supported as GGUF\n")
+    assert refused_gguf(tmp_path / "model.gguf").startswith(
+        "model.gguf holds a smollm3 model, which is not supported as GGUF\n"
+    )
 
 
 def test_a_gguf_without_a_size_is_an_error_that_names_it(tmp_path):
-    write_gguf(tmp_path / "model.gguf", save_tiny(tmp_path / "folder"), leave_out="feed_forward_length")
+    write_gguf(
+        tmp_path / "model.gguf", save_tiny(tmp_path / "folder"), leave_out="feed_forward_length"
+    )
     expected = "model.gguf: intermediate_size is None\nexpected a whole number from 1 to 16777216"
     assert refused_gguf(tmp_path / "model.gguf") == expected
 

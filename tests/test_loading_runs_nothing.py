@@ -36,7 +36,9 @@ def test_no_module_that_reads_checkpoints_can_start_a_process():
         seen.add(row)
         for path in (path for path in FILES if row_name(path) == row):
             problems += [
-                f"{place(path, node)}: imports {name}" for node, name in imports(path) if name in RUNNERS or name.split(".")[0] in RUNNERS
+                f"{place(path, node)}: imports {name}"
+                for node, name in imports(path)
+                if name in RUNNERS or name.split(".")[0] in RUNNERS
             ]
             waiting += [other for _, other in own_imports(path)]
     assert {"model_files", "weight_files", "tokenizer_files", "safetensors_header"} <= seen
@@ -56,7 +58,13 @@ class Evil:
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
     made = []
-    for name in ("as it is", "shards", "config: auto_map", "config: keys that name code", "config: internal keys"):
+    for name in (
+        "as it is",
+        "shards",
+        "config: auto_map",
+        "config: keys that name code",
+        "config: internal keys",
+    ):
         made.append(tmp_path / name.replace(" ", "_").replace(":", ""))
         make(name, made[-1])
     for name in (
@@ -72,15 +80,35 @@ def folders(tmp_path: Path) -> list[Path]:
     make("as it is", tmp_path / "pickled")
     (tmp_path / "pickled" / SINGLE).write_bytes(pickle.dumps(Evil(tmp_path / "unpickled")))
     for folder in (*made, tmp_path / "extra"):
-        for module in ("evil", "configuration_evil", "modeling_evil", "tokenization_evil", "sitecustomize"):
-            (folder / f"{module}.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'imported')!r})\n", encoding="utf-8")
+        for module in (
+            "evil",
+            "configuration_evil",
+            "modeling_evil",
+            "tokenization_evil",
+            "sitecustomize",
+        ):
+            (folder / f"{module}.py").write_text(
+                f"import os\nos.mkdir({str(tmp_path / 'imported')!r})\n", encoding="utf-8"
+            )
     return [*made, tmp_path / "extra", tmp_path / "pickled"]
 
 
 def test_nothing_of_a_checkpoint_is_run_and_nothing_outside_is_opened(folders, tmp_path):
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))
+    }
     command = [sys.executable, "-P", str(HERE / "loading_audit.py"), *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=kept, stdin=subprocess.DEVNULL, cwd=folders[0])
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=kept,
+        stdin=subprocess.DEVNULL,
+        cwd=folders[0],
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert [outcome.split(",")[0] for outcome in found["outcomes"]] == [

@@ -9,7 +9,7 @@ from conftest import Workers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallama.loss import next_token_loss, stretches
+from parallama.engine.torch_xla.loss import next_token_loss, stretches
 
 
 def sure(vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,7 +20,9 @@ def sure(vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.scatter_(2, ids.roll(-1, 1)[..., None], 15.0), ids
 
 
-def exact(logits: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype = torch.float64) -> tuple[float, torch.Tensor]:
+def exact(
+    logits: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[float, torch.Tensor]:
     """torch's own cross-entropy and its gradient."""
     given = logits.to(dtype, copy=True).requires_grad_()
     loss = torch.nn.functional.cross_entropy(given[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -29,8 +31,13 @@ def exact(logits: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype = torch.fl
     return float(loss.detach()), given.grad
 
 
-@pytest.mark.parametrize(("mesh", "devices", "vocab"), [("1x1", 1, 49152), ("1x2", 2, 49152), ("2x4", 8, 49152), ("1x2", 2, 49153)])
-def test_the_tail_of_a_large_vocabulary_is_not_lost(workers: Workers, mesh: str, devices: int, vocab: int) -> None:
+@pytest.mark.parametrize(
+    ("mesh", "devices", "vocab"),
+    [("1x1", 1, 49152), ("1x2", 2, 49152), ("2x4", 8, 49152), ("1x2", 2, 49153)],
+)
+def test_the_tail_of_a_large_vocabulary_is_not_lost(
+    workers: Workers, mesh: str, devices: int, vocab: int
+) -> None:
     logits, ids = sure(vocab)
     found = workers[devices].call("loss_cases:on_devices", mesh=mesh, logits=logits, ids=ids)
     loss, gradient = exact(logits, ids)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from parallama import manifest
 from parallama.errors import CheckpointError
+from parallama.files import manifest
 
 
 @pytest.fixture
@@ -27,7 +27,9 @@ def refused(folder: Path) -> str:
 
 
 def rewrite(folder: Path, content: object) -> None:
-    (folder / "manifest.json").write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    (folder / "manifest.json").write_text(
+        content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+    )
 
 
 def test_a_manifest_has_size_and_sha256_of_each_file(folder):
@@ -37,10 +39,17 @@ def test_a_manifest_has_size_and_sha256_of_each_file(folder):
         "version": 1,
         "files": {
             "config.json": {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()},
-            "model.safetensors": {"bytes": 1_280_000, "sha256": hashlib.sha256(content).hexdigest()},
+            "model.safetensors": {
+                "bytes": 1_280_000,
+                "sha256": hashlib.sha256(content).hexdigest(),
+            },
         },
     }
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "manifest.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
 
 
 def test_files_that_are_as_their_manifest_says_pass(folder):
@@ -69,14 +78,26 @@ def test_a_file_of_another_size_is_an_error_that_names_both(folder):
 
 def test_a_missing_file_is_an_error_that_names_it(folder):
     (folder / "config.json").unlink()
-    assert refused(folder) == "manifest.json names 'config.json', which is missing\ncopy or download the folder again"
+    assert (
+        refused(folder)
+        == "manifest.json names 'config.json', which is missing\ncopy or download the folder again"
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret", "/etc/passwd", "..", "", "a/b", "with\0null", "n" * 300, "\ud800"], ids=lambda name: repr(name[:9])
+    "name",
+    ["../secret", "/etc/passwd", "..", "", "a/b", "with\0null", "n" * 300, "\ud800"],
+    ids=lambda name: repr(name[:9]),
 )
 def test_a_manifest_that_names_a_file_elsewhere_is_an_error(folder, name):
-    rewrite(folder, {"format": "parallama-manifest", "version": 1, "files": {name: {"bytes": 0, "sha256": "0" * 64}}})
+    rewrite(
+        folder,
+        {
+            "format": "parallama-manifest",
+            "version": 1,
+            "files": {name: {"bytes": 0, "sha256": "0" * 64}},
+        },
+    )
     assert "file name" in refused(folder) or "which is missing" in refused(folder)
 
 
@@ -101,9 +122,21 @@ def test_a_fifo_is_an_error_and_not_waited_for(folder):
         {"format": "parallama-manifest", "version": 2, "files": {}},
         {"format": "parallama-manifest", "version": 1},
         {"format": "parallama-manifest", "version": 1, "files": {"config.json": 7}},
-        {"format": "parallama-manifest", "version": 1, "files": {"config.json": {"bytes": -1, "sha256": "0" * 64}}},
-        {"format": "parallama-manifest", "version": 1, "files": {"config.json": {"bytes": 2, "sha256": "XY"}}},
-        {"format": "parallama-manifest", "version": 1, "files": {"config.json": {"bytes": "2", "sha256": "0" * 64}}},
+        {
+            "format": "parallama-manifest",
+            "version": 1,
+            "files": {"config.json": {"bytes": -1, "sha256": "0" * 64}},
+        },
+        {
+            "format": "parallama-manifest",
+            "version": 1,
+            "files": {"config.json": {"bytes": 2, "sha256": "XY"}},
+        },
+        {
+            "format": "parallama-manifest",
+            "version": 1,
+            "files": {"config.json": {"bytes": "2", "sha256": "0" * 64}},
+        },
     ],
     ids=str,
 )

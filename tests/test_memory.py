@@ -9,7 +9,7 @@ import pytest
 # On the CPU backend the devices' memory is the host's too: one copy is the model on its devices.
 LOAD = """
 import json, sys
-from parallama.mesh import DeviceMesh
+from parallama.engine.torch_xla.mesh import DeviceMesh
 mesh = DeviceMesh(sys.argv[1])
 import torch, transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM
@@ -39,7 +39,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 4)
 
 @pytest.mark.parametrize("mesh", ["1x1", "1x8"])
 def test_loading_never_holds_a_second_full_copy(mesh):
-    done = subprocess.run([sys.executable, "-c", LOAD, mesh, "smollm2"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, mesh, "smollm2"], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["devices"] == found["plan"]
@@ -50,8 +52,12 @@ def test_loading_never_holds_a_second_full_copy(mesh):
 
 def test_a_mesh_that_repeats_every_tensor_takes_no_copy_for_each_device(models):
     """On 8x1: besides the devices the largest tensor (128 MB), and half as much for what allocators and four programs keep. Copies for each device took six times the largest."""
-    folder = models(heads=8, kv_heads=8, hidden=512, intermediate=16384, vocab=65536, layers=1, tied=True).folder
-    done = subprocess.run([sys.executable, "-c", LOAD, "8x1", folder], capture_output=True, text=True, timeout=600)
+    folder = models(
+        heads=8, kv_heads=8, hidden=512, intermediate=16384, vocab=65536, layers=1, tied=True
+    ).folder
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, "8x1", folder], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["devices"] == found["plan"] and found["largest"] == 65536 * 512 * 4
@@ -59,7 +65,14 @@ def test_a_mesh_that_repeats_every_tensor_takes_no_copy_for_each_device(models):
 
 
 @pytest.mark.parametrize(
-    "mesh", ["1x2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x1", "1x3", "1x4", "1x8", "2x4", "4x2", "8x1"))]
+    "mesh",
+    [
+        "1x2",
+        *(
+            pytest.param(mesh, marks=pytest.mark.slow)
+            for mesh in ("1x1", "1x3", "1x4", "1x8", "2x4", "4x2", "8x1")
+        ),
+    ],
 )
 def test_on_the_way_to_any_mesh_is_never_more_than_the_largest_tensor(mesh, tmp_path_factory):
     from parallama.bench.shapes import make
@@ -67,7 +80,9 @@ def test_on_the_way_to_any_mesh_is_never_more_than_the_largest_tensor(mesh, tmp_
     folder = tmp_path_factory.getbasetemp() / "l200"
     if not folder.exists():
         make("l200", folder)
-    done = subprocess.run([sys.executable, "-c", LOAD, mesh, str(folder)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, mesh, str(folder)], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert found["devices"] == found["plan"]
@@ -77,7 +92,9 @@ def test_on_the_way_to_any_mesh_is_never_more_than_the_largest_tensor(mesh, tmp_
 @pytest.mark.parametrize("mesh", [pytest.param("1x1", marks=pytest.mark.slow), "1x2"])
 def test_a_prompt_takes_the_memory_that_the_one_before_it_had(mesh):
     """Products' packed weights come and go; given back to the system each time, a prompt took 112,000 pages (450 MB) of it, and the time to clear them."""
-    done = subprocess.run([sys.executable, "-c", PROMPTS, mesh], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", PROMPTS, mesh], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) < 5_000
 

@@ -13,20 +13,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import MESHES, TINY
 
-from parallama import picture
 from parallama.errors import UsageError
-from parallama.kinds import kinds
-from parallama.picture import Panel, Part, colour, devices_text, draw, parts, planned, svg, write
-from parallama.plan import make_plan
-from parallama.topology import DATA, MODEL, MeshShape
+from parallama.plan import picture
+from parallama.plan.layer_patterns import kinds
+from parallama.plan.mesh_shape import DATA, MODEL, MeshShape
+from parallama.plan.picture import (
+    Panel,
+    Part,
+    colour,
+    devices_text,
+    draw,
+    parts,
+    planned,
+    svg,
+    write,
+)
+from parallama.plan.placement import make_plan
 
-AXES = [tuple(axes) for rank in range(5) for axes in sorted({p[:rank] for p in permutations([DATA, MODEL, *[None] * rank])}, key=str)]
+AXES = [
+    tuple(axes)
+    for rank in range(5)
+    for axes in sorted({p[:rank] for p in permutations([DATA, MODEL, *[None] * rank])}, key=str)
+]
 ON_2X4 = MeshShape(data=2, model=4)
 
 
 def drawn(axes, mesh) -> picture.Drawing:
     shape = tuple(8 for _ in axes)
-    return draw("a model", mesh, [Panel(title="a tensor", note="", shape=shape, parts=parts(axes, mesh))])
+    return draw(
+        "a model", mesh, [Panel(title="a tensor", note="", shape=shape, parts=parts(axes, mesh))]
+    )
 
 
 @settings(deadline=None)
@@ -48,12 +64,17 @@ def test_the_parts_cover_the_tensor_and_every_device_holds_one(axes, mesh):
 @given(axes=st.sampled_from(AXES), mesh=MESHES)
 def test_every_part_is_drawn_where_it_lies_with_its_devices(axes, mesh):
     drawing = drawn(axes, mesh)
-    boxes, labels = drawing.boxes[mesh.devices :], [label.text for label in drawing.labels if label.centred][mesh.devices :]
+    boxes, labels = (
+        drawing.boxes[mesh.devices :],
+        [label.text for label in drawing.labels if label.centred][mesh.devices :],
+    )
     found = parts(axes, mesh)
     assert labels == [devices_text(part.devices) for part in found]
     left, right = min(box.x for box in boxes), max(box.x + box.width for box in boxes)
     top, bottom = min(box.y for box in boxes), max(box.y + box.height for box in boxes)
-    assert sum(box.width * box.height for box in boxes) == pytest.approx((right - left) * (bottom - top))
+    assert sum(box.width * box.height for box in boxes) == pytest.approx(
+        (right - left) * (bottom - top)
+    )
     assert right < drawing.width and bottom < drawing.height
     for part, box in zip(found, boxes, strict=True):
         split = [dim for dim, axis in enumerate(axes) if mesh.size(axis) > 1]
@@ -66,19 +87,38 @@ def test_every_part_is_drawn_where_it_lies_with_its_devices(axes, mesh):
 def placed(axes) -> dict[str, tuple[float, float]]:
     """Where on a 2x4 mesh each device's part of a `[8, 8]` weight begins, in shares of the tensor's width and height."""
     drawing = drawn(axes, ON_2X4)
-    pairs = list(zip(drawing.boxes, [label for label in drawing.labels if label.centred], strict=True))[8:]
+    pairs = list(
+        zip(drawing.boxes, [label for label in drawing.labels if label.centred], strict=True)
+    )[8:]
     left, top = min(box.x for box, _ in pairs), min(box.y for box, _ in pairs)
     width = max(box.x + box.width for box, _ in pairs) - left
     height = max(box.y + box.height for box, _ in pairs) - top
-    return {label.text: (round((box.x - left) / width, 6), round((box.y - top) / height, 6)) for box, label in pairs}
+    return {
+        label.text: (round((box.x - left) / width, 6), round((box.y - top) / height, 6))
+        for box, label in pairs
+    }
 
 
 def test_a_plan_of_any_axis_order_is_drawn_as_it_lies():
-    assert placed((MODEL, None)) == {"0,4": (0, 0), "1,5": (0, 0.25), "2,6": (0, 0.5), "3,7": (0, 0.75)}
-    assert placed((None, MODEL)) == {"0,4": (0, 0), "1,5": (0.25, 0), "2,6": (0.5, 0), "3,7": (0.75, 0)}
+    assert placed((MODEL, None)) == {
+        "0,4": (0, 0),
+        "1,5": (0, 0.25),
+        "2,6": (0, 0.5),
+        "3,7": (0, 0.75),
+    }
+    assert placed((None, MODEL)) == {
+        "0,4": (0, 0),
+        "1,5": (0.25, 0),
+        "2,6": (0.5, 0),
+        "3,7": (0.75, 0),
+    }
     assert placed((None, DATA)) == {"0-3": (0, 0), "4-7": (0.5, 0)}
-    assert placed((DATA, MODEL)) == {str(device): (device % 4 / 4, device // 4 / 2) for device in range(8)}
-    assert placed((MODEL, DATA)) == {str(device): (device // 4 / 2, device % 4 / 4) for device in range(8)}
+    assert placed((DATA, MODEL)) == {
+        str(device): (device % 4 / 4, device // 4 / 2) for device in range(8)
+    }
+    assert placed((MODEL, DATA)) == {
+        str(device): (device // 4 / 2, device % 4 / 4) for device in range(8)
+    }
     assert placed((None, None)) == {"0-7": (0, 0)}
 
 
@@ -89,7 +129,12 @@ def test_only_split_dims_of_a_high_rank_are_drawn():
 
 def test_a_measured_part_is_drawn_like_a_planned_one():
     halves = [(Fraction(0), Fraction(1, 2)), (Fraction(1, 2), Fraction(1))]
-    measured = Panel(title="t", note="", shape=(8,), parts=tuple(Part(devices=(device,), spans=(halves[device],)) for device in (0, 1)))
+    measured = Panel(
+        title="t",
+        note="",
+        shape=(8,),
+        parts=tuple(Part(devices=(device,), spans=(halves[device],)) for device in (0, 1)),
+    )
     mesh = MeshShape(model=2)
     by_plan = Panel(title="t", note="", shape=(8,), parts=parts((MODEL,), mesh))
     assert draw("m", mesh, [measured]) == draw("m", mesh, [by_plan])
@@ -121,7 +166,11 @@ def test_devices_are_named_shortly(devices, text):
 
 def whole_plan(mesh: MeshShape) -> picture.Drawing:
     plan = make_plan(replace(TINY, qkv_bias=True), mesh)
-    return draw("a <model> & more", mesh, [planned(kind.placement, mesh, title=kind.title) for kind in kinds(plan)])
+    return draw(
+        "a <model> & more",
+        mesh,
+        [planned(kind.placement, mesh, title=kind.title) for kind in kinds(plan)],
+    )
 
 
 def test_svg_has_every_box_and_label(tmp_path: Path):
@@ -130,7 +179,9 @@ def test_svg_has_every_box_and_label(tmp_path: Path):
     root = ElementTree.fromstring((tmp_path / "p.svg").read_text())
     space = "{http://www.w3.org/2000/svg}"
     assert len(root.findall(f"{space}rect")) == len(drawing.boxes) + 1  # and the paper
-    assert [node.text for node in root.findall(f"{space}text")] == [label.text for label in drawing.labels]
+    assert [node.text for node in root.findall(f"{space}text")] == [
+        label.text for label in drawing.labels
+    ]
     assert "a <model> & more" in {label.text for label in drawing.labels}
 
 
@@ -143,7 +194,9 @@ def test_png_is_the_same_drawing(tmp_path: Path):
     assert pixels.shape[:2] == pytest.approx((2 * drawing.height, 2 * drawing.width), abs=2)
     for box in drawing.boxes:
         x, y = box.x + 3, box.y + 3  # inside, away from the text
-        red, green, blue = (round(255 * float(part)) for part in pixels[round(2 * y), round(2 * x), :3])
+        red, green, blue = (
+            round(255 * float(part)) for part in pixels[round(2 * y), round(2 * x), :3]
+        )
         assert f"#{red:02x}{green:02x}{blue:02x}" == box.fill
     assert svg(drawing) == svg(whole_plan(ON_2X4))
 
@@ -170,7 +223,9 @@ def test_panels_do_not_overlap():
         ("folder.svg", "cannot be written\nexpected a file in a folder that exists"),
     ],
 )
-def test_a_file_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path, name: str, expected: str):
+def test_a_file_that_cannot_be_written_is_an_error_that_names_it(
+    tmp_path: Path, name: str, expected: str
+):
     (tmp_path / "folder.svg").mkdir()
     with pytest.raises(UsageError) as caught:
         write(whole_plan(ON_2X4), tmp_path / name)
@@ -190,4 +245,6 @@ sys.exit(run(["plan", "smollm2", "--plot", {str(tmp_path / "p.png")!r}]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == ("parallama: --plot of a .png needs matplotlib\nrun: pip install 'parallama[bench]', or give an .svg\n")
+    assert done.stderr == (
+        "parallama: --plot of a .png needs matplotlib\nrun: pip install 'parallama[bench]', or give an .svg\n"
+    )

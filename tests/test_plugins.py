@@ -12,12 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plugin_maker import make
 
-from parallama import elf, plugins
+from parallama.engine.devices import elf, plugins
+from parallama.engine.devices.plugins import ApiVersion
 from parallama.errors import BackendError, UsageError
-from parallama.plugins import ApiVersion
 
 EXPECTED = "expected the path of a PJRT plugin: a shared library that exports GetPjrtApi"
-LIBC = next(Path(path) for path in ("/lib/x86_64-linux-gnu/libc.so.6", "/lib64/libc.so.6", "/usr/lib/libc.so.6") if Path(path).exists())
+LIBC = next(
+    Path(path)
+    for path in ("/lib/x86_64-linux-gnu/libc.so.6", "/lib64/libc.so.6", "/usr/lib/libc.so.6")
+    if Path(path).exists()
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,9 @@ def refusal(library: Path, **arguments: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("version", [(0, 57), (0, 70), (0, 75)])
-def test_a_plugin_of_a_fitting_version_is_accepted(tmp_path: Path, version: tuple[int, int]) -> None:
+def test_a_plugin_of_a_fitting_version_is_accepted(
+    tmp_path: Path, version: tuple[int, int]
+) -> None:
     assert plugins.check(make(tmp_path / "p.so", version)) == ApiVersion(*version)
 
 
@@ -56,7 +62,9 @@ def test_a_plugin_of_a_fitting_version_is_accepted(tmp_path: Path, version: tupl
         ((1, 75), "another major version is another interface"),
     ],
 )
-def test_a_plugin_of_another_version_is_refused_with_both_versions(tmp_path: Path, version: tuple[int, int], reason: str) -> None:
+def test_a_plugin_of_another_version_is_refused_with_both_versions(
+    tmp_path: Path, version: tuple[int, int], reason: str
+) -> None:
     library = make(tmp_path / "p.so", version)
     assert refusal(library) == [
         f"plugin {str(library)!r} speaks PJRT API {ApiVersion(*version)}, torch_xla 2.9.0 speaks 0.75",
@@ -74,8 +82,12 @@ def test_the_real_plugin_of_a_newer_version_is_refused_and_not_run() -> None:
     ]
 
 
-def test_a_plugin_known_to_take_older_callers_may_be_newer_but_not_older_and_of_no_other_major_version(tmp_path: Path) -> None:
-    assert plugins.check(make(tmp_path / "p.so", (0, 113)), takes_older_callers=True) == ApiVersion(0, 113)
+def test_a_plugin_known_to_take_older_callers_may_be_newer_but_not_older_and_of_no_other_major_version(
+    tmp_path: Path,
+) -> None:
+    assert plugins.check(make(tmp_path / "p.so", (0, 113)), takes_older_callers=True) == ApiVersion(
+        0, 113
+    )
     assert "0.56" in refusal(make(tmp_path / "p.so", (0, 56)), takes_older_callers=True)[0]
     assert "1.2" in refusal(make(tmp_path / "p.so", (1, 2)), takes_older_callers=True)[0]
 
@@ -95,14 +107,20 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 def test_an_empty_file_a_text_and_a_cut_one_are_refused(tmp_path: Path, fits: Path) -> None:
     library = tmp_path / "p.so"
     library.write_bytes(b"")
-    assert refusal(library) == [f"plugin {str(library)!r} is no shared library: the file is empty", EXPECTED]
+    assert refusal(library) == [
+        f"plugin {str(library)!r} is no shared library: the file is empty",
+        EXPECTED,
+    ]
     library.write_text("not a plugin")
     assert refusal(library) == [
         f"plugin {str(library)!r} is no shared library: it is no ELF file: it starts with b'not a pl'",
         EXPECTED,
     ]
     library.write_bytes(fits.read_bytes()[:10])
-    assert refusal(library) == [f"plugin {str(library)!r} is no shared library: it ends after 10 bytes", EXPECTED]
+    assert refusal(library) == [
+        f"plugin {str(library)!r} is no shared library: it ends after 10 bytes",
+        EXPECTED,
+    ]
     library.write_bytes(fits.read_bytes()[:300])
     assert refusal(library) == [
         f"plugin {str(library)!r} is no shared library: a table lies outside of the file, which may be cut short",
@@ -112,16 +130,28 @@ def test_an_empty_file_a_text_and_a_cut_one_are_refused(tmp_path: Path, fits: Pa
 
 def test_a_library_for_another_machine_is_refused(tmp_path: Path, fits: Path) -> None:
     library = patched(fits, tmp_path / "p.so", 18, 183)
-    assert refusal(library) == [f"plugin {str(library)!r} is built for AArch64", "expected x86-64, which this Python runs on"]
+    assert refusal(library) == [
+        f"plugin {str(library)!r} is built for AArch64",
+        "expected x86-64, which this Python runs on",
+    ]
     assert refusal(patched(fits, library, 4, 0x0101))[0].endswith("is built for 32-bit x86-64")
     assert refusal(patched(fits, library, 18, 4711))[0].endswith("is built for machine 4711")
 
 
 def test_a_program_and_an_object_file_are_refused(tmp_path: Path, fits: Path) -> None:
     library = tmp_path / "p.so"
-    assert refusal(patched(fits, library, 16, 2)) == [f"plugin {str(library)!r} is a program", EXPECTED]
-    assert refusal(patched(fits, library, 16, 1)) == [f"plugin {str(library)!r} is an object file", EXPECTED]
-    assert refusal(patched(fits, library, 16, 9)) == [f"plugin {str(library)!r} is of ELF type 9", EXPECTED]
+    assert refusal(patched(fits, library, 16, 2)) == [
+        f"plugin {str(library)!r} is a program",
+        EXPECTED,
+    ]
+    assert refusal(patched(fits, library, 16, 1)) == [
+        f"plugin {str(library)!r} is an object file",
+        EXPECTED,
+    ]
+    assert refusal(patched(fits, library, 16, 9)) == [
+        f"plugin {str(library)!r} is of ELF type 9",
+        EXPECTED,
+    ]
 
 
 def test_a_library_that_is_no_plugin_is_refused(tmp_path: Path) -> None:
@@ -137,7 +167,9 @@ def test_a_file_that_may_not_be_read_or_has_an_impossible_name_is_refused(tmp_pa
     assert refusal(Path(name)) == [f"plugin {name!r} cannot be read: File name too long", EXPECTED]
 
 
-def test_a_library_whose_dependencies_are_missing_is_refused_with_the_loaders_words(tmp_path: Path) -> None:
+def test_a_library_whose_dependencies_are_missing_is_refused_with_the_loaders_words(
+    tmp_path: Path,
+) -> None:
     library = make(tmp_path / "p.so", needs="libnowhere.so.1")
     (said,) = refusal(library)
     assert said.startswith(f"plugin {str(library)!r} cannot be loaded: libnowhere.so.1: ")
@@ -148,22 +180,31 @@ def test_a_library_whose_dependencies_are_missing_is_refused_with_the_loaders_wo
 
 def test_a_plugin_that_crashes_when_asked_is_told_and_survived(tmp_path: Path) -> None:
     library = make(tmp_path / "p.so", get="crash")
-    assert refusal(library) == [f"plugin {str(library)!r}: the process that loaded it to ask for its version died of SIGSEGV"]
+    assert refusal(library) == [
+        f"plugin {str(library)!r}: the process that loaded it to ask for its version died of SIGSEGV"
+    ]
 
 
 def test_a_plugin_that_hangs_when_asked_is_ended(tmp_path: Path) -> None:
     library = make(tmp_path / "p.so", get="hang")
     with pytest.raises(BackendError) as caught:
         plugins.ask_version(library, limit_s=1)
-    assert str(caught.value) == f"plugin {str(library)!r}: the process that loaded it to ask for its version did not end in time (1 s)"
+    assert (
+        str(caught.value)
+        == f"plugin {str(library)!r}: the process that loaded it to ask for its version did not end in time (1 s)"
+    )
 
 
 def test_a_plugin_without_a_table_is_refused(tmp_path: Path) -> None:
     library = make(tmp_path / "p.so", get="null")
-    assert refusal(library) == [f"plugin {str(library)!r} cannot be loaded: GetPjrtApi gave no table of functions"]
+    assert refusal(library) == [
+        f"plugin {str(library)!r} cannot be loaded: GetPjrtApi gave no table of functions"
+    ]
 
 
-def test_the_place_where_one_stands_is_not_imported_from(tmp_path: Path, fits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_place_where_one_stands_is_not_imported_from(
+    tmp_path: Path, fits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "ctypes.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path)
     assert plugins.ask_version(fits) == ApiVersion(0, 75)
@@ -176,15 +217,22 @@ def test_symbols_are_found_through_either_hash_table_and_only_defined_ones(fits:
     assert elf.exports(fits, "GetPjrtApi") and not elf.exports(fits, "GetPjrt")  # DT_HASH
     assert elf.exports(LIBC, "malloc") and not elf.exports(LIBC, "mallo")  # DT_GNU_HASH
     asked_for = Path(next(p for p in sys.path if p.endswith("lib-dynload"))).glob("_ctypes.*.so")
-    assert not any(elf.exports(library, "malloc") or elf.exports(library, "PyErr_SetString") for library in asked_for)
+    assert not any(
+        elf.exports(library, "malloc") or elf.exports(library, "PyErr_SetString")
+        for library in asked_for
+    )
 
 
 @settings(deadline=None)
 @given(st.data())
-def test_a_damaged_library_gives_an_answer_or_an_elf_error_and_nothing_else(fits: Path, data: st.DataObject) -> None:
+def test_a_damaged_library_gives_an_answer_or_an_elf_error_and_nothing_else(
+    fits: Path, data: st.DataObject
+) -> None:
     content = bytearray(fits.read_bytes())
     for _ in range(data.draw(st.integers(1, 6))):
-        content[data.draw(st.integers(0, 350) | st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        content[data.draw(st.integers(0, 350) | st.integers(0, len(content) - 1))] = data.draw(
+            st.integers(0, 255)
+        )
     library = fits.with_name("damaged.so")
     library.write_bytes(content[: data.draw(st.integers(1, len(content)) | st.just(len(content)))])
     try:
@@ -197,15 +245,26 @@ def test_a_damaged_library_gives_an_answer_or_an_elf_error_and_nothing_else(fits
 
 
 def test_a_path_is_told_from_a_name_and_known_files_have_their_backends() -> None:
-    assert plugins.is_path("./x") and plugins.is_path("x.so") and plugins.is_path("/a/b") and not plugins.is_path("tpu")
-    assert [plugins.name_of(Path(path)) for path in ("/a/libtpu.so", "b/pjrt_plugin_tt.so", "c/my.1.so")] == ["tpu", "tt", "my"]
+    assert (
+        plugins.is_path("./x")
+        and plugins.is_path("x.so")
+        and plugins.is_path("/a/b")
+        and not plugins.is_path("tpu")
+    )
+    assert [
+        plugins.name_of(Path(path)) for path in ("/a/libtpu.so", "b/pjrt_plugin_tt.so", "c/my.1.so")
+    ] == ["tpu", "tt", "my"]
 
 
 def test_an_installed_plugin_is_found_by_its_entry_point_and_no_other_package_is_one() -> None:
     library = plugins.find("xla_cpu_pjrt")
     assert library is not None and library.name == "xla_cpu_pjrt.so"
     assert "xla_cpu_pjrt" in plugins.installed()
-    assert plugins.find("numpy") is None and plugins.find("no-such thing") is None and plugins.find("") is None
+    assert (
+        plugins.find("numpy") is None
+        and plugins.find("no-such thing") is None
+        and plugins.find("") is None
+    )
 
 
 def test_a_package_by_the_usual_names_is_found_and_one_with_two_plugins_is_refused(
@@ -233,18 +292,30 @@ def test_a_package_by_the_usual_names_is_found_and_one_with_two_plugins_is_refus
 
 def test_jaxs_variable_names_libraries() -> None:
     assert plugins.named_libraries("") == {}
-    assert plugins.named_libraries("tt:/a/b.so, my : c.so,broken,x:") == {"tt": "/a/b.so", "my": "c.so"}
+    assert plugins.named_libraries("tt:/a/b.so, my : c.so,broken,x:") == {
+        "tt": "/a/b.so",
+        "my": "c.so",
+    }
 
 
 # -- Tenstorrent
 
 
-def test_a_tenstorrent_mesh_is_told_to_the_plugin_and_shardy_only_to_the_fork(tmp_path: Path) -> None:
+def test_a_tenstorrent_mesh_is_told_to_the_plugin_and_shardy_only_to_the_fork(
+    tmp_path: Path,
+) -> None:
     library = tmp_path / "pjrt_plugin_tt.so"
-    always, several = {"XLA_STABLEHLO_COMPILE": "1"}, {"ENABLE_AUTO_PARALLEL": "TRUE", "MESH_SHAPE": "2,4"}
+    always, several = (
+        {"XLA_STABLEHLO_COMPILE": "1"},
+        {"ENABLE_AUTO_PARALLEL": "TRUE", "MESH_SHAPE": "2,4"},
+    )
     assert plugins.tt_environment(library, 8, (2, 4), "gspmd") == always | several
-    assert plugins.tt_environment(library, 8, (2, 4), "shardy") == always | several | {"CONVERT_SHLO_TO_SHARDY": "1"}
-    assert plugins.tt_environment(library, None, None, "gspmd") == always | {"ENABLE_AUTO_PARALLEL": "TRUE"}
+    assert plugins.tt_environment(library, 8, (2, 4), "shardy") == always | several | {
+        "CONVERT_SHLO_TO_SHARDY": "1"
+    }
+    assert plugins.tt_environment(library, None, None, "gspmd") == always | {
+        "ENABLE_AUTO_PARALLEL": "TRUE"
+    }
 
 
 def test_one_tenstorrent_chip_is_told_of_no_mesh(tmp_path: Path) -> None:
@@ -259,7 +330,20 @@ def test_one_tenstorrent_chip_is_told_of_no_mesh(tmp_path: Path) -> None:
 
 
 def test_options_are_whole_numbers_numbers_truth_values_and_text() -> None:
-    words = ["a=8", "b=-1", "c=0.5", "d=1e3", "e=true", "f=False", "g=text", "h=", 'i="8"', "j=a=b", "k.l-m=1.", "n=inf"]
+    words = [
+        "a=8",
+        "b=-1",
+        "c=0.5",
+        "d=1e3",
+        "e=true",
+        "f=False",
+        "g=text",
+        "h=",
+        'i="8"',
+        "j=a=b",
+        "k.l-m=1.",
+        "n=inf",
+    ]
     assert plugins.parse_options(words) == {
         "a": 8,
         "b": -1,
@@ -274,10 +358,16 @@ def test_options_are_whole_numbers_numbers_truth_values_and_text() -> None:
         "k.l-m": 1.0,
         "n": "inf",
     }
-    assert {type(value) for value in plugins.parse_options(["a=1", "b=1.0", "c=true"]).values()} == {int, float, bool}
+    assert {
+        type(value) for value in plugins.parse_options(["a=1", "b=1.0", "c=true"]).values()
+    } == {int, float, bool}
 
 
-@given(st.integers(-(1 << 63), (1 << 63) - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.booleans())
+@given(
+    st.integers(-(1 << 63), (1 << 63) - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.booleans()
+)
 def test_a_value_that_python_prints_is_read_back_as_itself(value: bool | int | float) -> None:
     (read,) = plugins.parse_options([f"key={value}"]).values()
     assert read == value and type(read) is type(value)
@@ -286,10 +376,19 @@ def test_a_value_that_python_prints_is_read_back_as_itself(value: bool | int | f
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["count"], ["backend option 'count' cannot be read", "expected key=value, as cpu_device_count=8"]),
-        (["=8"], ["backend option '=8' cannot be read", "expected key=value, as cpu_device_count=8"]),
+        (
+            ["count"],
+            ["backend option 'count' cannot be read", "expected key=value, as cpu_device_count=8"],
+        ),
+        (
+            ["=8"],
+            ["backend option '=8' cannot be read", "expected key=value, as cpu_device_count=8"],
+        ),
         (["a=1", "a=2"], ["backend option 'a' is given twice", "expected each once"]),
-        (["a=9223372036854775808"], ["backend option 'a' is 9223372036854775808", "expected a whole number of 64 bits"]),
+        (
+            ["a=9223372036854775808"],
+            ["backend option 'a' is 9223372036854775808", "expected a whole number of 64 bits"],
+        ),
     ],
 )
 def test_options_that_cannot_be_read_are_refused(words: list[str], said: list[str]) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CaseError, Worker
+from conftest import CaseError
 
 from parallama.host import usable_cores
 
@@ -19,11 +17,10 @@ DIVIDES = {"heads": 16, "kv_heads": 8, "tied": True, "intermediate": 48, "vocab"
 
 
 class Dumps:
-    """Optimized HLO of steps. XLA reads its dump flag once, so each device count has a process of its own, and compiles each program once."""
+    """Optimized HLO of steps; each is compiled once."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._workers: dict[int, Worker] = {}
+    def __init__(self, auditors: Any) -> None:
+        self._auditors = auditors
         self._texts: dict[tuple[str, str, int, int, int], str] = {}
 
     def decode(self, folder: str, devices: int, batch: int, length: int = LENGTH) -> str:
@@ -35,29 +32,21 @@ class Dumps:
 
     def _step(self, kind: str, folder: str, devices: int, batch: int, length: int = LENGTH) -> str:
         key = (kind, folder, devices, batch, length)
-        if key in self._texts:
-            return self._texts[key]
-        dump = self._root / str(devices)
-        if devices not in self._workers:
-            flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
-            self._workers[devices] = Worker(devices, self._root / f"{devices}.log", XLA_FLAGS=flags)
-        before = set(dump.glob("*after_optimizations.txt"))
-        self._workers[devices].call("device_cases:compile_step", kind=kind, folder=folder, mesh=f"1x{devices}", batch=batch, length=length)
-        new = set(dump.glob("*after_optimizations.txt")) - before
-        assert len(new) == 1, new
-        self._texts[key] = new.pop().read_text()
+        if key not in self._texts:
+            self._texts[key] = self._auditors(
+                "device_cases:compile_step",
+                folder,
+                f"1x{devices}",
+                kind=kind,
+                batch=batch,
+                length=length,
+            )
         return self._texts[key]
-
-    def stop(self) -> None:
-        for worker in self._workers.values():
-            worker.stop()
 
 
 @pytest.fixture(scope="module")
-def dumps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dumps]:
-    made = Dumps(tmp_path_factory.mktemp("dumps"))
-    yield made
-    made.stop()
+def dumps(auditors: Any) -> Dumps:
+    return Dumps(auditors)
 
 
 def count(hlo: str, operation: str) -> int:
@@ -68,7 +57,9 @@ def count(hlo: str, operation: str) -> int:
 # With 8 rows oneDNN reads the cached values on 1 and 2 devices.
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("devices", [1, 2, 8])
-def test_a_decode_step_updates_the_cache_in_place(dumps: Dumps, models: Any, devices: int, batch: int) -> None:
+def test_a_decode_step_updates_the_cache_in_place(
+    dumps: Dumps, models: Any, devices: int, batch: int
+) -> None:
     tiny = models(**DIVIDES)
     hlo = dumps.decode(tiny.folder, devices, batch)
     heads = 8 // devices  # one a device on 1x8
@@ -77,12 +68,17 @@ def test_a_decode_step_updates_the_cache_in_place(dumps: Dumps, models: Any, dev
     aliases = re.search(r"input_output_alias={(.*?)}, entry", header)
     assert aliases is not None and aliases[1].count("alias)") == 2 * LAYERS
     assert count(body, "dynamic-update-slice") == batch * 2 * LAYERS
-    assert len(re.findall(rf"= {re.escape(shape)}\S* dynamic-update-slice\(", body)) == batch * 2 * LAYERS
+    assert (
+        len(re.findall(rf"= {re.escape(shape)}\S* dynamic-update-slice\(", body))
+        == batch * 2 * LAYERS
+    )
     assert not re.findall(rf"= {re.escape(shape)}\S* copy(?:-start)?\(", body)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_a_chunk_of_a_prompt_reads_the_cache_in_a_loop_and_writes_it_in_place(dumps: Dumps, models: Any, devices: int) -> None:
+def test_a_chunk_of_a_prompt_reads_the_cache_in_a_loop_and_writes_it_in_place(
+    dumps: Dumps, models: Any, devices: int
+) -> None:
     hlo = dumps.prefill(models(**DIVIDES).folder, devices, 1)
     shape = re.escape(f"f32[1,{8 // devices},{LENGTH},{HEAD_DIM}]")
     assert count(hlo, "while") == LAYERS
@@ -96,7 +92,9 @@ def test_a_chunk_of_a_prompt_reads_the_cache_in_a_loop_and_writes_it_in_place(du
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 @pytest.mark.parametrize("sizes", [SMOL, DIVIDES], ids=["9/3", "16/8"])
-def test_a_greedy_decode_step_has_the_fewest_collectives(dumps: Dumps, models: Any, sizes: dict[str, Any], devices: int) -> None:
+def test_a_greedy_decode_step_has_the_fewest_collectives(
+    dumps: Dumps, models: Any, sizes: dict[str, Any], devices: int
+) -> None:
     hlo = dumps.decode(models(**sizes).folder, devices, 2)
     kinds = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
     # Two a layer and one for the embedding; the candidates of the pick are gathered once.
@@ -104,17 +102,23 @@ def test_a_greedy_decode_step_has_the_fewest_collectives(dumps: Dumps, models: A
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_products_with_weights_are_not_fused_into_loops(dumps: Dumps, models: Any, batch: int) -> None:
+def test_products_with_weights_are_not_fused_into_loops(
+    dumps: Dumps, models: Any, batch: int
+) -> None:
     """XLA:CPU would fuse matrix times vector with the norm before it, into a loop that is slower than its own product."""
     tiny = models(**DIVIDES)
     hlo = dumps.decode(tiny.folder, 1, batch)
     weights = {
         name
-        for name, shape in re.findall(r"^ *(%\S+) = f32\[([\d,]+)\]\S* parameter\(", hlo.split("ENTRY")[1], re.M)
+        for name, shape in re.findall(
+            r"^ *(%\S+) = f32\[([\d,]+)\]\S* parameter\(", hlo.split("ENTRY")[1], re.M
+        )
         if shape.count(",") == 1
     }
     products = [
-        set(re.findall(r"%[\w.-]+", line.split(" dot(")[1])) & weights for line in hlo.split("ENTRY")[1].splitlines() if " dot(" in line
+        set(re.findall(r"%[\w.-]+", line.split(" dot(")[1])) & weights
+        for line in hlo.split("ENTRY")[1].splitlines()
+        if " dot(" in line
     ]
     assert len([used for used in products if used]) == batch * (7 * LAYERS + 1)
 
@@ -132,10 +136,15 @@ def test_onednn_multiplies_with_weights_where_devices_have_a_core_each_and_more_
 ) -> None:
     found = by_onednn(dumps.decode(models(**DIVIDES).folder, devices, batch))
     # 32 matrices and more: the cached values of each layer.
-    assert found == (7 * LAYERS + 1 if batch > 1 and usable_cores() <= devices else 0, LAYERS if batch * 8 // devices >= 32 else 0)
+    assert found == (
+        7 * LAYERS + 1 if batch > 1 and usable_cores() <= devices else 0,
+        LAYERS if batch * 8 // devices >= 32 else 0,
+    )
 
 
-@pytest.mark.skipif(usable_cores() == 1, reason="a single device has one core here, as in the test above")
+@pytest.mark.skipif(
+    usable_cores() == 1, reason="a single device has one core here, as in the test above"
+)
 @pytest.mark.parametrize(
     ("sizes", "batch", "length", "multiplies"),
     [
@@ -156,11 +165,22 @@ def test_onednn_multiplies_on_a_device_of_several_cores_while_nothing_else_is_sh
 ) -> None:
     hlo = dumps.decode(models(**DIVIDES | sizes).folder, 1, batch, length)
     assert by_onednn(hlo)[0] == (7 * LAYERS + 1 if multiplies else 0)
-    if intermediate := sizes.get("intermediate"):  # the largest loop of a layer is split from there on
-        assert bool(re.search(rf"= f32\[{intermediate},{batch}\]\S* call\(", hlo[hlo.index("\nENTRY") :])) is not multiplies
+    if intermediate := sizes.get(
+        "intermediate"
+    ):  # the largest loop of a layer is split from there on
+        assert (
+            bool(
+                re.search(
+                    rf"= f32\[{intermediate},{batch}\]\S* call\(", hlo[hlo.index("\nENTRY") :]
+                )
+            )
+            is not multiplies
+        )
 
 
-def test_the_residual_stream_of_a_prompt_lies_as_products_results_do(dumps: Dumps, models: Any) -> None:
+def test_the_residual_stream_of_a_prompt_lies_as_products_results_do(
+    dumps: Dumps, models: Any
+) -> None:
     """Of 64 rows and more: `[hidden, rows]`. But for the embeddings, which are turned, and the last position, nothing has its rows first, to be read across the grain."""
     tiny = models(**DIVIDES)
     hidden = tiny.model.config.hidden_size
@@ -175,11 +195,16 @@ def test_the_residual_stream_of_a_prompt_lies_as_products_results_do(dumps: Dump
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_prompt_goes_through_the_end_of_the_last_layer_with_one_position_a_row(dumps: Dumps, models: Any, devices: int) -> None:
+def test_a_prompt_goes_through_the_end_of_the_last_layer_with_one_position_a_row(
+    dumps: Dumps, models: Any, devices: int
+) -> None:
     """From the last attention on only the positions that the next tokens follow are read: o_proj, gate, up and down have the batch's rows there, as the head has, not the prompt's."""
     batch = 4
     entry = dumps.prefill(models(**DIVIDES).folder, devices, batch).split("\nENTRY")[1]
-    rows = [int(found) for found in re.findall(rf"= f32\[\d+,(\d+)\]\S* (?:dot\(|fusion\(.*{ONEDNN})", entry)]
+    rows = [
+        int(found)
+        for found in re.findall(rf"= f32\[\d+,(\d+)\]\S* (?:dot\(|fusion\(.*{ONEDNN})", entry)
+    ]
     assert rows.count(16 * batch) == 7 * LAYERS - 4
     assert rows.count(batch) == 4 + 1
 
@@ -198,13 +223,20 @@ def test_a_program_replays_with_new_arguments_and_no_new_compile(workers: Any, m
 
 @pytest.mark.parametrize(("name", "donated"), [("x", True), ("state", False), ("state", True)])
 @pytest.mark.parametrize(
-    ("shape", "dtype", "said"), [([4, 9], "float32", "float32[4, 9]"), ([4, 8], "int32", "int32[4, 8]"), ([32], "float32", "float32[32]")]
+    ("shape", "dtype", "said"),
+    [
+        ([4, 9], "float32", "float32[4, 9]"),
+        ([4, 8], "int32", "int32[4, 8]"),
+        ([32], "float32", "float32[32]"),
+    ],
 )
 def test_a_program_refuses_an_argument_of_another_shape_or_dtype(
     workers: Any, name: str, donated: bool, shape: list[int], dtype: str, said: str
 ) -> None:
     with pytest.raises(CaseError) as caught:
-        workers[1].call("device_cases:wrong_shape", name=name, dtype=dtype, shape=shape, donated=donated)
+        workers[1].call(
+            "device_cases:wrong_shape", name=name, dtype=dtype, shape=shape, donated=donated
+        )
     assert caught.value.kind == "ProgramError"
     assert caught.value.message.splitlines() == [
         f"program add: argument {name!r} is {said}",
@@ -213,9 +245,17 @@ def test_a_program_refuses_an_argument_of_another_shape_or_dtype(
     ]
 
 
-def test_asking_for_an_undeclared_program_names_what_differs_from_the_nearest(workers: Any, models: Any) -> None:
+def test_asking_for_an_undeclared_program_names_what_differs_from_the_nearest(
+    workers: Any, models: Any
+) -> None:
     with pytest.raises(CaseError) as caught:
-        workers[1].call("device_cases:undeclared", folder=models(**SMOL).folder, batch=1, length=512, declare=True)
+        workers[1].call(
+            "device_cases:undeclared",
+            folder=models(**SMOL).folder,
+            batch=1,
+            length=512,
+            declare=True,
+        )
     assert caught.value.kind == "ProgramError"
     assert caught.value.message.splitlines() == [
         "this step is none of the 2 programs known before the run",
@@ -226,7 +266,13 @@ def test_asking_for_an_undeclared_program_names_what_differs_from_the_nearest(wo
 
 def test_asking_before_any_warm_up_says_so(workers: Any, models: Any) -> None:
     with pytest.raises(CaseError) as caught:
-        workers[1].call("device_cases:undeclared", folder=models(**SMOL).folder, batch=1, length=512, declare=False)
+        workers[1].call(
+            "device_cases:undeclared",
+            folder=models(**SMOL).folder,
+            batch=1,
+            length=512,
+            declare=False,
+        )
     assert caught.value.kind == "ProgramError"
     assert "no program was compiled before the run" in caught.value.message
     assert "call warm_up first" in caught.value.message
@@ -260,7 +306,9 @@ def test_outputs_are_paired_with_the_buffers_of_their_names_in_whatever_order_th
 
 def test_outputs_that_cannot_be_paired_are_an_error(workers: Any) -> None:
     with pytest.raises(CaseError) as caught:
-        workers[2].call("device_cases:paired", mesh="1x2", reads={"a": ["a"], "b": ["c"], "c": ["b"]})
+        workers[2].call(
+            "device_cases:paired", mesh="1x2", reads={"a": ["a"], "b": ["c"], "c": ["b"]}
+        )
     assert caught.value.kind == "ProgramError"
     assert caught.value.message.splitlines() == [
         "program paired: its outputs have no order in which the buffers of b, c are read",

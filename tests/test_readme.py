@@ -35,12 +35,28 @@ def shown_commands() -> list[tuple[str, str]]:
     return commands
 
 
-GENERATE = [(command, shown) for command, shown in shown_commands() if command.startswith("parallama generate")]
+GENERATE = [
+    (command, shown)
+    for command, shown in shown_commands()
+    if command.startswith("parallama generate")
+]
 
 
 def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_", "TF_CPP_"))}
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, cwd=folder, env=kept, stdin=subprocess.DEVNULL)
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_", "TF_CPP_"))
+    }
+    done = subprocess.run(
+        arguments,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=folder,
+        env=kept,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr
     return done
@@ -50,7 +66,9 @@ def test_the_readme_shows_a_command_and_some_python() -> None:
     assert GENERATE and PYTHON
 
 
-@pytest.mark.parametrize("code", PYTHON, ids=[f"block {index}" for index in range(1, len(PYTHON) + 1)])
+@pytest.mark.parametrize(
+    "code", PYTHON, ids=[f"block {index}" for index in range(1, len(PYTHON) + 1)]
+)
 def test_python_of_the_readme_runs(code: str, tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text(code, encoding="utf-8")
     done = run([sys.executable, "example.py"], tmp_path)
@@ -58,8 +76,14 @@ def test_python_of_the_readme_runs(code: str, tmp_path: Path) -> None:
         assert "Jupiter" in done.stdout
 
 
-@pytest.mark.parametrize(("command", "shown"), GENERATE, ids=[f"command {index}" for index in range(1, len(GENERATE) + 1)])
-def test_a_command_of_the_readme_prints_what_is_shown(command: str, shown: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    GENERATE,
+    ids=[f"command {index}" for index in range(1, len(GENERATE) + 1)],
+)
+def test_a_command_of_the_readme_prints_what_is_shown(
+    command: str, shown: str, tmp_path: Path
+) -> None:
     words = shlex.split(command.split(" #")[0])
     done = run([COMMAND, *words[1:]], tmp_path)
     if "Jupiter" in shown:
@@ -68,7 +92,10 @@ def test_a_command_of_the_readme_prints_what_is_shown(command: str, shown: str, 
         assert shown.strip() in done.stdout
 
 
-@pytest.mark.parametrize("command", [command for command, _ in shown_commands() if command.split()[1] in ("plan", "audit")])
+@pytest.mark.parametrize(
+    "command",
+    [command for command, _ in shown_commands() if command.split()[1] in ("plan", "audit")],
+)
 def test_a_command_that_proves_something_runs(command: str, tmp_path: Path) -> None:
     done = run([COMMAND, *shlex.split(command)[1:]], tmp_path)
     assert "layers.*.mlp.down_proj" in done.stdout and "all-reduce" in done.stdout
@@ -77,7 +104,11 @@ def test_a_command_that_proves_something_runs(command: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("model", ["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
 def test_the_training_commands_of_the_readme_run(model: str, tmp_path: Path) -> None:
     """On a tiny model; tests/test_train_smollm2.py has the trained one trained and exported."""
-    train, report = (command for command, _ in shown_commands() if command.startswith(("parallama train", "parallama report")))
+    train, report = (
+        command
+        for command, _ in shown_commands()
+        if command.startswith(("parallama train", "parallama report"))
+    )
     assert "--steps 20" in train and "--model smollm2" in train
     words = shlex.split(train.replace("--steps 20", "--steps 2"))[1:]
     if model == "tiny":
@@ -86,7 +117,9 @@ def test_the_training_commands_of_the_readme_run(model: str, tmp_path: Path) -> 
     run([COMMAND, *words, "--cache", str(tmp_path / "cache")], tmp_path)
     done = run([COMMAND, *shlex.split(report)[1:]], tmp_path)
     assert (
-        "tokens/s" in done.stdout and (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "model" / "config.json").exists()
+        "tokens/s" in done.stdout
+        and (tmp_path / "run" / "report.html").exists()
+        and (tmp_path / "run" / "model" / "config.json").exists()
     )
 
 
@@ -105,11 +138,35 @@ def test_files_that_the_readme_links_to_are_there(link: str) -> None:
 
 
 def test_options_that_the_readme_names_are_those_of_the_command() -> None:
-    kept = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "TERM")} | {"COLUMNS": "200"}
+    kept = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "TERM")} | {
+        "COLUMNS": "200"
+    }
     shown = ""
-    for command in ("generate", "chat", "plan", "audit", "validate", "verify", "inspect", "doctor", "bench", "eval"):
-        shown += subprocess.run([COMMAND, command, "--help"], capture_output=True, text=True, timeout=60, env=kept, check=True).stdout
+    for command in (
+        "generate",
+        "chat",
+        "plan",
+        "audit",
+        "validate",
+        "verify",
+        "inspect",
+        "doctor",
+        "bench",
+        "eval",
+    ):
+        shown += subprocess.run(
+            [COMMAND, command, "--help"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=kept,
+            check=True,
+        ).stdout
     known = set(re.findall(r"--[a-z][a-z-]+", shown))
-    lines = [line for line in TEXT.splitlines() if line.startswith("| `--") or "parallama generate" in line or "parallama bench" in line]
+    lines = [
+        line
+        for line in TEXT.splitlines()
+        if line.startswith("| `--") or "parallama generate" in line or "parallama bench" in line
+    ]
     named = {option for line in lines for option in re.findall(r"--[a-z][a-z-]+", line)}
     assert named and named <= known

@@ -13,7 +13,11 @@ from conftest import CaseError
 from reference import relative_l2
 
 UP = "model.layers.*.mlp.up_proj.weight"
-ROWS: list[dict[str, Any]] = [{"repetition_penalty": 1.3}, {"temperature": 0.9, "top_p": 0.9, "seed": 11}, {}]
+ROWS: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.3},
+    {"temperature": 0.9, "top_p": 0.9, "seed": 11},
+    {},
+]
 PROMPTS = [[5, 6, 7, 8], [9, 1], [3, 3, 3]]
 
 
@@ -23,7 +27,9 @@ def test_a_batch_goes_on_from_its_cache_on_every_mesh_and_back(models, workers):
     meshes = ["1x8", "2x4", "4x2", "8x1", "1x8"]
     shared = {"folder": tiny.folder, "prompts": PROMPTS, "rows": ROWS}
     moved = workers[8].call("reshard_cases:journey", meshes=meshes, steps=3, **shared)
-    stayed = workers[8].call("reshard_cases:journey", meshes=["1x8"], steps=3 * len(meshes), **shared)
+    stayed = workers[8].call(
+        "reshard_cases:journey", meshes=["1x8"], steps=3 * len(meshes), **shared
+    )
     assert moved["tokens"] == stayed["tokens"]
     assert moved["cached"] == stayed["cached"]
     assert moved["equal"] == moved["cache_equal"] == [True] * 4
@@ -31,16 +37,27 @@ def test_a_batch_goes_on_from_its_cache_on_every_mesh_and_back(models, workers):
     assert moved["measured"] == moved["planned"]
     assert moved["cache_measured"] == moved["cache_planned"]
     for report, before, after in zip(moved["reports"], meshes, meshes[1:], strict=False):
-        assert [f"{report[side]['data']}x{report[side]['model']}" for side in ("before", "after")] == [before, after]
+        assert [
+            f"{report[side]['data']}x{report[side]['model']}" for side in ("before", "after")
+        ] == [before, after]
         assert report["move_s"] > 0 and report["compile_s"] > 0
         assert report["tensors"] > 12 and report["bytes"] > 0
-        assert report["peak_rss_bytes"] >= report["baseline_rss_bytes"] > report["largest_tensor_bytes"] > 0
+        assert (
+            report["peak_rss_bytes"]
+            >= report["baseline_rss_bytes"]
+            > report["largest_tensor_bytes"]
+            > 0
+        )
     # Parameters and caches on (8,1) are whole on every device; on the way back to (1,8) they are not there twice.
-    assert moved["reports"][3]["peak_device_bytes"] < 2 * sum(t.nbytes for t in tiny.model.state_dict().values())
+    assert moved["reports"][3]["peak_device_bytes"] < 2 * sum(
+        t.nbytes for t in tiny.model.state_dict().values()
+    )
 
 
 @pytest.mark.parametrize(
-    ("to", "plan"), [("2x2", None), (None, {UP: "replicate", UP.replace("up_", "gate_"): "replicate"})], ids=["mesh", "plan"]
+    ("to", "plan"),
+    [("2x2", None), (None, {UP: "replicate", UP.replace("up_", "gate_"): "replicate"})],
+    ids=["mesh", "plan"],
 )
 def test_a_stream_that_is_half_read_goes_on(models, workers, to, plan):
     folder = models(heads=9, kv_heads=3, layers=1).folder
@@ -55,8 +72,12 @@ def test_a_stream_that_is_half_read_goes_on(models, workers, to, plan):
 def test_training_goes_on_with_parameters_gradients_and_optimizer_state(models, workers):
     tiny = models(heads=9, kv_heads=3, layers=1)
     ids = torch.arange(8 * 6).reshape(8, 6) % tiny.vocab
-    moved = workers[4].call("reshard_cases:train", folder=tiny.folder, meshes=["1x4", "2x2", "4x1"], ids=ids, steps=2)
-    stayed = workers[4].call("reshard_cases:train", folder=tiny.folder, meshes=["2x2"], ids=ids, steps=6)
+    moved = workers[4].call(
+        "reshard_cases:train", folder=tiny.folder, meshes=["1x4", "2x2", "4x1"], ids=ids, steps=2
+    )
+    stayed = workers[4].call(
+        "reshard_cases:train", folder=tiny.folder, meshes=["2x2"], ids=ids, steps=6
+    )
     assert moved["equal"] == moved["kept"] == [True, True]
     assert moved["tensors"] == 4 * len(list(tiny.model.parameters()))
     assert moved["losses"] == pytest.approx(stayed["losses"], rel=1e-5)
@@ -69,13 +90,23 @@ def test_a_users_model_computes_the_same_on_every_mesh(models, workers):
     ids = torch.arange(4 * 5).reshape(4, 5)
     with torch.no_grad():
         expected = tiny.model(input_ids=ids, use_cache=False).logits
-    for logits in workers[4].call("reshard_cases:forward_after", folder=tiny.folder, meshes=["1x4", "4x1", "2x2", "1x4"], ids=ids):
+    for logits in workers[4].call(
+        "reshard_cases:forward_after",
+        folder=tiny.folder,
+        meshes=["1x4", "4x1", "2x2", "1x4"],
+        ids=ids,
+    ):
         assert logits.shape == expected.shape
         assert relative_l2(logits, expected) < 1e-5
 
 
 def test_any_named_tensors_move_bit_equal_and_leave_nothing_behind(models, workers):
-    found = workers[8].call("reshard_cases:named", folder=models(heads=9, kv_heads=3, layers=1).folder, mesh="2x4", to="1x8")
+    found = workers[8].call(
+        "reshard_cases:named",
+        folder=models(heads=9, kv_heads=3, layers=1).folder,
+        mesh="2x4",
+        to="1x8",
+    )
     assert all(found["equal"].values()) and len(found["equal"]) == 3
     assert found["left"] == 0
     assert found["shapes"] == found["planned"]
@@ -86,10 +117,16 @@ def test_what_a_mesh_repeats_reaches_the_host_once_by_one_program_for_each_place
     """Large tensors, split or whole on every device, one of which no dim divides; bit-equal, NaN as well."""
     found = workers[8].call("reshard_cases:repeated", meshes=["1x8", "2x4", "8x1", "1x8"])
     assert found["equal"] == {"bf16": True, "fp32": True, "odd": True}
-    assert found["shapes"] == {"bf16": {(512, 2048)}, "fp32": {(2048, 1024)}, "odd": {(3, 131, 4099)}}
+    assert found["shapes"] == {
+        "bf16": {(512, 2048)},
+        "fp32": {(2048, 1024)},
+        "odd": {(3, 131, 4099)},
+    }
     # bf16 is repeated on 2x4 and 8x1, fp32 on each; what 1x8 and 8x1 do with it is the same program.
     assert [report["programs"] for report in found["reports"]] == [3, 4, 1]
-    assert found["reports"][1]["bytes"] == 8 * sum(size for size in (2 * 4096 * 2048, 4 * 2048 * 1024, 4 * 3 * 131 * 4099))
+    assert found["reports"][1]["bytes"] == 8 * sum(
+        size for size in (2 * 4096 * 2048, 4 * 2048 * 1024, 4 * 3 * 131 * 4099)
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,7 +152,10 @@ def test_what_cannot_be_is_refused_before_anything_moves(models, workers, option
     call = {"folder": models(heads=9, kv_heads=3, layers=1).folder, "mesh": "1x4"} | options
     with pytest.raises(CaseError) as caught:
         workers[4].call("reshard_cases:refused", **call)
-    assert (caught.value.kind, caught.value.message) == (kind or "AssertionError", message or "nothing was refused")
+    assert (caught.value.kind, caught.value.message) == (
+        kind or "AssertionError",
+        message or "nothing was refused",
+    )
 
 
 @pytest.mark.slow
@@ -157,9 +197,16 @@ def test_the_host_never_holds_a_second_copy_of_a_large_model(tmp_path, shape, dt
     from parallama.bench.shapes import make
 
     make(shape, tmp_path / shape)
-    done = subprocess.run([sys.executable, "-c", MOVE, str(tmp_path / shape), dtype, *meshes], capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "-c", MOVE, str(tmp_path / shape), dtype, *meshes],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for move in json.loads(done.stdout):
-        assert move["growth"] < max(0, move["after"] - move["before"]) + most * move["largest"], move
+        assert move["growth"] < max(0, move["after"] - move["before"]) + most * move["largest"], (
+            move
+        )
         assert 2 * move["largest"] < min(move["before"], move["after"])
         assert move["programs"] < 20, move

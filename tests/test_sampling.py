@@ -17,8 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from parallama.engine.sampling_params import SamplingParams
 from parallama.errors import UsageError
-from parallama.sampling import SamplingParams
 
 VOCAB = 101
 MESHES = ["1x1", "1x2", "1x3", "1x8", "2x4"]
@@ -37,7 +37,9 @@ def random_seen(rows: int, vocab: int = VOCAB) -> torch.Tensor:
     return torch.rand(rows, vocab, generator=torch.Generator().manual_seed(9)) < 0.3
 
 
-def processed(logits: torch.Tensor, params: dict[str, Any], seen: torch.Tensor | None = None) -> torch.Tensor:
+def processed(
+    logits: torch.Tensor, params: dict[str, Any], seen: torch.Tensor | None = None
+) -> torch.Tensor:
     """What transformers makes of one row `[V]`, in the order of its `generate`."""
     chain = LogitsProcessorList()
     if params.get("repetition_penalty", 1.0) != 1.0:
@@ -70,7 +72,10 @@ def mixed_params(rows: int) -> list[dict[str, Any]]:
         {},
     ]
     temperatures = (0.3, 1.0, 2.5)
-    return [{"temperature": temperatures[row % 3], "seed": row, **kinds[row % len(kinds)]} for row in range(rows)]
+    return [
+        {"temperature": temperatures[row % 3], "seed": row, **kinds[row % len(kinds)]}
+        for row in range(rows)
+    ]
 
 
 @pytest.mark.parametrize("mesh", ["1x1", "1x8"])
@@ -79,14 +84,25 @@ def test_the_kept_tokens_are_those_of_transformers(workers: Any, mesh: str) -> N
     for seed in range(6):
         logits = random_logits(ROWS, seed)
         kept = workers[devices(mesh)].call(
-            "device_cases:choose", mesh=mesh, logits=logits, rows=rows, positions=torch.arange(ROWS), kept=True
+            "device_cases:choose",
+            mesh=mesh,
+            logits=logits,
+            rows=rows,
+            positions=torch.arange(ROWS),
+            kept=True,
         )
         for row, params in enumerate(rows):
             wanted = processed(logits[row], params).isfinite()
             assert torch.equal(kept[row], wanted), (params, kept[row].sum(), wanted.sum())
 
 
-ALL_AT_ONCE = {"temperature": 1.2, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 0.8}
+ALL_AT_ONCE = {
+    "temperature": 1.2,
+    "top_k": 40,
+    "top_p": 0.9,
+    "min_p": 0.01,
+    "repetition_penalty": 0.8,
+}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +119,9 @@ ALL_AT_ONCE = {"temperature": 1.2, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "re
     ],
     ids=str,
 )
-def test_frequencies_follow_the_distribution_of_transformers(workers: Any, mesh: str, params: dict[str, Any]) -> None:
+def test_frequencies_follow_the_distribution_of_transformers(
+    workers: Any, mesh: str, params: dict[str, Any]
+) -> None:
     """Chi-square of 8192 draws, half of them over seeds and half over positions."""
     draws = 4096
     logits, seen = random_logits(1, seed=3), random_seen(1)
@@ -142,16 +160,32 @@ def test_an_improbable_token_is_never_drawn(workers: Any) -> None:
     logits[:, 77] = 0
     for run in range(4):
         params = [{"temperature": 1.0, "seed": run * rows + row} for row in range(rows)]
-        tokens, _ = workers[1].call("device_cases:choose", mesh="1x1", logits=logits, rows=params, positions=torch.full((rows,), 3))
+        tokens, _ = workers[1].call(
+            "device_cases:choose",
+            mesh="1x1",
+            logits=logits,
+            rows=params,
+            positions=torch.full((rows,), 3),
+        )
         assert tokens.unique().tolist() == [77]
 
 
 def test_the_same_seed_gives_the_same_tokens_on_every_mesh_and_in_any_row(workers: Any) -> None:
     logits, seen = random_logits(ROWS, seed=11), random_seen(ROWS)
-    rows = [{**params, "repetition_penalty": 1.3 if row % 2 else 1.0} for row, params in enumerate(mixed_params(ROWS))]
+    rows = [
+        {**params, "repetition_penalty": 1.3 if row % 2 else 1.0}
+        for row, params in enumerate(mixed_params(ROWS))
+    ]
     positions = torch.arange(ROWS) * 37
     by_mesh = {
-        mesh: workers[devices(mesh)].call("device_cases:choose", mesh=mesh, logits=logits, rows=rows, positions=positions, seen=seen)[0]
+        mesh: workers[devices(mesh)].call(
+            "device_cases:choose",
+            mesh=mesh,
+            logits=logits,
+            rows=rows,
+            positions=positions,
+            seen=seen,
+        )[0]
         for mesh in MESHES
     }
     for tokens in by_mesh.values():
@@ -176,20 +210,32 @@ def test_other_seeds_and_other_positions_give_other_tokens(workers: Any) -> None
         ([{"temperature": 1.0, "seed": seed << 32} for seed in range(64)], torch.zeros(64)),
         ([{"temperature": 1.0, "seed": 0}] * 64, torch.arange(64)),
     ):
-        tokens, _ = workers[1].call("device_cases:choose", mesh="1x1", logits=logits, rows=rows, positions=positions)
+        tokens, _ = workers[1].call(
+            "device_cases:choose", mesh="1x1", logits=logits, rows=rows, positions=positions
+        )
         assert len(tokens.unique()) > 30  # 47 of 101 are expected of 64 draws
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_greedy_rows_take_the_best_token_beside_sampled_ones(workers: Any, mesh: str) -> None:
     logits, seen = random_logits(ROWS, seed=4), random_seen(ROWS)
-    rows = [{"temperature": 0.0} if row % 2 == 0 else params for row, params in enumerate(mixed_params(ROWS))]
+    rows = [
+        {"temperature": 0.0} if row % 2 == 0 else params
+        for row, params in enumerate(mixed_params(ROWS))
+    ]
     rows[2] = {"temperature": 0.0, "repetition_penalty": 3.0}
     tokens, logprobs = workers[devices(mesh)].call(
-        "device_cases:choose", mesh=mesh, logits=logits, rows=rows, positions=torch.arange(ROWS), seen=seen
+        "device_cases:choose",
+        mesh=mesh,
+        logits=logits,
+        rows=rows,
+        positions=torch.arange(ROWS),
+        seen=seen,
     )
     assert tokens[4::2].tolist() == logits[4::2].argmax(-1).tolist()
-    penalised = RepetitionPenaltyLogitsProcessor(3.0)(seen[2].nonzero().flatten()[None], logits[2][None].clone())
+    penalised = RepetitionPenaltyLogitsProcessor(3.0)(
+        seen[2].nonzero().flatten()[None], logits[2][None].clone()
+    )
     assert int(tokens[2]) == int(penalised.argmax())
     wanted = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
     assert torch.allclose(logprobs, wanted, atol=1e-5)
@@ -197,13 +243,24 @@ def test_greedy_rows_take_the_best_token_beside_sampled_ones(workers: Any, mesh:
 
 @pytest.mark.parametrize("mesh", ["1x2", "1x8", "2x4"])
 @pytest.mark.parametrize("level", [-1e4, -1e9])
-@pytest.mark.parametrize("params", [{}, {"temperature": 100.0}, {"temperature": 1.0, "top_k": 200, "top_p": 0.99}], ids=repr)
-def test_padded_vocabulary_never_wins(workers: Any, mesh: str, level: float, params: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"temperature": 100.0}, {"temperature": 1.0, "top_k": 200, "top_p": 0.99}],
+    ids=repr,
+)
+def test_padded_vocabulary_never_wins(
+    workers: Any, mesh: str, level: float, params: dict[str, Any]
+) -> None:
     """A padded id has logit 0, far above all others here."""
     logits = torch.full((ROWS, VOCAB), level)
     rows = [{**params, "seed": row} for row in range(ROWS)]
     tokens, logprobs = workers[devices(mesh)].call(
-        "device_cases:choose", mesh=mesh, logits=logits, rows=rows, positions=torch.arange(ROWS), vocab=VOCAB
+        "device_cases:choose",
+        mesh=mesh,
+        logits=logits,
+        rows=rows,
+        positions=torch.arange(ROWS),
+        vocab=VOCAB,
     )
     assert int(tokens.max()) < VOCAB
     assert torch.allclose(logprobs, torch.full((ROWS,), -math.log(VOCAB)), atol=1e-3)
@@ -212,15 +269,31 @@ def test_padded_vocabulary_never_wins(workers: Any, mesh: str, level: float, par
 def test_a_best_token_that_stands_twice_is_taken_at_its_first_place(workers: Any) -> None:
     logits = torch.zeros(8, VOCAB)
     for mesh in MESHES:
-        tokens, _ = workers[devices(mesh)].call("device_cases:choose", mesh=mesh, logits=logits, rows=[{}] * 8, positions=torch.arange(8))
+        tokens, _ = workers[devices(mesh)].call(
+            "device_cases:choose",
+            mesh=mesh,
+            logits=logits,
+            rows=[{}] * 8,
+            positions=torch.arange(8),
+        )
         assert tokens.tolist() == [0] * 8
 
 
-def test_sampled_text_is_the_same_on_every_mesh_and_in_every_batch(workers: Any, models: Any) -> None:
+def test_sampled_text_is_the_same_on_every_mesh_and_in_every_batch(
+    workers: Any, models: Any
+) -> None:
     tiny = models(heads=9, kv_heads=3, tied=True, layers=1)
     prompts = reference.random_prompts([3, 20, 1, 16], tiny.vocab)
     params = [
-        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2, "seed": seed, "min_p": 0.01} for seed in (1, 2, 3, 2**40)
+        {
+            "temperature": 0.8,
+            "top_k": 20,
+            "top_p": 0.9,
+            "repetition_penalty": 1.2,
+            "seed": seed,
+            "min_p": 0.01,
+        }
+        for seed in (1, 2, 3, 2**40)
     ]
 
     def tokens(mesh: str, rows: list[int]) -> list[list[int]]:
@@ -284,7 +357,9 @@ def test_a_penalised_greedy_continuation_is_that_of_transformers(workers: Any, m
         ("seed", 2**64, "a whole number from 0 to 2^64 - 1"),
     ],
 )
-def test_a_parameter_out_of_range_is_named_with_its_value_and_limits(name: str, value: Any, expected: str) -> None:
+def test_a_parameter_out_of_range_is_named_with_its_value_and_limits(
+    name: str, value: Any, expected: str
+) -> None:
     with pytest.raises(UsageError) as caught:
         SamplingParams(**{name: value})
     assert str(caught.value).splitlines() == [f"{name} is {value!r}", f"expected {expected}"]

@@ -4,12 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallama.families import TP_PLANS
-from parallama.heads import EMPTY
-from parallama.plan import Placement, Plan, make_plan
-from parallama.shard import device_part, take_off, take_off_gradient
-from parallama.spec import ModelSpec
-from parallama.topology import DATA, MODEL, MeshShape
+from parallama.model.families import TP_PLANS
+from parallama.model.spec import ModelSpec
+from parallama.plan.heads import EMPTY
+from parallama.plan.mesh_shape import DATA, MODEL, MeshShape
+from parallama.plan.placement import Placement, Plan, make_plan
+from parallama.sharded.layout import device_part, take_off, take_off_gradient
 
 # Splits some weights over both axes; `hidden` below is a multiple of every `data` size.
 TWO_D = {
@@ -20,7 +20,10 @@ TWO_D = {
     "model.embed_tokens.weight": ["model", "data"],
     "model.norm.weight": ["data"],
 }
-REPLICATED = {"model.layers.*.self_attn.*.weight": "replicate", "model.layers.*.mlp.up_proj.weight": "rowwise"}
+REPLICATED = {
+    "model.layers.*.self_attn.*.weight": "replicate",
+    "model.layers.*.mlp.up_proj.weight": "rowwise",
+}
 
 
 @st.composite
@@ -62,7 +65,9 @@ def assemble(parts: list[torch.Tensor], plan: Plan, placement: Placement) -> tor
     for device, part in enumerate(parts):
         coordinates = plan.mesh.coordinates(device)
         spot = tuple(
-            slice(0, size) if axis is None else slice(coordinates[axis] * size, (coordinates[axis] + 1) * size)
+            slice(0, size)
+            if axis is None
+            else slice(coordinates[axis] * size, (coordinates[axis] + 1) * size)
             for size, axis in zip(part.shape, placement.axes, strict=True)
         )
         held = whole[spot]
@@ -76,7 +81,9 @@ def assemble(parts: list[torch.Tensor], plan: Plan, placement: Placement) -> tor
 def assert_round_trip(plan: Plan, dtype: torch.dtype) -> None:
     for placement in plan.parameters:
         source = checkpoint_tensor(placement.source_shape, dtype)
-        parts = [device_part(source, plan, placement, device) for device in range(plan.mesh.devices)]
+        parts = [
+            device_part(source, plan, placement, device) for device in range(plan.mesh.devices)
+        ]
         assert {tuple(part.shape) for part in parts} == {placement.local_shape(plan.mesh)}
         assert {part.dtype for part in parts} == {dtype}
         back = take_off(assemble(parts, plan, placement), plan, placement.name)
@@ -104,7 +111,10 @@ def test_taking_gradients_off_is_the_adjoint_of_laying_out(plan, seed):
     for placement in plan.parameters:
         source = torch.randint(-9, 10, placement.source_shape, generator=generator)
         gradient = torch.randint(-9, 10, placement.shape, generator=generator)
-        parts = [device_part(source, plan, placement, device).float() for device in range(plan.mesh.devices)]
+        parts = [
+            device_part(source, plan, placement, device).float()
+            for device in range(plan.mesh.devices)
+        ]
         laid_out = assemble(parts, plan, placement).long()
         back = take_off_gradient(gradient, plan, placement.name)
         assert back.shape == source.shape
@@ -121,7 +131,9 @@ def test_each_device_holds_its_slots_heads_and_zeros_elsewhere(plan):
     for device in range(plan.mesh.devices):
         first = plan.mesh.coordinates(device)[MODEL] * own
         expected = [
-            torch.zeros(head_dim, plan.model.hidden) if head == EMPTY else source[head * head_dim : (head + 1) * head_dim]
+            torch.zeros(head_dim, plan.model.hidden)
+            if head == EMPTY
+            else source[head * head_dim : (head + 1) * head_dim]
             for head in layout.query_sources[first : first + own]
         ]
         assert torch.equal(device_part(source, plan, placement, device), torch.cat(expected))
@@ -135,7 +147,11 @@ def test_what_is_added_to_a_parameter_is_zero(plan):
         if blocks is None:
             continue
         source = checkpoint_tensor(placement.source_shape, torch.float32)
-        whole = assemble([device_part(source, plan, placement, device) for device in range(plan.mesh.devices)], plan, placement)
+        whole = assemble(
+            [device_part(source, plan, placement, device) for device in range(plan.mesh.devices)],
+            plan,
+            placement,
+        )
         pieces = whole.split(blocks.block, dim=blocks.dim)
         assert len(pieces) == len(blocks.sources)
         for piece, origin in zip(pieces, blocks.sources, strict=True):
@@ -183,4 +199,7 @@ def test_a_part_that_needs_no_laying_out_is_a_view():
     for placement in plan.parameters:
         source = checkpoint_tensor(placement.source_shape, torch.float32)
         for device in range(4):
-            assert device_part(source, plan, placement, device).untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+            assert (
+                device_part(source, plan, placement, device).untyped_storage().data_ptr()
+                == source.untyped_storage().data_ptr()
+            )

@@ -16,15 +16,18 @@ import reference
 import torch
 from conftest import CaseError, Workers
 
-from parallama import loading
-from parallama.spec import ModelSpec
+from parallama.files.find import find
+from parallama.model.spec import ModelSpec
 
 NEAR_TIE = 1e-4
 # How many of the prompts, and of each how many tokens: on every mesh all of them, of which CI sees a few.
 ALL, SOME = (20, 64), (8, 24)
 RUNS = [
     ("1x8", *SOME),
-    *(pytest.param(mesh, *ALL, marks=pytest.mark.slow) for mesh in ("1x1", "1x2", "1x3", "1x4", "1x5", "1x8", "2x4", "4x2")),
+    *(
+        pytest.param(mesh, *ALL, marks=pytest.mark.slow)
+        for mesh in ("1x1", "1x2", "1x3", "1x4", "1x5", "1x8", "2x4", "4x2")
+    ),
 ]
 PLANET = "The largest planet in the solar system is"
 
@@ -48,7 +51,7 @@ class Reference:
     def __init__(self) -> None:
         from transformers import LlamaForCausalLM
 
-        checkpoint = loading.find("smollm2")
+        checkpoint = find("smollm2")
         self.tokenizer: Any = checkpoint.tokenizer()
         self.model = LlamaForCausalLM(checkpoint.config).eval()
         tensors = dict(checkpoint.tensors(ModelSpec.from_config(checkpoint.config)))
@@ -69,7 +72,9 @@ class Reference:
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         self.model.generation_config = GenerationConfig()
-        settings = GenerationConfig(do_sample=False, max_new_tokens=steps, use_cache=True, pad_token_id=0)
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=steps, use_cache=True, pad_token_id=0
+        )
         out = self.model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:]
         assert out.shape == (len(rows), steps)
         return out.tolist()
@@ -79,14 +84,19 @@ class Reference:
         found = []
         for row, tokens in zip(rows, self.continued(rows, steps), strict=True):
             alone = self.judged(row, tokens)
-            assert all(a == b or gap < NEAR_TIE for a, b, gap in zip(tokens, alone.tokens, alone.gaps, strict=True))
+            assert all(
+                a == b or gap < NEAR_TIE
+                for a, b, gap in zip(tokens, alone.tokens, alone.gaps, strict=True)
+            )
             found.append(Greedy(tokens, alone.logprobs, alone.gaps))
         return found
 
     def judged(self, prompt: list[int], tokens: list[int]) -> Greedy:
         """What transformers chooses at every position of a text that is already there."""
         with torch.no_grad():
-            out = self.model(torch.tensor([prompt + tokens]), use_cache=False, logits_to_keep=len(tokens) + 1)
+            out = self.model(
+                torch.tensor([prompt + tokens]), use_cache=False, logits_to_keep=len(tokens) + 1
+            )
         logits = out.logits[0, :-1].float()
         chosen = logits.argmax(-1)
         best = logits.topk(2, -1).values
@@ -125,15 +135,26 @@ def alice(hf: Reference) -> list[int]:
 
 def near_tie(what: str, tokens: list[int], logprobs: list[float], wanted: Greedy) -> int | None:
     """Hold a row against the reference; the position of a near tie where they part, or None if they never do."""
-    part = next((at for at, (got, want) in enumerate(zip(tokens, wanted.tokens, strict=True)) if got != want), None)
+    part = next(
+        (
+            at
+            for at, (got, want) in enumerate(zip(tokens, wanted.tokens, strict=True))
+            if got != want
+        ),
+        None,
+    )
     if part is not None:
         gap = wanted.gaps[part]
         assert gap < NEAR_TIE, (
             f"{what}, position {part}: token {tokens[part]}, transformers {wanted.tokens[part]}, {gap:.2e} ahead of its second"
         )
-        print(f"{what}: parts from transformers at position {part}, where its two best are {gap:.2e} apart")
+        print(
+            f"{what}: parts from transformers at position {part}, where its two best are {gap:.2e} apart"
+        )
     for at in range(len(tokens) if part is None else part):
-        assert logprobs[at] == pytest.approx(wanted.logprobs[at], abs=1e-3), f"{what}, log-probability at position {at}"
+        assert logprobs[at] == pytest.approx(wanted.logprobs[at], abs=1e-3), (
+            f"{what}, log-probability at position {at}"
+        )
     return part
 
 
@@ -154,19 +175,27 @@ def test_greedy_tokens_are_those_of_transformers(
     tokens: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = continued(workers, mesh, prompts=twenty[:rows], max_new_tokens=tokens, ignore_eos=True, temperature=0)
+    run = continued(
+        workers, mesh, prompts=twenty[:rows], max_new_tokens=tokens, ignore_eos=True, temperature=0
+    )
     with capsys.disabled():  # near ties are shown, passed or not
         parts = [
             near_tie(f"{mesh}, prompt {row}", output["token_ids"], output["logprobs"], want)
-            for row, (output, want) in enumerate(zip(run["outputs"], wanted(rows, tokens), strict=True))
+            for row, (output, want) in enumerate(
+                zip(run["outputs"], wanted(rows, tokens), strict=True)
+            )
         ]
-    assert sum(part is not None for part in parts) <= 2, "near ties are rare: so many point to a fault"
+    assert sum(part is not None for part in parts) <= 2, (
+        "near ties are rare: so many point to a fault"
+    )
     assert run["stats"]["programs_after_warmup"] == 0
     assert all(output["finish_reason"] == "length" for output in run["outputs"])
 
 
 @pytest.mark.parametrize("mesh", ["1x3", pytest.param("1x8", marks=pytest.mark.slow)])
-def test_logits_of_512_tokens_are_those_of_transformers(workers: Workers, hf: Reference, alice: list[int], mesh: str) -> None:
+def test_logits_of_512_tokens_are_those_of_transformers(
+    workers: Workers, hf: Reference, alice: list[int], mesh: str
+) -> None:
     got = workers[devices(mesh)].call("smollm2_cases:logits", mesh=mesh, ids=alice[:512])
     want = reference.logits(hf.model, torch.tensor([alice[:512]]))[0]
     assert got.shape == want.shape == (512, 49152)
@@ -176,7 +205,9 @@ def test_logits_of_512_tokens_are_those_of_transformers(workers: Workers, hf: Re
 
 
 @pytest.mark.slow
-def test_logits_in_bfloat16_are_near_those_in_fp32(workers: Workers, hf: Reference, alice: list[int]) -> None:
+def test_logits_in_bfloat16_are_near_those_in_fp32(
+    workers: Workers, hf: Reference, alice: list[int]
+) -> None:
     got = workers[8].call("smollm2_cases:logits", mesh="1x8", ids=alice[:512], dtype="bfloat16")
     want = reference.logits(hf.model, torch.tensor([alice[:512]]))[0]
     assert got.dtype == torch.float32
@@ -185,26 +216,39 @@ def test_logits_in_bfloat16_are_near_those_in_fp32(workers: Workers, hf: Referen
 
 
 @pytest.mark.slow
-def test_a_prompt_of_1500_tokens_goes_on_as_with_transformers(workers: Workers, hf: Reference, alice: list[int]) -> None:
+def test_a_prompt_of_1500_tokens_goes_on_as_with_transformers(
+    workers: Workers, hf: Reference, alice: list[int]
+) -> None:
     prompt = (alice * 3)[:1500]
     check_long(workers, hf, "1x3", prompt)
 
 
 @pytest.mark.slow
-def test_a_prompt_of_6000_tokens_goes_on_as_with_transformers(workers: Workers, hf: Reference, alice: list[int]) -> None:
+def test_a_prompt_of_6000_tokens_goes_on_as_with_transformers(
+    workers: Workers, hf: Reference, alice: list[int]
+) -> None:
     check_long(workers, hf, "1x2", (alice * 12)[:6000])
 
 
 def check_long(workers: Workers, hf: Reference, mesh: str, prompt: list[int]) -> None:
-    run = continued(workers, mesh, prompts=[prompt], max_new_tokens=8, ignore_eos=True, temperature=0)
+    run = continued(
+        workers, mesh, prompts=[prompt], max_new_tokens=8, ignore_eos=True, temperature=0
+    )
     output = run["outputs"][0]
-    near_tie(f"{mesh}, {len(prompt)} tokens", output["token_ids"], output["logprobs"], hf.greedy([prompt], 8)[0])
+    near_tie(
+        f"{mesh}, {len(prompt)} tokens",
+        output["token_ids"],
+        output["logprobs"],
+        hf.greedy([prompt], 8)[0],
+    )
     assert run["stats"]["prefill_tokens"] == len(prompt)
     assert run["stats"]["programs_after_warmup"] == 0
 
 
 @pytest.mark.parametrize(("length", "new"), [(8193, 1), (8192, 1), (8000, 193)])
-def test_a_prompt_over_the_models_maximum_is_refused_with_both_numbers(workers: Workers, length: int, new: int) -> None:
+def test_a_prompt_over_the_models_maximum_is_refused_with_both_numbers(
+    workers: Workers, length: int, new: int
+) -> None:
     with pytest.raises(CaseError) as caught:
         continued(workers, "1x3", prompts=[[5] * length], max_new_tokens=new)
     assert caught.value.kind == "UsageError"
@@ -214,26 +258,52 @@ def test_a_prompt_over_the_models_maximum_is_refused_with_both_numbers(workers: 
 # -- programs and memory
 
 
-def test_300_tokens_compile_nothing_while_the_cache_grows_and_are_those_of_transformers(workers: Workers, hf: Reference) -> None:
+def test_300_tokens_compile_nothing_while_the_cache_grows_and_are_those_of_transformers(
+    workers: Workers, hf: Reference
+) -> None:
     prompt = hf.ids(PLANET)
-    run = workers[3].call("smollm2_cases:stream", mesh="1x3", prompt=prompt, take=300, max_new_tokens=600, ignore_eos=True, temperature=0)
+    run = workers[3].call(
+        "smollm2_cases:stream",
+        mesh="1x3",
+        prompt=prompt,
+        take=300,
+        max_new_tokens=600,
+        ignore_eos=True,
+        temperature=0,
+    )
     tokens = [chunk["token"] for chunk in run["chunks"]]
-    assert len(tokens) == 300 and len(prompt) + 300 > 256, "this is to pass the first bucket of the cache"
+    assert len(tokens) == 300 and len(prompt) + 300 > 256, (
+        "this is to pass the first bucket of the cache"
+    )
     assert run["stats"]["programs_after_warmup"] == 0
-    near_tie("1x3, 300 tokens", tokens, [chunk["logprob"] for chunk in run["chunks"]], hf.judged(prompt, tokens))
+    near_tie(
+        "1x3, 300 tokens",
+        tokens,
+        [chunk["logprob"] for chunk in run["chunks"]],
+        hf.judged(prompt, tokens),
+    )
 
 
-def test_ten_prompts_of_different_lengths_compile_only_before_their_first_token_and_never_twice(workers: Workers, alice: list[int]) -> None:
+def test_ten_prompts_of_different_lengths_compile_only_before_their_first_token_and_never_twice(
+    workers: Workers, alice: list[int]
+) -> None:
     lengths = [1, 2, 5, 9, 15, 16, 17, 30, 33, 60]
-    calls = [{"prompts": [alice[:length]], "max_new_tokens": 4, "ignore_eos": True, "temperature": 0} for length in lengths]
-    first, again = (workers[3].call("smollm2_cases:generate", mesh="1x3", calls=calls) for _ in range(2))
+    calls = [
+        {"prompts": [alice[:length]], "max_new_tokens": 4, "ignore_eos": True, "temperature": 0}
+        for length in lengths
+    ]
+    first, again = (
+        workers[3].call("smollm2_cases:generate", mesh="1x3", calls=calls) for _ in range(2)
+    )
     assert [run["stats"]["programs_after_warmup"] for run in first] == [0] * 10
     assert [run["compiles"] - run["stats"]["programs_compiled"] for run in first] == [0] * 10
     assert [run["compiles"] for run in again] == [0] * 10
     assert [run["outputs"] for run in first] == [run["outputs"] for run in again]
 
 
-def test_a_chat_of_ten_turns_computes_only_what_is_new_and_compiles_nothing(workers: Workers, hf: Reference) -> None:
+def test_a_chat_of_ten_turns_computes_only_what_is_new_and_compiles_nothing(
+    workers: Workers, hf: Reference
+) -> None:
     turns = [
         "What is the capital of France?",
         "And of Italy?",
@@ -247,24 +317,47 @@ def test_a_chat_of_ten_turns_computes_only_what_is_new_and_compiles_nothing(work
         "Goodbye!",
     ]
     again = [2, 6, 9]
-    talk = workers[3].call("smollm2_cases:chat", mesh="1x3", turns=turns, max_new_tokens=24, again=again, max_model_len=1100)
+    talk = workers[3].call(
+        "smollm2_cases:chat",
+        mesh="1x3",
+        turns=turns,
+        max_new_tokens=24,
+        again=again,
+        max_model_len=1100,
+    )
     assert talk["compiled"] == 0 and talk["stats"]["programs_after_warmup"] == 0
     said = talk["said"]
     for before, now in itertools.pairwise(said):
         # The last token of an answer was chosen and never fed.
         cached = before["prompt_ids"] + before["tokens"][:-1]
         shared = next(
-            (at for at, (a, b) in enumerate(zip(cached, now["prompt_ids"], strict=False)) if a != b),
+            (
+                at
+                for at, (a, b) in enumerate(zip(cached, now["prompt_ids"], strict=False))
+                if a != b
+            ),
             min(len(cached), len(now["prompt_ids"])),
         )
         assert shared >= len(before["prompt_ids"])
         assert now["computed"] == len(now["prompt_ids"]) - shared
-    assert sum(turn["computed"] for turn in said) < sum(len(turn["prompt_ids"]) for turn in said) / 3
+    assert (
+        sum(turn["computed"] for turn in said) < sum(len(turn["prompt_ids"]) for turn in said) / 3
+    )
     for index in again:
-        assert talk["fresh"][index] == said[index]["tokens"], f"turn {index + 1} depends on how the cache was filled"
+        assert talk["fresh"][index] == said[index]["tokens"], (
+            f"turn {index + 1} depends on how the cache was filled"
+        )
     for index, turn in enumerate(said):
-        near_tie(f"1x3, turn {index + 1}", turn["tokens"], turn["logprobs"], hf.judged(turn["prompt_ids"], turn["tokens"]))
-    assert [message["role"] for message in talk["messages"]] == ["system", *["user", "assistant"] * 10]
+        near_tie(
+            f"1x3, turn {index + 1}",
+            turn["tokens"],
+            turn["logprobs"],
+            hf.judged(turn["prompt_ids"], turn["tokens"]),
+        )
+    assert [message["role"] for message in talk["messages"]] == [
+        "system",
+        *["user", "assistant"] * 10,
+    ]
 
 
 def test_parameters_take_the_planned_bytes_on_every_device(workers: Workers) -> None:
@@ -274,7 +367,9 @@ def test_parameters_take_the_planned_bytes_on_every_device(workers: Workers) -> 
 
 
 def test_the_cache_takes_the_planned_bytes_on_every_device(workers: Workers) -> None:
-    run = continued(workers, "1x3", prompts=[[1, 2, 3]], max_new_tokens=2, ignore_eos=True, temperature=0)
+    run = continued(
+        workers, "1x3", prompts=[[1, 2, 3]], max_new_tokens=2, ignore_eos=True, temperature=0
+    )
     assert run["kv"] == workers[3].call("smollm2_cases:sizes", mesh="1x3")["cache_row"]
 
 
@@ -285,19 +380,34 @@ def test_the_cache_takes_the_planned_bytes_on_every_device(workers: Workers) -> 
 def question(hf: Reference) -> list[int]:
     """A question in the chat template, whose answer is short."""
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    return list(hf.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return list(
+        hf.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    )
 
 
 @pytest.mark.parametrize(
     "sampling",
     [
         pytest.param({"temperature": 0}, id="greedy"),
-        pytest.param({"temperature": 0.8, "top_p": 0.9, "seed": 5}, id="sampled", marks=pytest.mark.slow),
+        pytest.param(
+            {"temperature": 0.8, "top_p": 0.9, "seed": 5}, id="sampled", marks=pytest.mark.slow
+        ),
     ],
 )
-def test_each_row_of_a_ragged_batch_says_what_it_says_alone(workers: Workers, question: list[int], sampling: dict[str, Any]) -> None:
+def test_each_row_of_a_ragged_batch_says_what_it_says_alone(
+    workers: Workers, question: list[int], sampling: dict[str, Any]
+) -> None:
     """One row ends long before the others."""
-    batch: list[Any] = [PLANET, "Once", "def fibonacci(n):", question, "Water boils at", "1, 2, 3, 4,", "Roses are red,", [504, 3]]
+    batch: list[Any] = [
+        PLANET,
+        "Once",
+        "def fibonacci(n):",
+        question,
+        "Water boils at",
+        "1, 2, 3, 4,",
+        "Roses are red,",
+        [504, 3],
+    ]
     options = {"max_new_tokens": 32, **sampling}
     calls = [{"prompts": batch, **options}, *[{"prompts": [prompt], **options} for prompt in batch]]
     together, *alone = workers[3].call("smollm2_cases:generate", mesh="1x3", calls=calls)
@@ -313,26 +423,50 @@ def test_each_row_of_a_ragged_batch_says_what_it_says_alone(workers: Workers, qu
         assert reasons[3] == "stop"
 
 
-@pytest.mark.parametrize("meshes", [("1x3", "1x8"), pytest.param(("1x1", "1x2", "2x4"), marks=pytest.mark.slow)], ids=" ".join)
-def test_the_same_seed_gives_the_same_text_on_every_mesh(workers: Workers, meshes: tuple[str, ...]) -> None:
-    call = {"prompts": ["Once upon a time"], "max_new_tokens": 32, "temperature": 0.8, "top_p": 0.9, "ignore_eos": True}
+@pytest.mark.parametrize(
+    "meshes",
+    [("1x3", "1x8"), pytest.param(("1x1", "1x2", "2x4"), marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_the_same_seed_gives_the_same_text_on_every_mesh(
+    workers: Workers, meshes: tuple[str, ...]
+) -> None:
+    call = {
+        "prompts": ["Once upon a time"],
+        "max_new_tokens": 32,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "ignore_eos": True,
+    }
     texts = {}
     for mesh in meshes:
         calls = [call | {"seed": 7}, call | {"seed": 8}]
-        texts[mesh] = [run["outputs"][0]["text"] for run in workers[devices(mesh)].call("smollm2_cases:generate", mesh=mesh, calls=calls)]
+        texts[mesh] = [
+            run["outputs"][0]["text"]
+            for run in workers[devices(mesh)].call("smollm2_cases:generate", mesh=mesh, calls=calls)
+        ]
     first, *others = texts.values()
     assert all(other == first for other in others)
     assert first[0] != first[1]
 
 
-def test_a_text_ends_with_its_end_token_unless_that_is_ignored(workers: Workers, hf: Reference, question: list[int]) -> None:
-    ended = continued(workers, "1x3", prompts=[question], max_new_tokens=40, temperature=0)["outputs"][0]
-    went_on = continued(workers, "1x3", prompts=[question], max_new_tokens=40, temperature=0, ignore_eos=True)["outputs"][0]
+def test_a_text_ends_with_its_end_token_unless_that_is_ignored(
+    workers: Workers, hf: Reference, question: list[int]
+) -> None:
+    ended = continued(workers, "1x3", prompts=[question], max_new_tokens=40, temperature=0)[
+        "outputs"
+    ][0]
+    went_on = continued(
+        workers, "1x3", prompts=[question], max_new_tokens=40, temperature=0, ignore_eos=True
+    )["outputs"][0]
     count = len(ended["token_ids"])
     assert count < 40 and ended["finish_reason"] == "stop"
     assert ended["token_ids"][-1] == hf.tokenizer.eos_token_id and "<|im_end|>" not in ended["text"]
     assert "Paris" in ended["text"]
-    assert went_on["finish_reason"] == "length" and len(went_on["token_ids"]) == len(went_on["logprobs"]) == 40
+    assert (
+        went_on["finish_reason"] == "length"
+        and len(went_on["token_ids"]) == len(went_on["logprobs"]) == 40
+    )
     assert went_on["token_ids"][:count] == ended["token_ids"]
     assert len(ended["logprobs"]) == count
 
@@ -350,9 +484,20 @@ def test_a_stop_string_cuts_the_text_and_is_not_in_it(workers: Workers) -> None:
 
 
 def test_a_stop_string_ends_only_its_own_row(workers: Workers) -> None:
-    batch = [PLANET, "Once", "def fibonacci(n):", "Paris is", "Water boils at", "1, 2, 3, 4,", "Roses are red,", [504, 3]]
+    batch = [
+        PLANET,
+        "Once",
+        "def fibonacci(n):",
+        "Paris is",
+        "Water boils at",
+        "1, 2, 3, 4,",
+        "Roses are red,",
+        [504, 3],
+    ]
     options = {"prompts": batch, "max_new_tokens": 16, "temperature": 0, "ignore_eos": True}
-    free, stopped = workers[3].call("smollm2_cases:generate", mesh="1x3", calls=[options, options | {"stop": ["Jupiter"]}])
+    free, stopped = workers[3].call(
+        "smollm2_cases:generate", mesh="1x3", calls=[options, options | {"stop": ["Jupiter"]}]
+    )
     assert stopped["outputs"][0]["text"] == " " and stopped["outputs"][0]["finish_reason"] == "stop"
     for before, after in zip(free["outputs"][1:], stopped["outputs"][1:], strict=True):
         if "Jupiter" not in before["text"]:
@@ -360,10 +505,20 @@ def test_a_stop_string_ends_only_its_own_row(workers: Workers) -> None:
 
 
 def test_a_stream_is_what_generate_gives(workers: Workers) -> None:
-    for options in ({"temperature": 0}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}, {"temperature": 0, "stop": ["only one"]}):
-        whole = continued(workers, "1x3", prompts=[PLANET], max_new_tokens=24, **options)["outputs"][0]
-        chunks = workers[3].call("smollm2_cases:stream", mesh="1x3", prompt=PLANET, max_new_tokens=24, **options)["chunks"]
+    for options in (
+        {"temperature": 0},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 3},
+        {"temperature": 0, "stop": ["only one"]},
+    ):
+        whole = continued(workers, "1x3", prompts=[PLANET], max_new_tokens=24, **options)[
+            "outputs"
+        ][0]
+        chunks = workers[3].call(
+            "smollm2_cases:stream", mesh="1x3", prompt=PLANET, max_new_tokens=24, **options
+        )["chunks"]
         assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
         assert [chunk["token"] for chunk in chunks] == whole["token_ids"]
         assert [chunk["logprob"] for chunk in chunks] == whole["logprobs"]
-        assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + [whole["finish_reason"]]
+        assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + [
+            whole["finish_reason"]
+        ]

@@ -7,9 +7,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from parallama.errors import CheckpointError
-from parallama.families import TP_PLANS
-from parallama.plan import _TRANSFORMERS_STYLES
-from parallama.spec import _LIMITS, ModelSpec
+from parallama.model.families import TP_PLANS
+from parallama.model.spec import _LIMITS, ModelSpec
+from parallama.plan.placement import _TRANSFORMERS_STYLES
 
 SIZES: dict[str, Any] = {
     "hidden_size": 24,
@@ -22,7 +22,13 @@ SIZES: dict[str, Any] = {
 }
 KNOWN = "llama, ministral, mistral, qwen2, qwen3, seed_oss, smollm3"
 # Sizes that every config.json must give; the others have a default.
-REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+)
 FAMILIES = [
     ("llama", {}),
     ("llama", {"tie_word_embeddings": True}),
@@ -39,9 +45,21 @@ FAMILIES = [
     ("qwen3", {"head_dim": 4, "attention_bias": True, "tie_word_embeddings": True}),
     ("ministral", {"head_dim": 10}),
     ("smollm3", {"pad_token_id": None}),
-    ("smollm3", {"pad_token_id": None, "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "head_dim": 10}),
+    (
+        "smollm3",
+        {
+            "pad_token_id": None,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_dim": 10,
+        },
+    ),
     ("seed_oss", {}),
-    ("seed_oss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True, "head_dim": 4}),
+    (
+        "seed_oss",
+        {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True, "head_dim": 4},
+    ),
 ]
 # Switches of one family's config that transformers' other families don't know.
 FOREIGN_SWITCHES = [
@@ -55,7 +73,13 @@ FOREIGN_SWITCHES = [
 LEFT_OUT = [
     (model_type, name)
     for model_type in sorted(TP_PLANS)
-    for name in ("head_dim", "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "attention_bias")
+    for name in (
+        "head_dim",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "attention_bias",
+    )
 ]
 
 
@@ -86,17 +110,37 @@ def test_a_switch_that_transformers_ignores_adds_no_parameters(model_type, value
 @pytest.mark.parametrize(("model_type", "values"), FAMILIES)
 def test_a_config_json_gives_the_same_spec_as_transformers_object(model_type, values):
     raw = SIZES | values | {"model_type": model_type}
-    ours, theirs = ModelSpec.from_config(raw), ModelSpec.from_config(config_of(model_type, **values))
+    ours, theirs = (
+        ModelSpec.from_config(raw),
+        ModelSpec.from_config(config_of(model_type, **values)),
+    )
     assert dict(ours.parameters()) == dict(theirs.parameters())
     assert (ours.max_positions, ours.tied) == (theirs.max_positions, theirs.tied)
 
 
 @pytest.mark.parametrize(("model_type", "missing"), LEFT_OUT)
 def test_a_size_that_config_json_leaves_out_is_what_transformers_takes_it_for(model_type, missing):
-    raw = SIZES | {"model_type": model_type, "num_attention_heads": 32, "hidden_size": 64, "num_key_value_heads": 4, "head_dim": 8}
+    raw = SIZES | {
+        "model_type": model_type,
+        "num_attention_heads": 32,
+        "hidden_size": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+    }
     raw.pop(missing, None)
-    ours, theirs = ModelSpec.from_config(raw), ModelSpec.from_config(CONFIG_MAPPING[model_type].from_dict(raw))
-    for name in ("kv_heads", "head_dim", "max_positions", "tied", "qkv_bias", "output_bias", "mlp_bias"):
+    ours, theirs = (
+        ModelSpec.from_config(raw),
+        ModelSpec.from_config(CONFIG_MAPPING[model_type].from_dict(raw)),
+    )
+    for name in (
+        "kv_heads",
+        "head_dim",
+        "max_positions",
+        "tied",
+        "qkv_bias",
+        "output_bias",
+        "mlp_bias",
+    ):
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
@@ -104,13 +148,17 @@ def test_a_size_that_config_json_leaves_out_is_what_transformers_takes_it_for(mo
 def test_a_size_that_is_null_is_what_transformers_takes_it_for(model_type):
     raw = SIZES | {"model_type": model_type, "num_key_value_heads": None, "pad_token_id": None}
     raw |= {"head_dim": None} if model_type in ("llama", "seed_oss") else {}
-    assert dict(ModelSpec.from_config(raw).parameters()) == shapes_by_transformers(CONFIG_MAPPING[model_type].from_dict(raw))
+    assert dict(ModelSpec.from_config(raw).parameters()) == shapes_by_transformers(
+        CONFIG_MAPPING[model_type].from_dict(raw)
+    )
 
 
 @pytest.mark.parametrize("model_type", sorted(TP_PLANS))
 def test_our_tensor_parallel_plans_are_transformers_own(model_type):
     theirs = CONFIG_MAPPING[model_type]().base_model_tp_plan
-    assert TP_PLANS[model_type] == {module: _TRANSFORMERS_STYLES.get(style, style) for module, style in theirs.items()}
+    assert TP_PLANS[model_type] == {
+        module: _TRANSFORMERS_STYLES.get(style, style) for module, style in theirs.items()
+    }
 
 
 def test_a_config_objects_own_plan_is_the_one_used():
@@ -120,9 +168,17 @@ def test_a_config_objects_own_plan_is_the_one_used():
 
 
 def test_the_sizes_are_read_from_the_keys_that_transformers_writes():
-    spec = ModelSpec.from_config(SIZES | {"model_type": "llama", "head_dim": 10, "tie_word_embeddings": True})
+    spec = ModelSpec.from_config(
+        SIZES | {"model_type": "llama", "head_dim": 10, "tie_word_embeddings": True}
+    )
     assert (spec.hidden, spec.layers, spec.query_heads, spec.kv_heads) == (24, 2, 6, 2)
-    assert (spec.head_dim, spec.intermediate, spec.vocab, spec.max_positions, spec.tied) == (10, 40, 50, 64, True)
+    assert (spec.head_dim, spec.intermediate, spec.vocab, spec.max_positions, spec.tied) == (
+        10,
+        40,
+        50,
+        64,
+        True,
+    )
 
 
 def refused(values: dict[str, Any]) -> str:
@@ -136,13 +192,17 @@ def refused(values: dict[str, Any]) -> str:
 @pytest.mark.parametrize("value", [0, -1, "8", 8.0, True, [8], {}, 1 << 40], ids=repr)
 def test_a_size_that_is_no_sensible_number_is_an_error_that_names_it(name, value):
     message = refused(SIZES | {"model_type": "llama", name: value})
-    assert message == f"config: {name} is {value!r}\nexpected a whole number from 1 to {_LIMITS[name]}"
+    assert (
+        message == f"config: {name} is {value!r}\nexpected a whole number from 1 to {_LIMITS[name]}"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(_LIMITS))
 def test_a_size_one_above_its_limit_is_an_error(name):
     value = _LIMITS[name] + 1
-    assert refused(SIZES | {"model_type": "llama", name: value}).startswith(f"config: {name} is {value}\n")
+    assert refused(SIZES | {"model_type": "llama", name: value}).startswith(
+        f"config: {name} is {value}\n"
+    )
 
 
 @pytest.mark.parametrize("how", ["left out", "null"])
@@ -153,18 +213,25 @@ def test_a_missing_size_is_an_error_that_names_it(name, how):
         values[name] = None
     else:
         del values[name]
-    assert refused(values) == f"config: {name} is None\nexpected a whole number from 1 to {_LIMITS[name]}"
+    assert (
+        refused(values)
+        == f"config: {name} is None\nexpected a whole number from 1 to {_LIMITS[name]}"
+    )
 
 
 def test_query_heads_that_the_kv_heads_do_not_divide_are_an_error():
-    assert refused(SIZES | {"model_type": "llama", "num_attention_heads": 6, "num_key_value_heads": 4}) == (
+    assert refused(
+        SIZES | {"model_type": "llama", "num_attention_heads": 6, "num_key_value_heads": 4}
+    ) == (
         "config: num_attention_heads 6 does not divide by num_key_value_heads 4\n"
         "expected a multiple: every KV head serves as many query heads"
     )
 
 
 def test_an_odd_head_dim_is_an_error():
-    assert refused(SIZES | {"model_type": "llama", "head_dim": 5}).startswith("config: head_dim is 5\n")
+    assert refused(SIZES | {"model_type": "llama", "head_dim": 5}).startswith(
+        "config: head_dim is 5\n"
+    )
 
 
 @pytest.mark.parametrize("value", ["8" * 100_000, [8] * 100_000], ids=["text", "list"])

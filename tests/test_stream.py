@@ -10,30 +10,36 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from parallama import stream
-from parallama.checkpoint import SafetensorsFolder
 from parallama.errors import CheckpointError
-from parallama.heads import EMPTY
-from parallama.loading import find
-from parallama.plan import make_plan
-from parallama.topology import MeshShape
+from parallama.files.checkpoint import SafetensorsFolder
+from parallama.files.find import find
+from parallama.plan.heads import EMPTY
+from parallama.plan.mesh_shape import MeshShape
+from parallama.plan.placement import make_plan
+from parallama.sharded import stream
 
 DOWN, UP = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"
 
 
-def read_by(folder: str, mesh: str, devices: tuple[int, ...]) -> tuple[dict[str, int], SafetensorsFolder]:
+def read_by(
+    folder: str, mesh: str, devices: tuple[int, ...]
+) -> tuple[dict[str, int], SafetensorsFolder]:
     """Bytes read of every tensor for some devices of a mesh, whose parts must be what the plan says."""
     checkpoint = SafetensorsFolder(Path(folder))
     plan = make_plan(checkpoint.spec, MeshShape.parse(mesh))
     counts = {}
     for source in checkpoint.sources(checkpoint.spec):
         made = stream.parts(source, plan, torch.float32, devices)
-        assert {part.shape for part in made.values()} == {torch.Size(plan[source.name].local_shape(plan.mesh))}
+        assert {part.shape for part in made.values()} == {
+            torch.Size(plan[source.name].local_shape(plan.mesh))
+        }
         counts[source.name] = source.bytes_read
     return counts, checkpoint
 
 
-@pytest.mark.parametrize(("mesh", "devices"), [("1x8", (3,)), ("1x8", (0, 7)), ("2x4", (1, 5, 6)), ("1x1", (0,))])
+@pytest.mark.parametrize(
+    ("mesh", "devices"), [("1x8", (3,)), ("1x8", (0, 7)), ("2x4", (1, 5, 6)), ("1x1", (0,))]
+)
 def test_a_process_that_owns_some_devices_reads_only_their_slices(models, mesh, devices):
     """Heads that divide: a device's slices are plain fractions of the files."""
     tiny = models(heads=16, kv_heads=8, intermediate=64, vocab=96)
@@ -50,12 +56,17 @@ def test_repeated_heads_are_read_for_every_device_that_holds_them_and_zero_heads
     """By devices that belong to eight processes."""
     folder = models(heads=9, kv_heads=3).folder
     each = [read_by(folder, "1x8", (device,)) for device in range(8)]
-    counts, checkpoint = {name: sum(found[name] for found, _ in each) for name in each[0][0]}, each[0][1]
+    counts, checkpoint = (
+        {name: sum(found[name] for found, _ in each) for name in each[0][0]},
+        each[0][1],
+    )
     layout = make_plan(checkpoint.spec, MeshShape.parse("1x8")).head_layout
     head = checkpoint.spec.head_dim * checkpoint.spec.hidden * 4
     for name, sources in (("q_proj", layout.query_sources), ("k_proj", layout.kv_sources)):
         assert EMPTY in sources or len(set(sources)) < len(sources)
-        assert counts[f"model.layers.0.self_attn.{name}.weight"] == head * sum(source != EMPTY for source in sources)
+        assert counts[f"model.layers.0.self_attn.{name}.weight"] == head * sum(
+            source != EMPTY for source in sources
+        )
 
 
 def test_a_file_that_only_one_device_needs_is_looked_at_only_where_its_slices_lie(models):
@@ -86,11 +97,23 @@ def mapped_bytes(folder: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "dtype"), [("1x8", "bfloat16"), ("2x4", "float32"), ("1x8", "float32"), ("1x1", "bfloat16"), ("1x1", "float32")]
+    ("mesh", "dtype"),
+    [
+        ("1x8", "bfloat16"),
+        ("2x4", "float32"),
+        ("1x8", "float32"),
+        ("1x1", "bfloat16"),
+        ("1x1", "float32"),
+    ],
 )
-def test_a_model_on_the_devices_is_the_files_to_the_bit_and_each_byte_was_read_once(tmp_path, models, workers, mesh, dtype):
+def test_a_model_on_the_devices_is_the_files_to_the_bit_and_each_byte_was_read_once(
+    tmp_path, models, workers, mesh, dtype
+):
     tiny = models(heads=16, kv_heads=8, intermediate=64, vocab=96)
-    stored = {name: tensor.bfloat16() for name, tensor in load_file(Path(tiny.folder) / "model.safetensors").items()}
+    stored = {
+        name: tensor.bfloat16()
+        for name, tensor in load_file(Path(tiny.folder) / "model.safetensors").items()
+    }
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((Path(tiny.folder) / "config.json").read_bytes())
     worker = workers[MeshShape.parse(mesh).devices]
@@ -102,12 +125,18 @@ def test_a_model_on_the_devices_is_the_files_to_the_bit_and_each_byte_was_read_o
     assert found["bytes_read"] == total
     assert found["order"] == [name for name, _ in SafetensorsFolder(tmp_path).spec.parameters()]
     done = [done for done, _ in found["reported"]]
-    assert done == sorted(done) and done[-1] == total and {all_ for _, all_ in found["reported"]} == {total}
+    assert (
+        done == sorted(done)
+        and done[-1] == total
+        and {all_ for _, all_ in found["reported"]} == {total}
+    )
     assert found["threads"] == worker.call("torch:get_num_threads")
 
 
 @pytest.mark.parametrize(("mesh", "programs"), [("8x1", 3), ("2x4", 1)])
-def test_large_tensors_that_a_mesh_repeats_are_read_once_and_repeated_on_the_devices(models, workers, mesh, programs):
+def test_large_tensors_that_a_mesh_repeats_are_read_once_and_repeated_on_the_devices(
+    models, workers, mesh, programs
+):
     """One program for each shape whose first dim the devices put together: on 2x4 only that of `down_proj`, whose second dim is split already."""
     tiny = models(heads=9, kv_heads=3, hidden=288, intermediate=8200, vocab=9000, layers=1)
     stored = load_file(Path(tiny.folder) / "model.safetensors")
@@ -120,14 +149,18 @@ def test_large_tensors_that_a_mesh_repeats_are_read_once_and_repeated_on_the_dev
 
 
 @pytest.mark.parametrize(("mesh", "intermediate"), [("1x8", 64), ("8x1", 8192), ("1x1", 64)])
-def test_a_tensor_that_the_readers_refuse_ends_the_load(tmp_path, models, workers, mesh, intermediate):
+def test_a_tensor_that_the_readers_refuse_ends_the_load(
+    tmp_path, models, workers, mesh, intermediate
+):
     tiny = models(heads=16, kv_heads=8, intermediate=intermediate, vocab=96)
     stored = load_file(Path(tiny.folder) / "model.safetensors")
     stored[DOWN][0, -1] = float("nan")
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((Path(tiny.folder) / "config.json").read_bytes())
     with pytest.raises(Exception, match=f"tensor {DOWN} holds NaN or infinity") as caught:
-        workers[MeshShape.parse(mesh).devices].call("stream_cases:loaded", folder=str(tmp_path), mesh=mesh, dtype="float32")
+        workers[MeshShape.parse(mesh).devices].call(
+            "stream_cases:loaded", folder=str(tmp_path), mesh=mesh, dtype="float32"
+        )
     assert caught.value.kind == CheckpointError.__name__
     assert workers[MeshShape.parse(mesh).devices].alive
 
@@ -137,13 +170,19 @@ def test_a_tensor_that_the_readers_refuse_ends_the_load(tmp_path, models, worker
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (1, 7), (33, 65)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_one_device_takes_a_host_tensor_over_without_a_copy_and_frees_it_when_it_is_gone(workers, dtype, shape):
+def test_one_device_takes_a_host_tensor_over_without_a_copy_and_frees_it_when_it_is_gone(
+    workers, dtype, shape
+):
     found = workers[1].call("stream_cases:taken_over", dtype=dtype, shape=shape)
     assert found["same_memory"] and found["kept"] and found["freed"]
-    assert torch.equal(found["read"], found["given"]) and torch.equal(found["computed"], found["given"] + found["given"])
+    assert torch.equal(found["read"], found["given"]) and torch.equal(
+        found["computed"], found["given"] + found["given"]
+    )
 
 
-def test_a_program_that_memory_taken_over_is_donated_to_copies_it_once_and_never_writes_to_it(workers):
+def test_a_program_that_memory_taken_over_is_donated_to_copies_it_once_and_never_writes_to_it(
+    workers,
+):
     """Afterwards the program updates its own buffer in place, as it does any other."""
     found = workers[1].call("stream_cases:given_away", size=1 << 16, times=3)
     assert found["started_there"] and found["unchanged"] and found["freed"]
@@ -158,24 +197,42 @@ def test_an_optimizer_that_changes_what_was_taken_over_leaves_the_hosts_memory_a
 
 
 def test_memory_taken_over_stays_until_the_last_program_that_reads_it_is_done(workers):
-    assert workers[1].call("stream_cases:dropped_in_flight", size=700, products=40) == {"there": True, "right": True, "freed": True}
+    assert workers[1].call("stream_cases:dropped_in_flight", size=700, products=40) == {
+        "there": True,
+        "right": True,
+        "freed": True,
+    }
 
 
 @pytest.mark.parametrize(("mesh", "plain"), [("1x1", "taken over"), ("1x2", "refused")])
-def test_only_whole_aligned_tensors_are_taken_over_and_only_where_there_is_one_device(workers, mesh, plain):
-    found = workers[MeshShape.parse(mesh).devices].call("stream_cases:refused_to_take_over", mesh=mesh)
-    assert found == {"shares": mesh == "1x1", "plain": plain, "turned": "refused", "within another": "refused"}
+def test_only_whole_aligned_tensors_are_taken_over_and_only_where_there_is_one_device(
+    workers, mesh, plain
+):
+    found = workers[MeshShape.parse(mesh).devices].call(
+        "stream_cases:refused_to_take_over", mesh=mesh
+    )
+    assert found == {
+        "shares": mesh == "1x1",
+        "plain": plain,
+        "turned": "refused",
+        "within another": "refused",
+    }
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_model_on_one_device_needs_its_file_no_more_and_is_laid_out_anew_to_the_bit(tmp_path, models, workers, dtype, tied):
+def test_a_model_on_one_device_needs_its_file_no_more_and_is_laid_out_anew_to_the_bit(
+    tmp_path, models, workers, dtype, tied
+):
     tiny = models(heads=16, kv_heads=8, intermediate=64, vocab=96, tied=tied)
     stored = load_file(Path(tiny.folder) / "model.safetensors")
     for name in ("model.safetensors", "config.json"):
         (tmp_path / name).write_bytes((Path(tiny.folder) / name).read_bytes())
     found = workers[1].call(
-        "stream_cases:rewritten", folder=str(tmp_path), dtype=dtype, plan={UP: "replicate", UP.replace("up_", "gate_"): "replicate"}
+        "stream_cases:rewritten",
+        folder=str(tmp_path),
+        dtype=dtype,
+        plan={UP: "replicate", UP.replace("up_", "gate_"): "replicate"},
     )
     assert found["before"].keys() == stored.keys()
     for name, tensor in stored.items():
@@ -209,7 +266,7 @@ def test_a_gguf_tensor_is_dequantized_once_and_forgotten():
 
 LOAD = """
 import json, sys
-from parallama.mesh import DeviceMesh
+from parallama.engine.torch_xla.mesh import DeviceMesh
 mesh = DeviceMesh("1x8")
 import torch, transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM
@@ -224,7 +281,9 @@ print(json.dumps({"baseline": stats.baseline_rss_bytes, "peak": stats.peak_rss_b
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_twelve_hundred_million_parameters_load_within_a_quarter_over_their_bytes(tmp_path_factory, dtype):
+def test_twelve_hundred_million_parameters_load_within_a_quarter_over_their_bytes(
+    tmp_path_factory, dtype
+):
     """bf16, five files, on 1x8. On the CPU backend the devices' memory is the process's: what is left for loading is a quarter of it."""
     from parallama.bench.shapes import make
 
@@ -232,24 +291,43 @@ def test_twelve_hundred_million_parameters_load_within_a_quarter_over_their_byte
     if not folder.exists():
         assert make("l1b-bf16", folder) > 1_200_000_000
     assert len(list(folder.glob("*.safetensors"))) == 5
-    done = subprocess.run([sys.executable, "-c", LOAD, str(folder), dtype], capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder), dtype],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert found["read"] == sum(math.prod(shape) * 2 for _, shape in SafetensorsFolder(folder).spec.parameters())
+    assert found["read"] == sum(
+        math.prod(shape) * 2 for _, shape in SafetensorsFolder(folder).spec.parameters()
+    )
     assert found["devices"] >= found["read"] * (1 if dtype == "bfloat16" else 2)
     assert found["peak"] < 1.25 * found["devices"] + found["baseline"]
     assert found["peak"] < found["devices"] + found["largest"] + found["baseline"]
 
 
-@pytest.mark.parametrize("meshes", [["1x2"], pytest.param(["1x2", "1x1"], marks=pytest.mark.slow)], ids=" ".join)
-def test_bench_load_measures_ours_onto_every_mesh_and_safetensors_on_the_same_files(models, tmp_path, meshes):
+@pytest.mark.parametrize(
+    "meshes", [["1x2"], pytest.param(["1x2", "1x1"], marks=pytest.mark.slow)], ids=" ".join
+)
+def test_bench_load_measures_ours_onto_every_mesh_and_safetensors_on_the_same_files(
+    models, tmp_path, meshes
+):
     """With a tensor that holds NaN, which both commands below are asked to let pass or to refuse."""
     folder = models(heads=16, kv_heads=8, intermediate=64, vocab=96).folder
     stored = load_file(Path(folder) / "model.safetensors")
     stored[DOWN][0, -1] = float("nan")
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((Path(folder) / "config.json").read_bytes())
-    command = [str(Path(sys.executable).with_name("parallama")), "bench", str(tmp_path), "--load", "--repeats", "1", "--quiet"]
+    command = [
+        str(Path(sys.executable).with_name("parallama")),
+        "bench",
+        str(tmp_path),
+        "--load",
+        "--repeats",
+        "1",
+        "--quiet",
+    ]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert refused.returncode == 3 and f"tensor {DOWN} holds NaN or infinity" in refused.stderr
     arguments = [*command, "--allow-nonfinite", "--mesh", ",".join(meshes), "--json"]
@@ -258,7 +336,10 @@ def test_bench_load_measures_ours_onto_every_mesh_and_safetensors_on_the_same_fi
     told = json.loads(done.stdout)["meshes"]
     total = sum(tensor.nbytes for tensor in stored.values())
     norms = sum(tensor.nbytes for name, tensor in stored.items() if name.endswith("norm.weight"))
-    assert [(found["mesh"], found["device_bytes"]) for found in told] == [("1x2", total + norms), ("1x1", total)][: len(meshes)]
+    assert [(found["mesh"], found["device_bytes"]) for found in told] == [
+        ("1x2", total + norms),
+        ("1x1", total),
+    ][: len(meshes)]
     for found in told:
         ours, *theirs = found["readings"]
         assert found["bytes"] == total

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallama import loading
-from parallama.text import TextStream
+from parallama.files.find import find
+from parallama.inference.text_stream import TextStream
 
 TEXTS = {
     "ascii": "The largest planet, Jupiter, is  big.\n\n\tIsn't it?",
@@ -24,7 +24,7 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return loading.find("smollm2").tokenizer()
+    return find("smollm2").tokenizer()
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -69,7 +69,9 @@ def test_an_unfinished_character_shows_as_such_only_at_the_end(tokenizer: Any) -
 
 def test_text_flows_again_after_a_broken_character(tokenizer: Any) -> None:
     ids = [*ids_of(tokenizer, "🫠")[:-1], *ids_of(tokenizer, " and so on")]
-    assert "".join(in_pieces(TextStream(tokenizer), ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(in_pieces(TextStream(tokenizer), ids)) == tokenizer.decode(
+        ids, skip_special_tokens=True
+    )
 
 
 def test_special_tokens_are_not_text(tokenizer: Any) -> None:
@@ -81,18 +83,27 @@ def test_special_tokens_are_not_text(tokenizer: Any) -> None:
 @given(text=st.text(max_size=30))
 def test_any_text_comes_out_as_the_tokenizer_decodes_it(tokenizer: Any, text: str) -> None:
     ids = ids_of(tokenizer, text)
-    assert "".join(in_pieces(TextStream(tokenizer), ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(in_pieces(TextStream(tokenizer), ids)) == tokenizer.decode(
+        ids, skip_special_tokens=True
+    )
 
 
 @settings(deadline=None, max_examples=200)
 @given(ids=st.lists(st.integers(min_value=17, max_value=49151), max_size=20))
 def test_any_tokens_come_out_as_the_tokenizer_decodes_them(tokenizer: Any, ids: list[int]) -> None:
-    assert "".join(in_pieces(TextStream(tokenizer), ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(in_pieces(TextStream(tokenizer), ids)) == tokenizer.decode(
+        ids, skip_special_tokens=True
+    )
 
 
 @settings(deadline=None, max_examples=200)
-@given(text=st.text(alphabet="ab \n", max_size=40), stops=st.lists(st.text(alphabet="ab \n", min_size=1, max_size=5), max_size=3))
-def test_the_text_ends_before_the_first_stop_string(tokenizer: Any, text: str, stops: list[str]) -> None:
+@given(
+    text=st.text(alphabet="ab \n", max_size=40),
+    stops=st.lists(st.text(alphabet="ab \n", min_size=1, max_size=5), max_size=3),
+)
+def test_the_text_ends_before_the_first_stop_string(
+    tokenizer: Any, text: str, stops: list[str]
+) -> None:
     ids = ids_of(tokenizer, text)
     stream = TextStream(tokenizer, stops)
     got = "".join(in_pieces(stream, ids))
@@ -148,7 +159,9 @@ def test_the_held_back_end_comes_with_finish(tokenizer: Any) -> None:
         (["Saturn", "planet"], "The largest "),
     ],
 )
-def test_of_overlapping_stop_strings_none_is_in_the_text(tokenizer: Any, stops: list[str], wanted: str) -> None:
+def test_of_overlapping_stop_strings_none_is_in_the_text(
+    tokenizer: Any, stops: list[str], wanted: str
+) -> None:
     stream = TextStream(tokenizer, stops)
     got = "".join(in_pieces(stream, ids_of(tokenizer, "The largest planet in the solar system")))
     assert stream.stopped

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallama.errors import UsageError
-from parallama.topology import AXES, DATA, MODEL, MeshShape, axis_name
+from parallama.plan.mesh_shape import AXES, DATA, MODEL, MeshShape, axis_name
 
 SIZES = st.integers(min_value=1, max_value=999_999)
 UNREADABLE = "expected data x model, as 1x8 or 2x4, or names, as data=2,model=4"
@@ -105,7 +105,9 @@ def test_an_unsplit_dim_has_one_part():
 
 
 @pytest.mark.parametrize(
-    ("name", "axis"), [("data", DATA), ("batch", DATA), ("dp", DATA), ("model", MODEL), ("tp", MODEL)], ids=lambda value: str(value)
+    ("name", "axis"),
+    [("data", DATA), ("batch", DATA), ("dp", DATA), ("model", MODEL), ("tp", MODEL)],
+    ids=lambda value: str(value),
 )
 def test_batch_is_an_alias_of_data(name, axis):
     assert axis_name(name) == axis

@@ -17,7 +17,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         for case in (
             ("1x2", PADDED, {"remat": "full"}),
             ("2x4", REPEATED, {"fsdp": True, "sequence_parallel": True, "grad_accum": 2}),
-            ("2x2", REPEATED, {"lora": {"rank": 2, "targets": ("v_proj", "o_proj")}, "fsdp": True, "remat": 2}),
+            (
+                "2x2",
+                REPEATED,
+                {"lora": {"rank": 2, "targets": ("v_proj", "o_proj")}, "fsdp": True, "remat": 2},
+            ),
             ("2x2", PADDED, {"dtype": "bfloat16", "sequence_parallel": True}),
             ("2x2", PADDED, {"dtype": "bfloat16", "fsdp": True}),
         )
@@ -29,8 +33,14 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 def test_a_training_step_is_what_was_predicted_to_the_byte(
     auditors: Any, models: Any, mesh: str, sizes: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    found = auditors("trained", models(**sizes).folder, mesh, options={"batch_size": 4, "seq_len": 16} | options)
+    found = auditors(
+        "trained", models(**sizes).folder, mesh, options={"batch_size": 4, "seq_len": 16} | options
+    )
     assert found["passed"], found["findings"]
     assert found["found"] and found["programs"] == 1 and found["aliased"] == found["cache_tensors"]
-    over_data = Counter(each["module"] for each in found["found"] if each["axis"] == "data" and each["module"].endswith("(gradient)"))
+    over_data = Counter(
+        each["module"]
+        for each in found["found"]
+        if each["axis"] == "data" and each["module"].endswith("(gradient)")
+    )
     assert all(count == 1 for count in over_data.values())

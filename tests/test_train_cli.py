@@ -28,8 +28,8 @@ for arguments in json.load(sys.stdin):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run(["train", *arguments])
     results.append([code, err.getvalue()])
-from parallama.program import compiled_programs
-print(json.dumps([results, compiled_programs()]))
+from parallama.engine.torch_xla.counters import compilations
+print(json.dumps([results, compilations()]))
 """
 
 
@@ -40,7 +40,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_models.make(root / "model")
     for name in ("bare", "plain"):
         train_models.make(root / name)
-    for file in (*(root / "bare").glob("tokenizer*"), *(root / "bare").glob("*.jinja"), *(root / "plain").glob("*.jinja")):
+    for file in (
+        *(root / "bare").glob("tokenizer*"),
+        *(root / "bare").glob("*.jinja"),
+        *(root / "plain").glob("*.jinja"),
+    ):
         file.unlink()
     config = json.loads((root / "plain" / "tokenizer_config.json").read_text())
     (root / "plain" / "tokenizer_config.json").write_text(
@@ -49,7 +53,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_models.make(root / "nan")
     weights = safetensors.torch.load_file(root / "nan" / "model.safetensors")
     weights["model.norm.weight"][3] = float("nan")
-    safetensors.torch.save_file(weights, root / "nan" / "model.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(
+        weights, root / "nan" / "model.safetensors", metadata={"format": "pt"}
+    )
     fine = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     for name, content in {
         "empty": "",
@@ -76,12 +82,20 @@ BAD: dict[str, tuple[dict[str, str], str, int]] = {
     "LoRA target": ({"lora.targets": "[head]"}, "lora targets are head", 2),
     "no such model": ({"model": "ROOT/none"}, "none' is not there", 3),
     "no tokenizer": ({"model": "ROOT/bare"}, "the model has no tokenizer.json", 2),
-    "no chat template": ({"model": "ROOT/plain"}, "is a conversation, but the model has no chat template", 2),
+    "no chat template": (
+        {"model": "ROOT/plain"},
+        "is a conversation, but the model has no chat template",
+        2,
+    ),
     "no such data": ({"data": "ROOT/none.jsonl"}, "none.jsonl' is not there", 2),
     "unknown data set": ({"data": "shipped:cats"}, "data 'shipped:cats' is not there", 2),
     "no such data set": ({"data": "hf:ROOT/none:train"}, "cannot be had: ", 2),
     "empty data": ({"data": "ROOT/empty.jsonl"}, "it is empty", 2),
-    "a line that is no JSON": ({"data": "ROOT/not-json.jsonl"}, "not-json.jsonl:2: it is not JSON", 2),
+    "a line that is no JSON": (
+        {"data": "ROOT/not-json.jsonl"},
+        "not-json.jsonl:2: it is not JSON",
+        2,
+    ),
     "no assistant": ({"data": "ROOT/no-assistant.jsonl"}, "no message has role assistant", 2),
     "a number for text": ({"data": "ROOT/number.jsonl"}, "'text' is 5", 2),
     "longer than the sequence": ({"data": "ROOT/long.jsonl"}, "tokens, and seq_len is 64", 2),
@@ -92,21 +106,53 @@ BAD: dict[str, tuple[dict[str, str], str, int]] = {
     "a plan that matches nothing": ({"plan": "ROOT/plan.yaml"}, "sideways", 2),
     "bad validation data": ({"eval_data": "ROOT/empty.jsonl", "eval_every": "1"}, "it is empty", 2),
     "a fraction of tokens": ({"seq_len": "2048.5"}, "config key 'seq_len' is 2048.5", 2),
-    "sequence parallelism": ({"sequence_parallel": "true", "seq_len": "63"}, "seq_len is 63\nexpected a multiple of 2", 4),
+    "sequence parallelism": (
+        {"sequence_parallel": "true", "seq_len": "63"},
+        "seq_len is 63\nexpected a multiple of 2",
+        4,
+    ),
     "dropout of all": ({"lora.dropout": "1"}, "config key 'lora.dropout' is 1", 2),
-    "weights that are not finite": ({"model": "ROOT/nan"}, "tensor model.norm.weight holds NaN or infinity (1 of 24 numbers", 3),
+    "weights that are not finite": (
+        {"model": "ROOT/nan"},
+        "tensor model.norm.weight holds NaN or infinity (1 of 24 numbers",
+        3,
+    ),
 }
 
 
 def test_wrong_configs_and_data_are_errors_before_anything_is_compiled(folders: Path) -> None:
-    usual = {"mesh": "1x2", "model": "ROOT/model", "data": "ROOT/fine.jsonl", "steps": "2", "seq_len": "64", "cache": "ROOT/cache"}
+    usual = {
+        "mesh": "1x2",
+        "model": "ROOT/model",
+        "data": "ROOT/fine.jsonl",
+        "steps": "2",
+        "seq_len": "64",
+        "cache": "ROOT/cache",
+    }
     cases = []
     for number, (keys, _, _) in enumerate(BAD.values()):
         given = {"out": f"ROOT/run-{number}"} | usual | keys
-        cases.append([part.replace("ROOT", str(folders)) for key, value in given.items() for part in (f"--{key}", value)])
+        cases.append(
+            [
+                part.replace("ROOT", str(folders))
+                for key, value in given.items()
+                for part in (f"--{key}", value)
+            ]
+        )
     cases.append([str(folders / "bad.yaml")])
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", RUNNER], input=json.dumps(cases), capture_output=True, text=True, timeout=600, env=kept)
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))
+    } | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=kept,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     results, compiled = json.loads(done.stdout)
     for name, (_, message, code), (found, said) in zip(BAD, BAD.values(), results, strict=False):
@@ -117,10 +163,23 @@ def test_wrong_configs_and_data_are_errors_before_anything_is_compiled(folders: 
     assert len(BAD) >= 20 and len(results) == len(BAD) + 1 and compiled == 0
 
 
-def test_weights_that_are_not_finite_are_trained_where_that_is_allowed(killer: Killer, folders: Path) -> None:
-    keys = {"model": folders / "nan", "data": folders / "fine.jsonl", "out": folders / "allowed", "steps": 1, "cache": folders / "cache"}
+def test_weights_that_are_not_finite_are_trained_where_that_is_allowed(
+    killer: Killer, folders: Path
+) -> None:
+    keys = {
+        "model": folders / "nan",
+        "data": folders / "fine.jsonl",
+        "out": folders / "allowed",
+        "steps": 1,
+        "cache": folders / "cache",
+    }
     log = folders / "allowed-output"
-    given = [*(part for key, value in keys.items() for part in (f"--{key}", str(value))), "--allow-nonfinite", "--seq-len", "64"]
+    given = [
+        *(part for key, value in keys.items() for part in (f"--{key}", str(value))),
+        "--allow-nonfinite",
+        "--seq-len",
+        "64",
+    ]
     assert killer("train", log, options=given) == 70
     assert "RunError: step 1: loss nan" in log.read_text()
 
@@ -131,9 +190,27 @@ def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(settings_of.keys()) <= words and {"lora.rank", "lora.dropout"} <= words
 
 
-def test_dump_config_round_trips_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dump_config_round_trips_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert (
-        run(["train", "--model", "smollm2", "--data", "[a, b]", "--out", "1e3", "--steps", "5", "--lora.rank", "4", "--dump-config"]) == 0
+        run(
+            [
+                "train",
+                "--model",
+                "smollm2",
+                "--data",
+                "[a, b]",
+                "--out",
+                "1e3",
+                "--steps",
+                "5",
+                "--lora.rank",
+                "4",
+                "--dump-config",
+            ]
+        )
+        == 0
     )
     first = capsys.readouterr().out
     (tmp_path / "run.yaml").write_text(first)
@@ -166,25 +243,45 @@ def finished(killer: Killer, folders: Path) -> Path:
         "cache": folders / "cache",
     }
     log = folders / "output"
-    assert killer("train", log, options=[part for key, value in keys.items() for part in (f"--{key}", str(value))]) == 0, log.read_text()
+    assert (
+        killer(
+            "train",
+            log,
+            options=[part for key, value in keys.items() for part in (f"--{key}", str(value))],
+        )
+        == 0
+    ), log.read_text()
     assert "late programs: 0" in log.read_text()
     return out
 
 
-def test_a_run_leaves_log_config_checkpoints_and_a_model_that_transformers_loads(finished: Path) -> None:
+def test_a_run_leaves_log_config_checkpoints_and_a_model_that_transformers_loads(
+    finished: Path,
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     entries = read_log(finished)
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
-    assert [("eval_loss" in entry, "samples" in entry) for entry in entries] == [(False, False), (False, False), (True, True)] * 2
-    assert entries[5]["eval_loss"] < entries[2]["eval_loss"] and entries[0]["mfu"] > 0 and len(entries[0]["bytes_per_device"]) == 2
+    assert [("eval_loss" in entry, "samples" in entry) for entry in entries] == [
+        (False, False),
+        (False, False),
+        (True, True),
+    ] * 2
+    assert (
+        entries[5]["eval_loss"] < entries[2]["eval_loss"]
+        and entries[0]["mfu"] > 0
+        and len(entries[0]["bytes_per_device"]) == 2
+    )
     assert [sample["prompt"] for sample in entries[2]["samples"]] == ["We the People", "the"]
     assert settings_of.read(finished / "config.yaml").steps == 6
     assert list((finished / "tensorboard").iterdir())
     model = AutoModelForCausalLM.from_pretrained(finished / "model")
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
     assert model.config.vocab_size == train_models.VOCAB and tokenizer.chat_template
-    assert {path.name for path in (finished / "adapter").iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    assert {path.name for path in (finished / "adapter").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
 
 
 def test_the_validation_loss_is_transformers_own_of_the_exported_model(finished: Path) -> None:
@@ -196,7 +293,13 @@ def test_the_validation_loss_is_transformers_own_of_the_exported_model(finished:
 
     model = AutoModelForCausalLM.from_pretrained(finished / "model")
     settings = settings_of.read(finished / "config.yaml")
-    corpus = prepare(["shipped:text"], train_models.tokenizer(), seq_len=160, too_long="drop", cache=Path(settings.cache))
+    corpus = prepare(
+        ["shipped:text"],
+        train_models.tokenizer(),
+        seq_len=160,
+        too_long="drop",
+        cache=Path(settings.cache),
+    )
     total, count = 0.0, 0
     with torch.no_grad():
         for row in Rows(corpus, 160, shuffle=False).take(4):
@@ -205,4 +308,6 @@ def test_the_validation_loss_is_transformers_own_of_the_exported_model(finished:
                 total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
                 count += ids.shape[1] - 1
     last = read_log(finished)[-1]
-    assert last["eval_tokens"] == count and last["eval_loss"] == pytest.approx(total / count, rel=1e-4)
+    assert last["eval_tokens"] == count and last["eval_loss"] == pytest.approx(
+        total / count, rel=1e-4
+    )

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallama.chat_template import Renderer, renderer_of
 from parallama.errors import ParallamaError
+from parallama.files.chat_template import Renderer, renderer_of
+from parallama.files.find import find
 from parallama.train import packing, records, tokens
 from parallama.train.batch import IGNORED, PADDING
 from parallama.train.packing import Position, Rows, make_batch, make_row, plan_rows
@@ -21,10 +22,10 @@ from parallama.train.packing import Position, Rows, make_batch, make_row, plan_r
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    from parallama import backends, loading
+    from parallama import environment
 
-    backends.expect_none()
-    return loading.find("smollm2").tokenizer()
+    environment.expect_no_devices()
+    return find("smollm2").tokenizer()
 
 
 @functools.cache
@@ -34,7 +35,10 @@ def renderer(tokenizer: Any) -> Renderer:
 
 def jsonl(folder: Path, *rows: Any, name: str = "data.jsonl") -> str:
     file = folder / name
-    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    file.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows),
+        encoding="utf-8",
+    )
     return str(file)
 
 
@@ -44,7 +48,12 @@ def prepare(tokenizer: Any, source: str | list[str], folder: Path, **more: Any) 
 
 
 def chat(*turns: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user" if at % 2 == 0 else "assistant", "content": turn} for at, turn in enumerate(turns)]}
+    return {
+        "messages": [
+            {"role": "user" if at % 2 == 0 else "assistant", "content": turn}
+            for at, turn in enumerate(turns)
+        ]
+    }
 
 
 def trained(tokenizer: Any, record: Any) -> list[str]:
@@ -63,13 +72,24 @@ def test_of_a_conversation_only_the_assistants_words_are_trained_on(tokenizer: A
     record = chat("Hi <|im_end|> there", "Hello.\n", "Bye", "Good\n\nbye ")
     assert trained(tokenizer, record) == ["Hello.\n<|im_end|>", "Good\n\nbye <|im_end|>"]
     encoded = tokens.encode(records.parse(record, "here"), tokenizer, renderer(tokenizer))
-    assert encoded.ids == tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=False)
-    opening = {"messages": [{"role": "assistant", "content": "Welcome."}, {"role": "user", "content": "Hi"}]}
+    assert encoded.ids == tokenizer.apply_chat_template(
+        record["messages"], tokenize=True, return_dict=False
+    )
+    opening = {
+        "messages": [
+            {"role": "assistant", "content": "Welcome."},
+            {"role": "user", "content": "Hi"},
+        ]
+    }
     assert trained(tokenizer, opening) == ["Welcome.<|im_end|>"]
 
 
-def test_of_prompt_and_completion_the_completion_is_trained_on_and_of_a_text_everything(tokenizer: Any) -> None:
-    assert trained(tokenizer, {"prompt": "The sky is", "completion": " blue", "id": 7}) == [" blue<|im_end|>"]
+def test_of_prompt_and_completion_the_completion_is_trained_on_and_of_a_text_everything(
+    tokenizer: Any,
+) -> None:
+    assert trained(tokenizer, {"prompt": "The sky is", "completion": " blue", "id": 7}) == [
+        " blue<|im_end|>"
+    ]
     assert trained(tokenizer, {"prompt": "", "completion": "Blue sky"}) == ["Blue sky<|im_end|>"]
     assert trained(tokenizer, {"text": "The sky is blue"}) == ["The sky is blue<|im_end|>"]
 
@@ -80,13 +100,19 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> No
     other = copy.deepcopy(tokenizer)
     other.chat_template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
     with pytest.raises(ParallamaError, match="writes message 2 differently when others follow it"):
-        tokens.encode(records.parse(chat("a", "b", "c", "d"), "here"), other, renderer_of(other, "other"))
+        tokens.encode(
+            records.parse(chat("a", "b", "c", "d"), "here"), other, renderer_of(other, "other")
+        )
     other.chat_template = "{{ raise_exception('no system here') }}"
-    with pytest.raises(ParallamaError, match="data here: the chat template refuses it: no system here"):
+    with pytest.raises(
+        ParallamaError, match="data here: the chat template refuses it: no system here"
+    ):
         tokens.encode(records.parse(chat("a", "b"), "here"), other, renderer_of(other, "other"))
 
 
-def test_a_long_text_becomes_pieces_in_which_every_token_is_predicted_once(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_long_text_becomes_pieces_in_which_every_token_is_predicted_once(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     corpus = prepare(tokenizer, "shipped:text", tmp_path, seq_len=64)
     text = records.find_files("shipped:text")[0].read_text(encoding="utf-8")
     whole = [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
@@ -98,23 +124,36 @@ def test_a_long_text_becomes_pieces_in_which_every_token_is_predicted_once(token
     assert predicted == whole[1:]
 
 
-def test_a_folder_is_read_in_order_and_what_is_no_data_in_it_left_alone(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_folder_is_read_in_order_and_what_is_no_data_in_it_left_alone(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
     jsonl(tmp_path / "in", {"text": "second"}, "", {"text": "third"}, name="b.jsonl")
     (tmp_path / "in" / "a.txt").write_text("first")
     jsonl(tmp_path / "in" / "deep", {"text": "fourth"}, name="c.jsonl")
     (tmp_path / "in" / "README.md").write_text("words")
     corpus = prepare(tokenizer, str(tmp_path / "in"), tmp_path)
-    assert [tokenizer.decode(corpus.document(index)[0][:-1]) for index in range(4)] == ["first", "second", "third", "fourth"]
+    assert [tokenizer.decode(corpus.document(index)[0][:-1]) for index in range(4)] == [
+        "first",
+        "second",
+        "third",
+        "fourth",
+    ]
 
 
-def test_tokenized_data_come_from_the_cache_until_data_or_settings_change(tokenizer: Any, tmp_path: Path) -> None:
+def test_tokenized_data_come_from_the_cache_until_data_or_settings_change(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     calls: list[tuple[int, int]] = []
     source = jsonl(tmp_path, {"text": "one two three"}, {"text": "four"})
-    first = prepare(tokenizer, source, tmp_path, progress=lambda done, total: calls.append((done, total)))
+    first = prepare(
+        tokenizer, source, tmp_path, progress=lambda done, total: calls.append((done, total))
+    )
     size = Path(source).stat().st_size
     assert calls == sorted(calls) and calls[-1] == (size, size) and len(calls) == 3
-    again = prepare(tokenizer, source, tmp_path, progress=lambda done, total: calls.append((done, total)))
+    again = prepare(
+        tokenizer, source, tmp_path, progress=lambda done, total: calls.append((done, total))
+    )
     assert len(calls) == 3 and again.fingerprint == first.fingerprint
     assert all((again.document(i)[0] == first.document(i)[0]).all() for i in range(2))
     assert prepare(tokenizer, source, tmp_path, seq_len=64).fingerprint != first.fingerprint
@@ -124,7 +163,9 @@ def test_tokenized_data_come_from_the_cache_until_data_or_settings_change(tokeni
     damaged = tmp_path / "cache" / first.fingerprint / "tokens.bin"
     damaged.write_bytes(damaged.read_bytes()[:-4])
     jsonl(tmp_path, {"text": "one two three"}, {"text": "four"})
-    with pytest.raises(ParallamaError, match="are damaged: files of the wrong length\nremove that folder"):
+    with pytest.raises(
+        ParallamaError, match="are damaged: files of the wrong length\nremove that folder"
+    ):
         prepare(tokenizer, source, tmp_path)
 
 
@@ -132,11 +173,20 @@ LONG = " ".join(["word"] * 200)
 WRONG: dict[str, tuple[list[Any], str]] = {
     "an empty file": ([], "it is empty\nexpected a line for each record"),
     "a file of empty lines": (["", "  "], "it is empty"),
-    "a line that is not JSON": ([{"text": "fine"}, "{'text': 1}"], ":2: it is not JSON: Expecting property name"),
+    "a line that is not JSON": (
+        [{"text": "fine"}, "{'text': 1}"],
+        ":2: it is not JSON: Expecting property name",
+    ),
     "a line that is no object": (['"text"'], ":1: it is 'text'\nexpected a JSON object"),
-    "no known key": ([{"content": "x"}], "it has none of messages, prompt and text (keys: content)"),
+    "no known key": (
+        [{"content": "x"}],
+        "it has none of messages, prompt and text (keys: content)",
+    ),
     "no key": ([{}], "(keys: none)"),
-    "two forms at once": ([{"text": "x", "prompt": "y", "completion": "z"}], "it has several of messages, prompt and text"),
+    "two forms at once": (
+        [{"text": "x", "prompt": "y", "completion": "z"}],
+        "it has several of messages, prompt and text",
+    ),
     "messages that are no list": ([{"messages": "hi"}], "'messages' is 'hi'\nexpected a list of"),
     "no messages": ([{"messages": []}], "'messages' is []"),
     "a message that is no object": ([{"messages": ["hi"]}], "message 1 is 'hi'"),
@@ -144,26 +194,45 @@ WRONG: dict[str, tuple[list[Any], str]] = {
         [{"messages": [{"role": "bot", "content": "x"}]}],
         "message 1 has role 'bot'\nexpected a role of system, user, assistant, tool",
     ),
-    "content that is no text": ([{"messages": [{"role": "user", "content": 3}]}], "message 1 has content 3\nexpected text"),
-    "no assistant turn": ([{"messages": [{"role": "user", "content": "x"}]}], "no message has role assistant"),
+    "content that is no text": (
+        [{"messages": [{"role": "user", "content": 3}]}],
+        "message 1 has content 3\nexpected text",
+    ),
+    "no assistant turn": (
+        [{"messages": [{"role": "user", "content": "x"}]}],
+        "no message has role assistant",
+    ),
     "a prompt that is no text": ([{"prompt": ["x"], "completion": "y"}], "'prompt' is ['x']"),
-    "a prompt without completion": ([{"prompt": "x"}], "'completion' is None\nexpected text that isn't empty"),
+    "a prompt without completion": (
+        [{"prompt": "x"}],
+        "'completion' is None\nexpected text that isn't empty",
+    ),
     "an empty text": ([{"text": ""}], "'text' is ''"),
     "an answer longer than the sequence": (
         [{"prompt": "x", "completion": LONG}],
         "tokens, and seq_len is 128\nraise seq_len, or set too_long",
     ),
-    "a conversation longer than the sequence": ([chat("x", LONG)], "tokens, and seq_len is 128\nraise seq_len, or set too_long"),
+    "a conversation longer than the sequence": (
+        [chat("x", LONG)],
+        "tokens, and seq_len is 128\nraise seq_len, or set too_long",
+    ),
 }
 
 
 @pytest.mark.parametrize(("rows", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_data_say_where_and_what_was_expected(rows: list[Any], message: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_wrong_data_say_where_and_what_was_expected(
+    rows: list[Any], message: str, tokenizer: Any, tmp_path: Path
+) -> None:
     source = jsonl(tmp_path, *rows)
     with pytest.raises(ParallamaError) as caught:
         prepare(tokenizer, source, tmp_path)
     said = str(caught.value)
-    assert said.startswith(f"data {source}") and message in said and said.count("\n") <= 2 and caught.value.exit_code == 2
+    assert (
+        said.startswith(f"data {source}")
+        and message in said
+        and said.count("\n") <= 2
+        and caught.value.exit_code == 2
+    )
     assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
 
 
@@ -178,7 +247,10 @@ def test_data_that_are_not_there_say_so(tokenizer: Any, tmp_path: Path) -> None:
         (str(tmp_path / "a.csv"), "is of no known kind"),
         (str(tmp_path / "bad.txt"), "it is not UTF-8"),
         (str(tmp_path / "bad.jsonl"), "bad.jsonl:1: it is not UTF-8"),
-        ("shipped:cat", "expected a .jsonl or .txt file, a folder of them, shipped:chat, shipped:text, or hf:NAME"),
+        (
+            "shipped:cat",
+            "expected a .jsonl or .txt file, a folder of them, shipped:chat, shipped:text, or hf:NAME",
+        ),
         ("x\0y", "data"),
     ):
         with pytest.raises(ParallamaError) as caught:
@@ -193,18 +265,34 @@ def test_without_tokenizer_or_template_it_says_so(tokenizer: Any, tmp_path: Path
         prepare(None, "shipped:chat", tmp_path)
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
-    with pytest.raises(ParallamaError, match=r"chat\.jsonl:1 is a conversation, but the model has no chat template"):
+    with pytest.raises(
+        ParallamaError, match=r"chat\.jsonl:1 is a conversation, but the model has no chat template"
+    ):
         prepare(bare, "shipped:chat", tmp_path)
 
 
-def test_records_that_are_too_long_are_dropped_or_cut_when_asked(tokenizer: Any, tmp_path: Path) -> None:
-    source = jsonl(tmp_path, {"prompt": "x", "completion": LONG}, {"prompt": "y", "completion": "z"}, {"prompt": LONG, "completion": "z"})
+def test_records_that_are_too_long_are_dropped_or_cut_when_asked(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    source = jsonl(
+        tmp_path,
+        {"prompt": "x", "completion": LONG},
+        {"prompt": "y", "completion": "z"},
+        {"prompt": LONG, "completion": "z"},
+    )
     dropped = prepare(tokenizer, source, tmp_path, too_long="drop")
     assert (len(dropped.lengths), dropped.dropped, dropped.truncated) == (1, 2, 0)
-    cut = prepare(tokenizer, source, tmp_path, too_long="truncate")  # of the third nothing would be left to train on
+    cut = prepare(
+        tokenizer, source, tmp_path, too_long="truncate"
+    )  # of the third nothing would be left to train on
     assert (cut.lengths.tolist()[0], len(cut.lengths), cut.dropped, cut.truncated) == (128, 2, 1, 1)
     with pytest.raises(ParallamaError, match=r"no token to train on \(1 records were dropped"):
-        prepare(tokenizer, jsonl(tmp_path, {"prompt": LONG, "completion": "z"}, name="b.jsonl"), tmp_path, too_long="drop")
+        prepare(
+            tokenizer,
+            jsonl(tmp_path, {"prompt": LONG, "completion": "z"}, name="b.jsonl"),
+            tmp_path,
+            too_long="drop",
+        )
 
 
 def test_the_shipped_data_are_fit_to_train_on(tokenizer: Any, tmp_path: Path) -> None:
@@ -212,7 +300,9 @@ def test_the_shipped_data_are_fit_to_train_on(tokenizer: Any, tmp_path: Path) ->
     assert len(corpus.lengths) > 64 and corpus.dropped == corpus.truncated == 0
 
 
-def test_a_data_set_of_hugging_faces_library_is_read_as_a_file_would_be(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_data_set_of_hugging_faces_library_is_read_as_a_file_would_be(
+    tokenizer: Any, tmp_path: Path
+) -> None:
     import datasets
 
     rows = [chat("Hi", "Hello."), chat("Bye", "Good bye.")]
@@ -220,7 +310,9 @@ def test_a_data_set_of_hugging_faces_library_is_read_as_a_file_would_be(tokenize
     theirs = prepare(tokenizer, f"hf:{tmp_path / 'set'}", tmp_path)
     ours = prepare(tokenizer, jsonl(tmp_path, *rows), tmp_path)
     assert all(
-        (theirs.document(i)[0] == ours.document(i)[0]).all() and (theirs.document(i)[1] == ours.document(i)[1]).all() for i in range(2)
+        (theirs.document(i)[0] == ours.document(i)[0]).all()
+        and (theirs.document(i)[1] == ours.document(i)[1]).all()
+        for i in range(2)
     )
     wrong = datasets.Dataset.from_list([{"text": "fine"}, {"text": ""}])
     wrong.save_to_disk(str(tmp_path / "wrong"))
@@ -236,7 +328,9 @@ class Lengths:
 
     def document(self, index: int) -> tuple[Any, Any]:
         length = int(self.lengths[index])
-        return (1000 * (index + 1) + np.arange(length)).astype(np.uint32), np.arange(length) % 3 != 0
+        return (1000 * (index + 1) + np.arange(length)).astype(np.uint32), np.arange(
+            length
+        ) % 3 != 0
 
 
 LENGTHS = st.lists(st.integers(2, 24), min_size=1, max_size=40)
@@ -263,22 +357,39 @@ def test_a_row_keeps_its_documents_apart(lengths: list[int]) -> None:
     documents = Lengths(lengths)
     for members in plan_rows(documents.lengths, 24, 0, 0):
         row = make_row(documents, members, 24)
-        assert (row.ids[row.documents == PADDING] == 0).all() and (row.labels[row.documents == PADDING] == IGNORED).all()
+        assert (row.ids[row.documents == PADDING] == 0).all() and (
+            row.labels[row.documents == PADDING] == IGNORED
+        ).all()
         for number, index in enumerate(members):
             ids, mask = documents.document(index)
             here = row.documents == number
-            assert (row.ids[here] == ids).all() and (row.positions[here] == np.arange(len(ids))).all()
-            assert (row.labels[here] == np.where(mask & (np.arange(len(ids)) > 0), ids.astype(np.int64), IGNORED)).all()
+            assert (row.ids[here] == ids).all() and (
+                row.positions[here] == np.arange(len(ids))
+            ).all()
+            assert (
+                row.labels[here]
+                == np.where(mask & (np.arange(len(ids)) > 0), ids.astype(np.int64), IGNORED)
+            ).all()
 
 
 @settings(deadline=None, max_examples=60)
 @given(LENGTHS, st.integers(0, 100), st.integers(1, 30))
-def test_rows_from_a_position_are_those_that_would_have_come(lengths: list[int], skipped: int, count: int) -> None:
+def test_rows_from_a_position_are_those_that_would_have_come(
+    lengths: list[int], skipped: int, count: int
+) -> None:
     whole = Rows(Lengths(lengths), 24, seed=5)
     whole.take(skipped)
-    rest = Rows(Lengths(lengths), 24, seed=5, position=Position(epoch=whole.position.epoch, row=whole.position.row))
+    rest = Rows(
+        Lengths(lengths),
+        24,
+        seed=5,
+        position=Position(epoch=whole.position.epoch, row=whole.position.row),
+    )
     ours, theirs = rest.take(count), whole.take(count)
-    assert all((a.ids == b.ids).all() and (a.labels == b.labels).all() for a, b in zip(ours, theirs, strict=True))
+    assert all(
+        (a.ids == b.ids).all() and (a.labels == b.labels).all()
+        for a, b in zip(ours, theirs, strict=True)
+    )
     assert rest.position == whole.position
 
 

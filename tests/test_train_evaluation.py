@@ -9,8 +9,12 @@ from reference import TinyModels
 from test_train_step import PADDED, devices
 
 
-@pytest.mark.parametrize("mesh", ["1x2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x1", "2x2"))])
-def test_evaluation_compiled_before_the_first_step_sees_what_every_step_made(workers: Workers, models: TinyModels, mesh: str) -> None:
+@pytest.mark.parametrize(
+    "mesh", ["1x2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("1x1", "2x2"))]
+)
+def test_evaluation_compiled_before_the_first_step_sees_what_every_step_made(
+    workers: Workers, models: TinyModels, mesh: str
+) -> None:
     tiny = models(**PADDED | {"layers": 1})
     batch = train_data.random_batch((1, 2, 12), tiny.vocab)
     found = workers[devices(mesh)].call(

@@ -57,14 +57,25 @@ class Healthy:
         assert path is not None and path.name == checkpoints.name_of(STEPS)
         manifest = checkpoints.verify(path)
         tensors = dict(checkpoints.read_tensors(path, manifest))
-        assert tensors.keys() == self.tensors.keys() and all(torch.equal(tensors[name], self.tensors[name]) for name in tensors)
-        assert {name: entry.sha256 for name, entry in manifest.files.items()} == self.saved[STEPS] and logged(out) == logged(self.out)
-        assert {path.name for path in (out / "checkpoints").iterdir()} == {path.name, checkpoints.LATEST}
+        assert tensors.keys() == self.tensors.keys() and all(
+            torch.equal(tensors[name], self.tensors[name]) for name in tensors
+        )
+        assert {name: entry.sha256 for name, entry in manifest.files.items()} == self.saved[
+            STEPS
+        ] and logged(out) == logged(self.out)
+        assert {path.name for path in (out / "checkpoints").iterdir()} == {
+            path.name,
+            checkpoints.LATEST,
+        }
 
 
-def run_all(killer: Killer, folder: Path, runs: list[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
+def run_all(
+    killer: Killer, folder: Path, runs: list[dict[str, Any]], **more: Any
+) -> list[dict[str, Any]]:
     """Some commands in turn, in one process."""
-    code = killer("commands", folder / "output", runs=runs, found=str(folder / "found.json"), **more)
+    code = killer(
+        "commands", folder / "output", runs=runs, found=str(folder / "found.json"), **more
+    )
     said = (folder / "output").read_text()
     assert code == 0 and "Traceback" not in said, said
     return json.loads((folder / "found.json").read_text())
@@ -73,8 +84,18 @@ def run_all(killer: Killer, folder: Path, runs: list[dict[str, Any]], **more: An
 @pytest.fixture(scope="module")
 def healthy(killer: Killer, tmp_path_factory: pytest.TempPathFactory) -> Healthy:
     root = tmp_path_factory.mktemp("healthy")
-    made = Healthy(model=train_models.make(root / "model"), out=root / "run", operations=[], saved={}, tensors={})
-    one, two = run_all(killer, root, [{"options": made.options(root / "one")}, {"options": made.options(made.out, keep_last=2)}])
+    made = Healthy(
+        model=train_models.make(root / "model"),
+        out=root / "run",
+        operations=[],
+        saved={},
+        tensors={},
+    )
+    one, two = run_all(
+        killer,
+        root,
+        [{"options": made.options(root / "one")}, {"options": made.options(made.out, keep_last=2)}],
+    )
     assert (one["code"], one["said"]) == (two["code"], two["said"]) == (0, "")
     made.operations.extend(one["operations"])
     for step in (EVERY, STEPS):
@@ -87,30 +108,56 @@ def healthy(killer: Killer, tmp_path_factory: pytest.TempPathFactory) -> Healthy
     return made
 
 
-def check_failed(healthy: Healthy, out: Path, ended: dict[str, Any], code: int, at: int = -1) -> None:
+def check_failed(
+    healthy: Healthy, out: Path, ended: dict[str, Any], code: int, at: int = -1
+) -> None:
     """A run that could not save: what it said, and what it left. Without `at` it failed somewhere in the second checkpoint's files."""
     before, operation = healthy.operations[:at], healthy.operations[at]
-    step = STEPS if at < 0 else EVERY * [*before, operation].count("sync log.jsonl")  # which begins a save
-    whole = [each for each in (EVERY, STEPS) if f"rename {checkpoints.name_of(each)}" in before] if at >= 0 else [EVERY]
+    step = (
+        STEPS if at < 0 else EVERY * [*before, operation].count("sync log.jsonl")
+    )  # which begins a save
+    whole = (
+        [each for each in (EVERY, STEPS) if f"rename {checkpoints.name_of(each)}" in before]
+        if at >= 0
+        else [EVERY]
+    )
     (what, remedy), folder = ERRORS[code], out / "checkpoints"
     said = ended["said"].splitlines()
     assert ended["code"] == 1 and len(said) == 3 and said[2] == remedy, ended
     if operation == "sync log.jsonl":
         assert said[0] == f"parallama: the log {str(out / 'log.jsonl')!r} cannot be written: {what}"
     else:
-        assert said[0].startswith(f"parallama: the checkpoint of step {step} cannot be saved in {str(folder)!r}: {what}")
-        kept = f"the newest whole checkpoint is {str(folder / checkpoints.name_of(whole[-1]))!r}" if whole else None
+        assert said[0].startswith(
+            f"parallama: the checkpoint of step {step} cannot be saved in {str(folder)!r}: {what}"
+        )
+        kept = (
+            f"the newest whole checkpoint is {str(folder / checkpoints.name_of(whole[-1]))!r}"
+            if whole
+            else None
+        )
         assert said[1] == (kept or "there is no whole checkpoint yet"), (said, at)
-    assert (ended["newest"], ended["hashes"]) == ((checkpoints.name_of(whole[-1]), healthy.saved[whole[-1]]) if whole else (None, {}))
+    assert (ended["newest"], ended["hashes"]) == (
+        (checkpoints.name_of(whole[-1]), healthy.saved[whole[-1]]) if whole else (None, {})
+    )
     assert not [name for name in ended["names"] if name.startswith(".")]
 
 
-def fail_and_go_on(killer: Killer, healthy: Healthy, folder: Path, cases: list[tuple[int, int, str]]) -> None:
+def fail_and_go_on(
+    killer: Killer, healthy: Healthy, folder: Path, cases: list[tuple[int, int, str]]
+) -> None:
     """For each case (operation, error, whether saves are asynchronous) a run that fails, and the same command again."""
     outs = [folder / f"{at}-{code}-{saving}" for at, code, saving in cases]
-    given = [healthy.options(out, async_save=saving) for out, (_, _, saving) in zip(outs, cases, strict=True)]
-    failing = [{"options": options, "errno": code, "fail_at": at} for options, (at, code, _) in zip(given, cases, strict=True)]
-    ended = run_all(killer, folder, [run for fails in failing for run in (fails, {"options": fails["options"]})])
+    given = [
+        healthy.options(out, async_save=saving)
+        for out, (_, _, saving) in zip(outs, cases, strict=True)
+    ]
+    failing = [
+        {"options": options, "errno": code, "fail_at": at}
+        for options, (at, code, _) in zip(given, cases, strict=True)
+    ]
+    ended = run_all(
+        killer, folder, [run for fails in failing for run in (fails, {"options": fails["options"]})]
+    )
     for out, (at, code, _), failed, again in zip(outs, cases, ended[::2], ended[1::2], strict=True):
         check_failed(healthy, out, failed, code, at)
         assert (again["code"], again["said"]) == (0, "")
@@ -122,7 +169,11 @@ def test_whatever_fails_in_a_save_the_run_says_what_to_do_and_then_ends_as_if_no
 ) -> None:
     """The operations of the second save (of its files one device's and the manifest's), each with one of the errors, in turns."""
     errors, second = list(ERRORS), healthy.operations.index("sync log.jsonl", 1)
-    chosen = [at for at in range(second, len(healthy.operations)) if "device-1" not in healthy.operations[at]]
+    chosen = [
+        at
+        for at in range(second, len(healthy.operations))
+        if "device-1" not in healthy.operations[at]
+    ]
     cases = [(at, errors[number % 3], SAVINGS[number // 3 % 2]) for number, at in enumerate(chosen)]
     assert len(cases) == 16 and len({case[1:] for case in cases}) == 6
     fail_and_go_on(killer, healthy, tmp_path, cases)
@@ -131,8 +182,12 @@ def test_whatever_fails_in_a_save_the_run_says_what_to_do_and_then_ends_as_if_no
 @pytest.mark.slow
 @pytest.mark.parametrize("saving", SAVINGS)
 @pytest.mark.parametrize("code", ERRORS, ids=[errno.errorcode[code] for code in ERRORS])
-def test_any_error_in_any_operation_of_two_saves(killer: Killer, healthy: Healthy, tmp_path: Path, code: int, saving: str) -> None:
-    fail_and_go_on(killer, healthy, tmp_path, [(at, code, saving) for at in range(len(healthy.operations))])
+def test_any_error_in_any_operation_of_two_saves(
+    killer: Killer, healthy: Healthy, tmp_path: Path, code: int, saving: str
+) -> None:
+    fail_and_go_on(
+        killer, healthy, tmp_path, [(at, code, saving) for at in range(len(healthy.operations))]
+    )
 
 
 def test_on_a_disk_that_is_really_full_a_run_says_so_and_goes_on_when_there_is_room(
@@ -143,19 +198,38 @@ def test_on_a_disk_that_is_really_full_a_run_says_so_and_goes_on_when_there_is_r
         runs = []
         for name, (saving, left) in {"async": ("true", 70_000), "sync": ("false", 16_000)}.items():
             given = healthy.options(tmp_path / name, async_save=saving)
-            full = ["fill", str(tmp_path), left, str(tmp_path / name / "checkpoints" / checkpoints.LATEST)]
-            runs += [{"options": given, "after": 3, "then": full}, {"options": given, "after": 0, "then": ["free", str(tmp_path)]}]
-        given, log = healthy.options(tmp_path / "cut", async_save="false"), str(tmp_path / "cut" / "log.jsonl")
+            full = [
+                "fill",
+                str(tmp_path),
+                left,
+                str(tmp_path / name / "checkpoints" / checkpoints.LATEST),
+            ]
+            runs += [
+                {"options": given, "after": 3, "then": full},
+                {"options": given, "after": 0, "then": ["free", str(tmp_path)]},
+            ]
+        given, log = (
+            healthy.options(tmp_path / "cut", async_save="false"),
+            str(tmp_path / "cut" / "log.jsonl"),
+        )
         runs += [
             {"options": given, "after": 3, "then": ["limit_files", log, 10]},
             {"options": given, "after": 0, "then": ["limit_files", None]},
         ]
         ended = run_all(killer, healthy.out.parent, runs)
-        for name, failed, again in zip(("async", "sync", "cut"), ended[::2], ended[1::2], strict=True):
+        for name, failed, again in zip(
+            ("async", "sync", "cut"), ended[::2], ended[1::2], strict=True
+        ):
             if name == "cut":
                 said = failed["said"].splitlines()
-                assert failed["code"] == 1 and len(said) == 3 and said[0] == f"parallama: the log {log!r} cannot be written: File too large"
-                assert said[2] == ERRORS[errno.ENOSPC][1] and failed["hashes"] == healthy.saved[EVERY]
+                assert (
+                    failed["code"] == 1
+                    and len(said) == 3
+                    and said[0] == f"parallama: the log {log!r} cannot be written: File too large"
+                )
+                assert (
+                    said[2] == ERRORS[errno.ENOSPC][1] and failed["hashes"] == healthy.saved[EVERY]
+                )
             else:
                 check_failed(healthy, tmp_path / name, failed, errno.ENOSPC)
             assert (again["code"], again["said"]) == (0, "")
@@ -179,26 +253,48 @@ def test_on_a_disk_that_is_full_before_a_run_or_behind_it_the_run_says_what_cann
         runs = []
         for name, (left, _) in FULL_BEFORE.items():
             keys = {"cache": tmp_path / "tokens-cache"} if name == "tokens" else {}
-            runs.append({"options": healthy.options(tmp_path / name, **keys), "after": 0, "then": ["fill", str(tmp_path), left]})
+            runs.append(
+                {
+                    "options": healthy.options(tmp_path / name, **keys),
+                    "after": 0,
+                    "then": ["fill", str(tmp_path), left],
+                }
+            )
         out = tmp_path / "adapted"
-        given = {export: healthy.options(out, **{"lora.rank": 2, "export": export}) for export in ("true", "false")}
+        given = {
+            export: healthy.options(out, **{"lora.rank": 2, "export": export})
+            for export in ("true", "false")
+        }
         runs.append({"options": given["false"], "after": 0, "then": ["free", str(tmp_path)]})
-        runs += [{"options": given["true"], "after": 0, "then": ["fill", str(tmp_path), left]} for left in (4096, 40_000, 2_000_000)]
+        runs += [
+            {"options": given["true"], "after": 0, "then": ["fill", str(tmp_path), left]}
+            for left in (4096, 40_000, 2_000_000)
+        ]
         *early, whole, no_adapter, no_model, written = run_all(killer, healthy.out.parent, runs)
         for (name, (_, message)), ended in zip(FULL_BEFORE.items(), early, strict=True):
             said = ended["said"].splitlines()
             assert ended["code"] == 1 and 2 <= len(said) <= 3 and "room" in said[1], ended
-            assert said[0].startswith(f"parallama: {message.format(out=tmp_path / name)}") and "No space left on device" in said[0], ended
+            assert (
+                said[0].startswith(f"parallama: {message.format(out=tmp_path / name)}")
+                and "No space left on device" in said[0]
+            ), ended
         for ended, message in (
             (no_adapter, "the adapter cannot be written: "),
             (no_model, f"folder {str(out / 'model')!r} cannot be written: "),
         ):
             said = ended["said"].splitlines()
             assert ended["code"] == 1 and len(said) == 3, ended
-            assert said[0].startswith(f"parallama: {message}") and "No space left on device" in said[0]
-            assert said[1].endswith(repr(str(out / "checkpoints" / checkpoints.name_of(STEPS)))) and "make room" in said[2]
+            assert (
+                said[0].startswith(f"parallama: {message}") and "No space left on device" in said[0]
+            )
+            assert (
+                said[1].endswith(repr(str(out / "checkpoints" / checkpoints.name_of(STEPS))))
+                and "make room" in said[2]
+            )
         assert (whole["code"], written["code"], written["said"]) == (0, 0, "")
-        assert {path.name for path in out.iterdir()} >= {"adapter", "model"} and not list(out.glob(".model*"))
+        assert {path.name for path in out.iterdir()} >= {"adapter", "model"} and not list(
+            out.glob(".model*")
+        )
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody without rights")
@@ -216,9 +312,14 @@ def test_where_the_right_to_write_is_taken_a_run_says_so_and_goes_on_when_it_is_
     runs = []
     for saving in SAVINGS:
         folder = theirs / saving / "checkpoints"
-        given = healthy.options(theirs / saving, model=model, async_save=saving, cache=theirs / "cache")
+        given = healthy.options(
+            theirs / saving, model=model, async_save=saving, cache=theirs / "cache"
+        )
         taken = ["allow", str(folder), 0o555, str(folder / checkpoints.LATEST)]
-        runs += [{"options": given, "after": 3, "then": taken}, {"options": given, "after": 0, "then": ["allow", str(folder), 0o755]}]
+        runs += [
+            {"options": given, "after": 3, "then": taken},
+            {"options": given, "after": 0, "then": ["allow", str(folder), 0o755]},
+        ]
     ended = run_all(killer, theirs, runs, user=NOBODY)
     for saving, failed, again in zip(SAVINGS, ended[::2], ended[1::2], strict=True):
         check_failed(healthy, theirs / saving, failed, errno.EACCES)

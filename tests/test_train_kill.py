@@ -56,7 +56,9 @@ def final(out: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     path = checkpoints.newest(out / "checkpoints")
     assert path is not None and path.name == checkpoints.name_of(STEPS)
     manifest = checkpoints.verify(path)
-    return dict(checkpoints.read_tensors(path, manifest)), {name: entry.sha256 for name, entry in manifest.files.items()}
+    return dict(checkpoints.read_tensors(path, manifest)), {
+        name: entry.sha256 for name, entry in manifest.files.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,9 @@ def never_killed(killer: Killer, model: str, tmp_path_factory: pytest.TempPathFa
     return out
 
 
-def killed_and_resumed(killer: Killer, model: str, out: Path, kills: int, seed: int, operations: list[int]) -> int:
+def killed_and_resumed(
+    killer: Killer, model: str, out: Path, kills: int, seed: int, operations: list[int]
+) -> int:
     """Kill a run again and again, by a timer at a random moment after some step, or before an operation of a save, until it has been killed so often; then let it end."""
     draw = random.Random(seed)
     log = out.parent / "output"
@@ -84,7 +88,10 @@ def killed_and_resumed(killer: Killer, model: str, out: Path, kills: int, seed: 
             newest = checkpoints.newest(out / "checkpoints")
             step = int(newest.name[-8:]) if newest is not None else 0
         saving = draw.choice(("true", "false"))
-        how: dict[str, Any] = {"at_step": min(step + draw.randint(1, 2 * EVERY), STEPS - 1), "delay_s": draw.uniform(0.0001, 0.05)}
+        how: dict[str, Any] = {
+            "at_step": min(step + draw.randint(1, 2 * EVERY), STEPS - 1),
+            "delay_s": draw.uniform(0.0001, 0.05),
+        }
         if operations:
             how = {"kill_at": operations.pop()}
         code = killer("train", log, options=options(model, out, async_save=saving), **how)
@@ -102,11 +109,15 @@ def killed_and_resumed(killer: Killer, model: str, out: Path, kills: int, seed: 
 def assert_same(out: Path, never_killed: Path) -> None:
     assert logged(out) == logged(never_killed)
     (ours, our_files), (theirs, their_files) = final(out), final(never_killed)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
     assert our_files == their_files
 
 
-def test_killed_at_ten_moments_a_run_ends_as_if_it_never_was(killer: Killer, model: str, never_killed: Path, tmp_path: Path) -> None:
+def test_killed_at_ten_moments_a_run_ends_as_if_it_never_was(
+    killer: Killer, model: str, never_killed: Path, tmp_path: Path
+) -> None:
     """Four kills are before operations of a save, one of each of its parts; the others at random moments of steps and saves."""
     total = len(json.loads((never_killed / "operations").read_text()))
     draw = random.Random(1)
@@ -117,7 +128,9 @@ def test_killed_at_ten_moments_a_run_ends_as_if_it_never_was(killer: Killer, mod
 
 
 @pytest.mark.slow
-def test_killed_at_fifty_moments_a_run_ends_as_if_it_never_was(killer: Killer, model: str, never_killed: Path, tmp_path: Path) -> None:
+def test_killed_at_fifty_moments_a_run_ends_as_if_it_never_was(
+    killer: Killer, model: str, never_killed: Path, tmp_path: Path
+) -> None:
     done = killed_and_resumed(killer, model, tmp_path / "run", 56, 11, [])
     assert done >= 50
     assert_same(tmp_path / "run", never_killed)
@@ -144,37 +157,68 @@ def test_on_sigterm_a_run_saves_at_the_next_step_and_goes_on_on_any_mesh(
     """1x8 (padded and repeated heads), then 2x4, then 1x1: the parameters are carried over to the bit, and the losses are those of the run on 1x2."""
     out, log = tmp_path / "run", tmp_path / "output"
     for mesh, more, at_step in (("1x8", {}, 7), ("2x4", {"fsdp": "true"}, 16)):
-        code = killer("train", log, options=options(model, out, mesh=mesh, **more), at_step=at_step, send=signal.SIGTERM)
+        code = killer(
+            "train",
+            log,
+            options=options(model, out, mesh=mesh, **more),
+            at_step=at_step,
+            send=signal.SIGTERM,
+        )
         assert code == 143, log.read_text()
         saved = checkpoints.newest(out / "checkpoints")
         assert saved is not None and saved.name == checkpoints.name_of(at_step)
     moved = tmp_path / "moved"
     assert saved is not None
-    code = killer("train", log, options=options(model, moved, mesh="1x1", steps=16, resume=str(saved)))
+    code = killer(
+        "train", log, options=options(model, moved, mesh="1x1", steps=16, resume=str(saved))
+    )
     assert code == 0, log.read_text()
     (before, after) = (
-        dict(checkpoints.read_tensors(path, checkpoints.verify(path))) for path in (saved, moved / "checkpoints" / saved.name)
+        dict(checkpoints.read_tensors(path, checkpoints.verify(path)))
+        for path in (saved, moved / "checkpoints" / saved.name)
     )
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
     assert killer("train", log, options=options(model, out, mesh="1x1")) == 0, log.read_text()
     ours, theirs = read_log(out), read_log(never_killed)
     assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs]
     for mine, other in zip(ours, theirs, strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5) and mine["tokens"] == other["tokens"]
+        assert (
+            mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+            and mine["tokens"] == other["tokens"]
+        )
 
 
 @pytest.mark.parametrize("what", ["stop", "skip"])
-def test_a_loss_that_is_no_number_is_found_within_its_step_and_never_saved(killer: Killer, model: str, tmp_path: Path, what: str) -> None:
+def test_a_loss_that_is_no_number_is_found_within_its_step_and_never_saved(
+    killer: Killer, model: str, tmp_path: Path, what: str
+) -> None:
     """A learning rate of 1e30 makes weights whose loss is no number."""
     out, log = tmp_path / "run", tmp_path / "output"
-    code = killer("train", log, options=options(model, out, lr="1e30", steps=4, warmup_steps=0, save_every=1, on_nonfinite=what))
+    code = killer(
+        "train",
+        log,
+        options=options(
+            model, out, lr="1e30", steps=4, warmup_steps=0, save_every=1, on_nonfinite=what
+        ),
+    )
     said, entries = log.read_text(), read_log(out)
     first = next(entry["step"] for entry in entries if entry.get("skipped"))
     assert entries[first - 1]["loss"] is None or entries[first - 1]["grad_norm"] is None
     if what == "stop":
-        assert code == 70 and f"step {first}: loss" in said and "lower lr, look at the data, or set on_nonfinite to skip" in said
+        assert (
+            code == 70
+            and f"step {first}: loss" in said
+            and "lower lr, look at the data, or set on_nonfinite to skip" in said
+        )
         newest = checkpoints.newest(out / "checkpoints")
-        assert newest is not None and newest.name == checkpoints.name_of(first - 1) and str(newest) in said and len(entries) == first
+        assert (
+            newest is not None
+            and newest.name == checkpoints.name_of(first - 1)
+            and str(newest) in said
+            and len(entries) == first
+        )
     else:
         assert (
             code == 0

@@ -18,14 +18,40 @@ from parallama.train.schedule import Schedule
 from parallama.train.settings import TrainSettings
 
 LEAST = {"model": "smollm2", "data": "shipped:chat", "out": "run", "steps": 5}
-TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12) | st.sampled_from(
-    ["1e3", "no", "null", "12", "1_000", "true", "~", "0x10", "1:30", "2026-11-24", " a", "#", ".nan"]
+TEXTS = st.text(
+    st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12
+) | st.sampled_from(
+    [
+        "1e3",
+        "no",
+        "null",
+        "12",
+        "1_000",
+        "true",
+        "~",
+        "0x10",
+        "1:30",
+        "2026-11-24",
+        " a",
+        "#",
+        ".nan",
+    ]
 )
 LORAS = st.fixed_dictionaries(
-    {"rank": st.integers(1, 64), "alpha": st.floats(0.1, 1e6), "dropout": st.floats(0, 0.99), "targets": st.just(["q_proj", "down_proj"])}
+    {
+        "rank": st.integers(1, 64),
+        "alpha": st.floats(0.1, 1e6),
+        "dropout": st.floats(0, 0.99),
+        "targets": st.just(["q_proj", "down_proj"]),
+    }
 )
 DOCUMENTS = st.fixed_dictionaries(
-    {"model": TEXTS, "data": TEXTS | st.lists(TEXTS, min_size=1, max_size=3), "out": TEXTS, "steps": st.integers(1, 10**6)},
+    {
+        "model": TEXTS,
+        "data": TEXTS | st.lists(TEXTS, min_size=1, max_size=3),
+        "out": TEXTS,
+        "steps": st.integers(1, 10**6),
+    },
     optional={
         "lr": st.floats(1e-12, 1e3),
         "remat": st.sampled_from(["none", "full"]) | st.integers(1, 40),
@@ -54,27 +80,74 @@ def test_what_dump_config_writes_is_read_back_the_same(document: dict[str, Any])
 
 def test_options_win_over_the_file_and_values_are_read_as_in_yaml(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("model: smollm2\ndata: [a.jsonl, b]\nout: run\nsteps: 100\nlr: 1e-4\nresume: no\nlora:\n  rank: 4\n  alpha: 8\n")
-    settings = settings_of.read(file, ["--lr=3e-5", "--fsdp", "--batch-size", "8", "--mesh", "8", "--lora.dropout", "0.1", "--out", "2026"])
-    assert settings.lr == 3e-5 and settings.fsdp and settings.batch_size == 8 and settings.mesh == "8" and settings.resume == "no"
-    assert settings.lora is not None and (settings.lora.rank, settings.lora.alpha, settings.lora.dropout) == (4, 8.0, 0.1)
+    file.write_text(
+        "model: smollm2\ndata: [a.jsonl, b]\nout: run\nsteps: 100\nlr: 1e-4\nresume: no\nlora:\n  rank: 4\n  alpha: 8\n"
+    )
+    settings = settings_of.read(
+        file,
+        [
+            "--lr=3e-5",
+            "--fsdp",
+            "--batch-size",
+            "8",
+            "--mesh",
+            "8",
+            "--lora.dropout",
+            "0.1",
+            "--out",
+            "2026",
+        ],
+    )
+    assert (
+        settings.lr == 3e-5
+        and settings.fsdp
+        and settings.batch_size == 8
+        and settings.mesh == "8"
+        and settings.resume == "no"
+    )
+    assert settings.lora is not None and (
+        settings.lora.rank,
+        settings.lora.alpha,
+        settings.lora.dropout,
+    ) == (4, 8.0, 0.1)
     assert settings.sources == ["a.jsonl", "b"] and settings.out == "2026" and settings.steps == 100
     assert settings_of.read(file, ["--lora", "null"]).lora is None
     assert settings_of.read(file, ["--fsdp", "false"]).fsdp is False
 
 
 BAD = {
-    "an unknown key": ({"bach_size": 4}, "config key 'bach_size' is unknown\ndid you mean 'batch_size'?"),
-    "an unknown key within a key": ({"lora.rnk": 4}, "config key 'lora.rnk' is unknown\ndid you mean 'rank'?"),
+    "an unknown key": (
+        {"bach_size": 4},
+        "config key 'bach_size' is unknown\ndid you mean 'batch_size'?",
+    ),
+    "an unknown key within a key": (
+        {"lora.rnk": 4},
+        "config key 'lora.rnk' is unknown\ndid you mean 'rank'?",
+    ),
     "a word for a number": ({"lr": "fast"}, "config key 'lr' is 'fast'\nexpected a valid number"),
     "a fraction of steps": ({"steps": 1.5}, "config key 'steps' is 1.5\nexpected a valid integer"),
     "no steps": ({"steps": 0}, "config key 'steps' is 0\nexpected greater than or equal to 1"),
     "a number for a truth value": ({"fsdp": 1}, "config key 'fsdp' is 1\nexpected a valid boolean"),
-    "a learning rate that is no number": ({"lr": ".nan"}, "config key 'lr' is nan\nexpected a finite number"),
-    "a negative learning rate": ({"lr": -1e-4}, "config key 'lr' is -0.0001\nexpected greater than 0"),
-    "one of several words": ({"schedule": "cosin"}, "config key 'schedule' is 'cosin'\nexpected 'cosine', 'linear' or 'constant'"),
-    "a remat between": ({"remat": 0}, "config key 'remat' is 0\nexpected 'none' or 'full' or greater than or equal to 1"),
-    "an unknown LoRA target": ({"lora.targets": "[q_prj]"}, "lora targets are q_prj\nexpected some of q_proj"),
+    "a learning rate that is no number": (
+        {"lr": ".nan"},
+        "config key 'lr' is nan\nexpected a finite number",
+    ),
+    "a negative learning rate": (
+        {"lr": -1e-4},
+        "config key 'lr' is -0.0001\nexpected greater than 0",
+    ),
+    "one of several words": (
+        {"schedule": "cosin"},
+        "config key 'schedule' is 'cosin'\nexpected 'cosine', 'linear' or 'constant'",
+    ),
+    "a remat between": (
+        {"remat": 0},
+        "config key 'remat' is 0\nexpected 'none' or 'full' or greater than or equal to 1",
+    ),
+    "an unknown LoRA target": (
+        {"lora.targets": "[q_prj]"},
+        "lora targets are q_prj\nexpected some of q_proj",
+    ),
     "a batch that doesn't divide": (
         {"mesh": "3x2"},
         "batch_size 4 does not divide over 3 devices along 'data' (mesh 3x2)\nexpected a multiple of 3",
@@ -83,9 +156,18 @@ BAD = {
     "a warm-up longer than the run": ({"warmup_steps": 6}, "warmup_steps is 6, steps is 5"),
     "no data": ({"data": "[]"}, "config key 'data' is an empty list"),
     "validation without data": ({"eval_every": 5}, "eval_every is 5, but there is no eval_data"),
-    "validation data without validation": ({"eval_data": "shipped:text"}, "eval_data is given, but eval_every is 0"),
-    "samples of nothing": ({"sample_every": 5}, "sample_every is 5, but there are no sample_prompts"),
-    "a report to nobody": ({"report_to": "[tensorbord]"}, "config key 'report_to.0' is 'tensorbord'\nexpected 'tensorboard' or 'wandb'"),
+    "validation data without validation": (
+        {"eval_data": "shipped:text"},
+        "eval_data is given, but eval_every is 0",
+    ),
+    "samples of nothing": (
+        {"sample_every": 5},
+        "sample_every is 5, but there are no sample_prompts",
+    ),
+    "a report to nobody": (
+        {"report_to": "[tensorbord]"},
+        "config key 'report_to.0' is 'tensorbord'\nexpected 'tensorboard' or 'wandb'",
+    ),
 }
 
 
@@ -108,7 +190,9 @@ FILES = {
 
 
 @pytest.mark.parametrize(("content", "message"), FILES.values(), ids=FILES)
-def test_a_wrong_config_file_says_what_was_expected(content: str | bytes, message: str, tmp_path: Path) -> None:
+def test_a_wrong_config_file_says_what_was_expected(
+    content: str | bytes, message: str, tmp_path: Path
+) -> None:
     file = tmp_path / "run.yaml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ParallamaError) as caught:
@@ -141,8 +225,15 @@ def test_every_key_has_a_description() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 500), st.integers(0, 100), st.floats(0, 1), st.sampled_from(["cosine", "linear", "constant"]))
-def test_the_learning_rate_rises_to_its_peak_and_never_again(steps: int, warmup: int, floor: float, kind: Any) -> None:
+@given(
+    st.integers(1, 500),
+    st.integers(0, 100),
+    st.floats(0, 1),
+    st.sampled_from(["cosine", "linear", "constant"]),
+)
+def test_the_learning_rate_rises_to_its_peak_and_never_again(
+    steps: int, warmup: int, floor: float, kind: Any
+) -> None:
     schedule = Schedule(kind=kind, peak=3e-4, steps=steps, warmup=min(warmup, steps), floor=floor)
     rates = [schedule(step) for step in range(steps)]
     assert all(0 < rate <= 3e-4 for rate in rates) or (floor == 0 and min(rates) >= 0)
@@ -156,7 +247,10 @@ def test_the_learning_rate_is_that_of_transformers_after_the_warm_up() -> None:
     import torch
     from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-    for kind, reference in (("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)):
+    for kind, reference in (
+        ("cosine", get_cosine_schedule_with_warmup),
+        ("linear", get_linear_schedule_with_warmup),
+    ):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
         theirs = reference(optimizer, num_warmup_steps=7, num_training_steps=50)
         ours = Schedule(kind=kind, peak=3e-4, steps=50, warmup=7)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parallama import loading
+from parallama.files.find import find
 from parallama.train.logs import read_log
 from parallama.train.packing import Rows, make_batch
 from parallama.train.tokens import prepare
@@ -21,8 +21,18 @@ from parallama.train.tokens import prepare
 HERE = Path(__file__).parent
 SEED = 3
 # AdamW's first updates are nearly the signs of gradients, so differences of rounding (1e-6 in the first loss) grow with the learning rate: at 1e-4 the 17th loss of 2x4 was 1.3e-4 off.
-HOW: dict[str, Any] = {"lr": 3e-5, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "max_grad_norm": 1.0}
-KEPT = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))} | {"HF_HUB_OFFLINE": "1"}
+HOW: dict[str, Any] = {
+    "lr": 3e-5,
+    "betas": [0.9, 0.95],
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+}
+KEPT = {
+    key: value
+    for key, value in os.environ.items()
+    if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))
+} | {"HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
@@ -48,13 +58,22 @@ class PlainLoop:
         return self._found[data]
 
     def _run(self, data: Data) -> list[list[float]]:
-        model = loading.find("smollm2")
-        corpus = prepare(["shipped:chat"], model.tokenizer(), seq_len=data.seq_len, too_long="drop", cache=self.folder / "cache")
+        model = find("smollm2")
+        corpus = prepare(
+            ["shipped:chat"],
+            model.tokenizer(),
+            seq_len=data.seq_len,
+            too_long="drop",
+            cache=self.folder / "cache",
+        )
         rows = Rows(corpus, data.seq_len, seed=SEED, packing=data.packing)
         steps = [make_batch(rows.take(data.sequences), 1) for _ in range(data.steps)]
         several = sum(int(batch.documents.max()) > 0 for batch in steps)
         assert several > data.steps // 2 if data.packing else several == 0
-        arrays = {name: np.concatenate([getattr(batch, name) for batch in steps]) for name in ("ids", "labels", "documents")}
+        arrays = {
+            name: np.concatenate([getattr(batch, name) for batch in steps])
+            for name in ("ids", "labels", "documents")
+        }
         np.savez(self.folder / "batches.npz", **arrays)
         request = HOW | {
             "model": str(model.location),
@@ -66,7 +85,10 @@ class PlainLoop:
             [sys.executable, str(HERE / "plain_training.py"), str(self.folder / "request.json")],
             capture_output=True,
             text=True,
-            env=KEPT | {"OMP_WAIT_POLICY": "PASSIVE"},  # threads that wait for each other, spinning, are slow on a busy machine
+            env=KEPT
+            | {
+                "OMP_WAIT_POLICY": "PASSIVE"
+            },  # threads that wait for each other, spinning, are slow on a busy machine
             timeout=3600,
         )
         assert done.returncode == 0, done.stderr[-3000:]
@@ -99,7 +121,12 @@ CASES: list[tuple[str, Data, dict[str, Any]]] = [
     ],
 )
 def test_the_losses_of_a_run_are_those_of_a_plain_loop(
-    plain: PlainLoop, mesh: str, data: Data, keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plain: PlainLoop,
+    mesh: str,
+    data: Data,
+    keys: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "run"
     given: dict[str, Any] = {
@@ -127,7 +154,10 @@ def test_the_losses_of_a_run_are_those_of_a_plain_loop(
             "-m",
             "parallama",
             "train",
-            *(f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in given.items()),
+            *(
+                f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
+                for key, value in given.items()
+            ),
         ],
         capture_output=True,
         text=True,
@@ -138,7 +168,10 @@ def test_the_losses_of_a_run_are_those_of_a_plain_loop(
     assert "0 programs after warm-up" in done.stderr
     entries = read_log(out)
     losses, norms = ([entry[name] for entry in entries] for name in ("loss", "grad_norm"))
-    worst = [max(abs(mine / theirs[at] - 1) for mine, theirs in zip(ours, wanted, strict=True)) for at, ours in enumerate((losses, norms))]
+    worst = [
+        max(abs(mine / theirs[at] - 1) for mine, theirs in zip(ours, wanted, strict=True))
+        for at, ours in enumerate((losses, norms))
+    ]
     with capsys.disabled():
         print(
             f"\n{mesh} {keys} packing={data.packing}: {data.steps} losses within {worst[0]:.1e} of the plain loop's, norms within {worst[1]:.1e}"

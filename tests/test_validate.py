@@ -17,12 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import TinyModels
 
-from parallama import corpus, loading
-from parallama import reference as theirs
-from parallama.metrics import compare_logits, max_abs_diff, pcc, relative_l2
-from parallama.points import points
-from parallama.spec import ModelSpec
-from parallama.tolerance import Limits, Tolerance
+from parallama.files.find import find
+from parallama.files.skeleton import to_host
+from parallama.model.spec import ModelSpec
+from parallama.prove import reference as theirs
+from parallama.prove import shipped_text
+from parallama.prove.activations import points
+from parallama.prove.metrics import compare_logits, max_abs_diff, pcc, relative_l2
+from parallama.prove.tolerance import Limits, Tolerance
 
 SMOL = {"heads": 9, "kv_heads": 3, "tied": True}
 DECODE = 6
@@ -82,7 +84,14 @@ class Asked:
         if key not in self._made:
             tiny = self._models(**sizes)
             ids = reference.random_ids(1, 24 + DECODE, tiny.vocab)[0].tolist()
-            request = theirs.Request(model=tiny.folder, ids=tuple(ids), prefill=24, traced=24, gradients=True, dtype=dtype)
+            request = theirs.Request(
+                model=tiny.folder,
+                ids=tuple(ids),
+                prefill=24,
+                traced=24,
+                gradients=True,
+                dtype=dtype,
+            )
             folder = self._root / str(len(self._made))
             folder.mkdir()
             theirs.compute(request, folder)
@@ -109,19 +118,36 @@ def without_gradients(given: dict[str, Any]) -> dict[str, Any]:
         ("1x3", SMOL),
         ("2x4", {"family": "qwen3", "heads": 6, "kv_heads": 2}),
         ("1x2", {"heads": 4, "kv_heads": 2, "rope_parameters": LONGROPE}),
-        pytest.param("1x2", {"family": "mistral", "heads": 4, "kv_heads": 2, "sliding_window": 11}, marks=pytest.mark.slow),
+        pytest.param(
+            "1x2",
+            {"family": "mistral", "heads": 4, "kv_heads": 2, "sliding_window": 11},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_a_right_run_passes_far_within_its_tolerances(workers: Workers, asked: Asked, mesh: str, sizes: dict[str, Any]) -> None:
-    found = workers[devices(mesh)].call("validate_cases:judged", mesh=mesh, **without_gradients(asked(**sizes)))
+def test_a_right_run_passes_far_within_its_tolerances(
+    workers: Workers, asked: Asked, mesh: str, sizes: dict[str, Any]
+) -> None:
+    found = workers[devices(mesh)].call(
+        "validate_cases:judged", mesh=mesh, **without_gradients(asked(**sizes))
+    )
     assert found["passed"] and found["faults"] == [] and found["first_fault"] is None
-    assert (found["prefill_tokens"], found["decode_tokens"], found["module_tokens"]) == (24, DECODE, 24)
+    assert (found["prefill_tokens"], found["decode_tokens"], found["module_tokens"]) == (
+        24,
+        DECODE,
+        24,
+    )
     limit = found["tolerances"]["logits_relative_l2"]
     for part in ("prefill", "decode"):
         assert 0 < found[part]["relative_l2"] < limit / 2 < 1e-5
-        assert found[part]["pcc"] > 0.9999999 and found[part]["top1_agreement"] == found[part]["top5_agreement"] == 1
+        assert (
+            found[part]["pcc"] > 0.9999999
+            and found[part]["top1_agreement"] == found[part]["top5_agreement"] == 1
+        )
         assert abs(found[part]["kl_nats"]) < 1e-9
-        assert found[part]["perplexity"] == pytest.approx(found[part]["reference_perplexity"], rel=1e-5)
+        assert found[part]["perplexity"] == pytest.approx(
+            found[part]["reference_perplexity"], rel=1e-5
+        )
     for module in found["modules"]:
         assert module["ok"] and module["inputs_ok"], module
         assert module["alone_relative_l2"] < module["tolerance"] / 2, module
@@ -143,15 +169,24 @@ def test_every_gradient_is_the_references_with_heads_padded_and_repeated(
 ) -> None:
     found = workers[devices(mesh)].call("validate_cases:judged", mesh=mesh, **asked(**sizes))
     assert found["passed"]
-    assert {gradient["name"] for gradient in found["gradients"]} == {name for name, _ in models(**sizes).model.named_parameters()}
+    assert {gradient["name"] for gradient in found["gradients"]} == {
+        name for name, _ in models(**sizes).model.named_parameters()
+    }
     for gradient in found["gradients"]:
-        assert gradient["ok"] and 0 < gradient["relative_l2"] < found["tolerances"]["gradients_relative_l2"] / 2, gradient
+        assert (
+            gradient["ok"]
+            and 0 < gradient["relative_l2"] < found["tolerances"]["gradients_relative_l2"] / 2
+        ), gradient
         assert gradient["pcc"] > 0.999999, gradient
         assert set(gradient) == {"name", "relative_l2", "pcc", "ok"}
 
 
-def test_bfloat16_passes_and_says_what_the_dtype_alone_costs(workers: Workers, asked: Asked) -> None:
-    found = workers[8].call("validate_cases:judged", mesh="1x8", dtype="bfloat16", **asked(dtype="bfloat16", **SMOL))
+def test_bfloat16_passes_and_says_what_the_dtype_alone_costs(
+    workers: Workers, asked: Asked
+) -> None:
+    found = workers[8].call(
+        "validate_cases:judged", mesh="1x8", dtype="bfloat16", **asked(dtype="bfloat16", **SMOL)
+    )
     assert found["passed"] and found["dtype"] == "bfloat16"
     for part in ("prefill", "decode"):
         # transformers' own bfloat16 is as far from float32 as ours.
@@ -162,17 +197,35 @@ def test_bfloat16_passes_and_says_what_the_dtype_alone_costs(workers: Workers, a
 
 @pytest.mark.slow
 def test_weights_split_over_both_axes_pass(workers: Workers, asked: Asked) -> None:
-    plan = {"model.layers.*.self_attn.q_proj.weight": ["model", "data"], "model.layers.*.mlp.down_proj.weight": ["data", "model"]}
+    plan = {
+        "model.layers.*.self_attn.q_proj.weight": ["model", "data"],
+        "model.layers.*.mlp.down_proj.weight": ["data", "model"],
+    }
     found = workers[8].call(
-        "validate_cases:judged", mesh="2x4", plan=plan | {"model.layers.*.mlp.up_proj.weight": "replicate"}, **asked(**SMOL)
+        "validate_cases:judged",
+        mesh="2x4",
+        plan=plan | {"model.layers.*.mlp.up_proj.weight": "replicate"},
+        **asked(**SMOL),
     )
     assert found["passed"] and len(found["gradients"]) == 20
 
 
 def check_document(document: dict[str, Any]) -> None:
     assert set(document) == KEYS and set(document["prefill"]) == set(document["decode"]) == FIGURES
-    assert set(document["tolerances"]) == {"unit_roundoff", "logits_relative_l2", "gradients_relative_l2"}
-    modules = {"name", "relative_l2", "max_abs_diff", "inputs_ok", "alone_relative_l2", "tolerance", "ok"}
+    assert set(document["tolerances"]) == {
+        "unit_roundoff",
+        "logits_relative_l2",
+        "gradients_relative_l2",
+    }
+    modules = {
+        "name",
+        "relative_l2",
+        "max_abs_diff",
+        "inputs_ok",
+        "alone_relative_l2",
+        "tolerance",
+        "ok",
+    }
     assert set(document["modules"][0]) == modules
     json.dumps(document, allow_nan=False)
 
@@ -201,21 +254,40 @@ QUICK = {
 
 @pytest.mark.parametrize(
     ("mesh", "fault"),
-    [pytest.param(mesh, fault, marks=[] if fault in quick else [pytest.mark.slow]) for mesh, quick in QUICK.items() for fault in FAULTS],
+    [
+        pytest.param(mesh, fault, marks=[] if fault in quick else [pytest.mark.slow])
+        for mesh, quick in QUICK.items()
+        for fault in FAULTS
+    ],
 )
-def test_a_planted_fault_is_named_and_nothing_else_is(workers: Workers, asked: Asked, mesh: str, fault: str) -> None:
-    found = workers[devices(mesh)].call("validate_cases:with_fault", mesh=mesh, fault=fault, **asked(**SMOL))
+def test_a_planted_fault_is_named_and_nothing_else_is(
+    workers: Workers, asked: Asked, mesh: str, fault: str
+) -> None:
+    found = workers[devices(mesh)].call(
+        "validate_cases:with_fault", mesh=mesh, fault=fault, **asked(**SMOL)
+    )
     assert found["first"] == FAULTS[fault]
-    assert found["alone"] == found["bad"] == [FAULTS[fault]], "what follows had wrong inputs, and is not at fault"
+    assert found["alone"] == found["bad"] == [FAULTS[fault]], (
+        "what follows had wrong inputs, and is not at fault"
+    )
     assert found["inputs"][FAULTS[fault]] and not found["inputs"]["lm_head"]
 
 
-def test_a_repeated_head_that_differs_from_its_first_copy_is_noticed(workers: Workers, asked: Asked) -> None:
-    found = workers[8].call("validate_cases:with_fault", mesh="1x8", fault="a second copy that differs", **asked(**SMOL))
-    assert found["alone"] == ["model.layers.0.self_attn.k_proj"] and found["first"] == "model.layers.0.self_attn.k_proj"
+def test_a_repeated_head_that_differs_from_its_first_copy_is_noticed(
+    workers: Workers, asked: Asked
+) -> None:
+    found = workers[8].call(
+        "validate_cases:with_fault", mesh="1x8", fault="a second copy that differs", **asked(**SMOL)
+    )
+    assert (
+        found["alone"] == ["model.layers.0.self_attn.k_proj"]
+        and found["first"] == "model.layers.0.self_attn.k_proj"
+    )
 
 
-def test_a_fault_of_decoding_alone_is_told_from_one_of_the_modules(workers: Workers, asked: Asked) -> None:
+def test_a_fault_of_decoding_alone_is_told_from_one_of_the_modules(
+    workers: Workers, asked: Asked
+) -> None:
     right = without_gradients(asked(**SMOL))
     ids = right["request"]["ids"]
     other = right | {"request": right["request"] | {"ids": (*ids[:24], *reversed(ids[24:]))}}
@@ -223,7 +295,9 @@ def test_a_fault_of_decoding_alone_is_told_from_one_of_the_modules(workers: Work
     assert found["faults"] == ["decode"] and not found["passed"] and found["first_fault"] is None
 
 
-def test_gradients_of_another_model_are_out_of_tolerance(workers: Workers, asked: Asked, models: TinyModels, tmp_path: Path) -> None:
+def test_gradients_of_another_model_are_out_of_tolerance(
+    workers: Workers, asked: Asked, models: TinyModels, tmp_path: Path
+) -> None:
     given = asked(**SMOL)
     for file in Path(given["answers"]).iterdir():
         shutil.copy(file, tmp_path)
@@ -233,7 +307,9 @@ def test_gradients_of_another_model_are_out_of_tolerance(workers: Workers, asked
     name = "model.layers.0.self_attn.k_proj.weight"
     gradients[name][0] *= 2
     save_file(gradients, tmp_path / "gradients.safetensors")
-    found = workers[2].call("validate_cases:judged", mesh="1x2", request=given["request"], answers=str(tmp_path))
+    found = workers[2].call(
+        "validate_cases:judged", mesh="1x2", request=given["request"], answers=str(tmp_path)
+    )
     assert found["faults"] == ["gradients"]
     assert [gradient["name"] for gradient in found["gradients"] if not gradient["ok"]] == [name]
 
@@ -241,10 +317,14 @@ def test_gradients_of_another_model_are_out_of_tolerance(workers: Workers, asked
 # -- its own reference process, and the command line
 
 
-def test_the_public_function_asks_a_process_of_its_own(workers: Workers, models: TinyModels) -> None:
+def test_the_public_function_asks_a_process_of_its_own(
+    workers: Workers, models: TinyModels
+) -> None:
     tiny = models(**SMOL)
     ids = reference.random_ids(1, 20, tiny.vocab)[0].tolist()
-    document = workers[2].call("validate_cases:validated", mesh="1x2", folder=tiny.folder, ids=ids, decode=0)
+    document = workers[2].call(
+        "validate_cases:validated", mesh="1x2", folder=tiny.folder, ids=ids, decode=0
+    )
     assert document["passed"] and document["decode"] is None and document["prefill_tokens"] == 20
     with torch.no_grad():
         loss = tiny.model(torch.tensor([ids]), labels=torch.tensor([ids])).loss
@@ -261,15 +341,22 @@ def test_a_text_that_does_not_fit_is_refused(workers: Workers, models: TinyModel
     said = workers[1].call("validate_cases:refused", folder=models(**SMOL).folder, calls=calls)
     assert {(kind, code) for kind, code, _ in said} == {("UsageError", 2)}
     for (_, _, message), words in zip(
-        said, ["3 tokens, 2 of which", "-1 tokens", "2049 tokens is over the limit of 2048", "101"], strict=True
+        said,
+        ["3 tokens, 2 of which", "-1 tokens", "2049 tokens is over the limit of 2048", "101"],
+        strict=True,
     ):
         assert words in message and len(message.splitlines()) <= 3
 
 
-def test_a_reference_that_cannot_be_computed_says_why(workers: Workers, models: TinyModels, tmp_path: Path) -> None:
+def test_a_reference_that_cannot_be_computed_says_why(
+    workers: Workers, models: TinyModels, tmp_path: Path
+) -> None:
     folder = str(shutil.copytree(models(**SMOL).folder, tmp_path / "model"))
     said = workers[1].call("validate_cases:vanished", folder=folder, ids=[1, 2, 3, 4])
-    assert said.startswith("RunError the reference process ended with exit code 1\n") and "has no *.safetensors file" in said
+    assert (
+        said.startswith("RunError the reference process ended with exit code 1\n")
+        and "has no *.safetensors file" in said
+    )
     assert len(said.splitlines()) <= 3
 
 
@@ -284,25 +371,42 @@ def bare(models: TinyModels) -> str:
     return models(**SMOL).folder
 
 
-def test_a_model_without_a_tokenizer_is_validated_on_ids_that_are_drawn_or_given(workers: Workers, bare: str, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_is_validated_on_ids_that_are_drawn_or_given(
+    workers: Workers, bare: str, tmp_path: Path
+) -> None:
     few = ["--prompt-tokens", "12", "--decode", "3", "--json"]
-    code, out, err = workers[1].call("validate_cases:command", arguments=["validate", bare, *few, "--seed", "5"])
+    code, out, err = workers[1].call(
+        "validate_cases:command", arguments=["validate", bare, *few, "--seed", "5"]
+    )
     assert code == 0 and err == "" and out.count("\n") == 1
     document = json.loads(out)
-    assert set(document) == KEYS | {"tokens_from"} and document["tokens_from"] == "drawn with seed 5"
-    assert (document["prefill_tokens"], document["decode_tokens"], document["passed"]) == (12, 3, True)
+    assert (
+        set(document) == KEYS | {"tokens_from"} and document["tokens_from"] == "drawn with seed 5"
+    )
+    assert (document["prefill_tokens"], document["decode_tokens"], document["passed"]) == (
+        12,
+        3,
+        True,
+    )
     file = tmp_path / "ids.json"
     file.write_text(json.dumps(list(range(40))))
     code, out, _ = workers[1].call(
-        "validate_cases:command", arguments=["validate", bare, "--tokens", str(file), "--decode", "3", "--grads"]
+        "validate_cases:command",
+        arguments=["validate", bare, "--tokens", str(file), "--decode", "3", "--grads"],
     )
     assert code == 0
     out = " ".join(out.split())
-    assert "float32: passed" in out and "37 tokens at once, 3 one by one" in out and "perplexity" in out
+    assert (
+        "float32: passed" in out
+        and "37 tokens at once, 3 one by one" in out
+        and "perplexity" in out
+    )
     assert "0 of 28 out of tolerance" in out and "Gradients: 0 of 20 out of tolerance" in out
 
 
-def test_a_checkpoint_with_a_nan_fails_with_exit_code_1_and_names_where_it_begins(workers: Workers, bare: str, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_nan_fails_with_exit_code_1_and_names_where_it_begins(
+    workers: Workers, bare: str, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(bare, tmp_path / "model")
@@ -310,18 +414,33 @@ def test_a_checkpoint_with_a_nan_fails_with_exit_code_1_and_names_where_it_begin
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     few = ["--prompt-tokens", "12", "--decode", "3", "--allow-nonfinite"]
-    code, out, err = workers[1].call("validate_cases:command", arguments=["validate", str(folder), *few, "--json"])
+    code, out, err = workers[1].call(
+        "validate_cases:command", arguments=["validate", str(folder), *few, "--json"]
+    )
     document = json.loads(out)
     assert (code, err, document["passed"]) == (1, "", False)
-    assert document["first_fault"] == "model.layers.1.mlp.up_proj" and document["faults"] == ["prefill", "decode", "modules"]
+    assert document["first_fault"] == "model.layers.1.mlp.up_proj" and document["faults"] == [
+        "prefill",
+        "decode",
+        "modules",
+    ]
     assert document["prefill"]["relative_l2"] is None, "JSON has no NaN"
-    code, out, _ = workers[1].call("validate_cases:command", arguments=["validate", str(folder), *few])
+    code, out, _ = workers[1].call(
+        "validate_cases:command", arguments=["validate", str(folder), *few]
+    )
     assert code == 1 and "FAILED: prefill, decode, modules" in " ".join(out.split())
     assert "first module out of tolerance: model.layers.1.mlp.up_proj" in out
 
 
-def test_a_bad_tokens_file_is_refused_with_its_name(workers: Workers, bare: str, tmp_path: Path) -> None:
-    contents = {"broken.json": b"[1, 2", "object.json": b'{"ids": [1]}', "floats.json": b"[1.5]", "bytes.txt": bytes(range(256))}
+def test_a_bad_tokens_file_is_refused_with_its_name(
+    workers: Workers, bare: str, tmp_path: Path
+) -> None:
+    contents = {
+        "broken.json": b"[1, 2",
+        "object.json": b'{"ids": [1]}',
+        "floats.json": b"[1.5]",
+        "bytes.txt": bytes(range(256)),
+    }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     expected = {
@@ -332,25 +451,52 @@ def test_a_bad_tokens_file_is_refused_with_its_name(workers: Workers, bare: str,
         "bytes.txt": "not UTF-8",
     }
     for name, words in expected.items():
-        code, out, err = workers[1].call("validate_cases:command", arguments=["validate", bare, "--tokens", str(tmp_path / name)])
-        assert (code, out) == (2, "") and name in err and words in err and len(err.splitlines()) <= 3
+        code, out, err = workers[1].call(
+            "validate_cases:command", arguments=["validate", bare, "--tokens", str(tmp_path / name)]
+        )
+        assert (
+            (code, out) == (2, "") and name in err and words in err and len(err.splitlines()) <= 3
+        )
 
 
-def test_fewer_tokens_than_asked_for_is_an_error_not_a_shorter_run(workers: Workers, bare: str, tmp_path: Path) -> None:
+def test_fewer_tokens_than_asked_for_is_an_error_not_a_shorter_run(
+    workers: Workers, bare: str, tmp_path: Path
+) -> None:
     file = tmp_path / "ids.json"
     file.write_text("[1, 2, 3, 4]")
     arguments = ["validate", bare, "--tokens", str(file), "--prompt-tokens", "8", "--decode", "2"]
     code, _, err = workers[1].call("validate_cases:command", arguments=arguments)
-    assert code == 2 and "the text has 4 tokens" in err and "expected 10: 8 at once, 2 one by one" in err
+    assert (
+        code == 2
+        and "the text has 4 tokens" in err
+        and "expected 10: 8 at once, 2 one by one" in err
+    )
     (tmp_path / "text.txt").write_text("Some words")
-    code, _, err = workers[1].call("validate_cases:command", arguments=["validate", bare, "--tokens", str(tmp_path / "text.txt")])
+    code, _, err = workers[1].call(
+        "validate_cases:command",
+        arguments=["validate", bare, "--tokens", str(tmp_path / "text.txt")],
+    )
     assert code == 2 and "has no tokenizer" in err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "dtype"), [("1x8", "float32"), ("1x2", "bfloat16")])
-def test_the_trained_model_passes_on_the_shipped_text(workers: Workers, mesh: str, dtype: str) -> None:
-    arguments = ["validate", "smollm2", "--mesh", mesh, "--dtype", dtype, "--prompt-tokens", "128", "--decode", "16", "--json"]
+def test_the_trained_model_passes_on_the_shipped_text(
+    workers: Workers, mesh: str, dtype: str
+) -> None:
+    arguments = [
+        "validate",
+        "smollm2",
+        "--mesh",
+        mesh,
+        "--dtype",
+        dtype,
+        "--prompt-tokens",
+        "128",
+        "--decode",
+        "16",
+        "--json",
+    ]
     code, out, _ = workers[devices(mesh)].call("validate_cases:command", arguments=arguments)
     document = json.loads(out)
     assert code == 0 and document["passed"] and document["tokens_from"] == "shipped text"
@@ -361,28 +507,47 @@ def test_the_trained_model_passes_on_the_shipped_text(workers: Workers, mesh: st
 @pytest.mark.slow
 def test_every_gradient_of_the_trained_model_is_the_references(workers: Workers) -> None:
     """Its norms cancel large contributions: what the loss's sum over 49,152 ids loses in float32 shows here, magnified, and in no tiny model."""
-    arguments = ["validate", "smollm2", "--mesh", "1x2", "--prompt-tokens", "96", "--decode", "8", "--grads", "--json"]
+    arguments = [
+        "validate",
+        "smollm2",
+        "--mesh",
+        "1x2",
+        "--prompt-tokens",
+        "96",
+        "--decode",
+        "8",
+        "--grads",
+        "--json",
+    ]
     code, out, _ = workers[2].call("validate_cases:command", arguments=arguments)
     document = json.loads(out)
     assert code == 0 and document["passed"] and len(document["gradients"]) == 272
     limit = document["tolerances"]["gradients_relative_l2"]
-    assert [gradient for gradient in document["gradients"] if not gradient["relative_l2"] < limit / 2] == [] and limit < 2e-4
+    assert [
+        gradient for gradient in document["gradients"] if not gradient["relative_l2"] < limit / 2
+    ] == [] and limit < 2e-4
 
 
 # -- what it is made of
 
 
 def test_the_shipped_text_is_some_thousand_words() -> None:
-    text = corpus.shipped()
+    text = shipped_text.shipped()
     assert text.startswith("We the People of the United States") and 2000 < len(text.split()) < 5000
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "smollm3", "seed_oss"])
-def test_points_cover_every_module_with_weights_once_and_inputs_come_first(models: TinyModels, family: str) -> None:
+def test_points_cover_every_module_with_weights_once_and_inputs_come_first(
+    models: TinyModels, family: str
+) -> None:
     tiny = models(family=family, heads=4, kv_heads=2)
     watched = points(ModelSpec.from_config(tiny.model.config))
     names = [point.name for point in watched]
-    with_weights = {name for name, module in tiny.model.named_modules() if list(module.parameters(recurse=False))}
+    with_weights = {
+        name
+        for name, module in tiny.model.named_modules()
+        if list(module.parameters(recurse=False))
+    }
     assert len(set(names)) == len(names) and with_weights <= set(names)
     assert {name for name, _ in tiny.model.named_modules()} >= set(names)
     for place, point in enumerate(watched):
@@ -392,7 +557,7 @@ def test_points_cover_every_module_with_weights_once_and_inputs_come_first(model
 
 def test_a_host_model_is_the_checkpoint_as_transformers_loads_it(models: TinyModels) -> None:
     tiny = models(**SMOL)
-    model = loading.to_host(loading.find(tiny.folder), torch.float32)
+    model = to_host(find(tiny.folder), torch.float32)
     ids = reference.random_ids(1, 9, tiny.vocab)
     assert torch.equal(reference.logits(model, ids), reference.logits(tiny.model, ids))
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -404,21 +569,33 @@ def test_figures_of_logits_are_what_their_definitions_say() -> None:
     ours = wanted + 0.3 * torch.randn(150, 40, generator=generator)
     targets = torch.randint(40, (149,), generator=generator)
     found = compare_logits(ours, wanted, targets.tolist())
-    assert found.pcc == pytest.approx(reference.pcc(ours, wanted)) and found.relative_l2 == pytest.approx(
-        reference.relative_l2(ours, wanted)
-    )
+    assert found.pcc == pytest.approx(
+        reference.pcc(ours, wanted)
+    ) and found.relative_l2 == pytest.approx(reference.relative_l2(ours, wanted))
     assert found.max_abs_diff == pytest.approx(float((ours - wanted).abs().max()))
-    assert found.top1_agreement == pytest.approx(float((ours.argmax(-1) == wanted.argmax(-1)).double().mean()))
-    fives = [set(a.tolist()) & set(b.tolist()) for a, b in zip(ours.topk(5).indices, wanted.topk(5).indices, strict=True)]
+    assert found.top1_agreement == pytest.approx(
+        float((ours.argmax(-1) == wanted.argmax(-1)).double().mean())
+    )
+    fives = [
+        set(a.tolist()) & set(b.tolist())
+        for a, b in zip(ours.topk(5).indices, wanted.topk(5).indices, strict=True)
+    ]
     assert found.top5_agreement == pytest.approx(sum(len(five) for five in fives) / 750)
-    divergence = torch.nn.functional.kl_div(ours.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean")
+    divergence = torch.nn.functional.kl_div(
+        ours.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
     assert found.kl_nats == pytest.approx(float(divergence), rel=1e-5)
     for figure, logits in ((found.perplexity, ours), (found.reference_perplexity, wanted)):
-        assert figure == pytest.approx(float(torch.nn.functional.cross_entropy(logits[:149], targets).exp()), rel=1e-5)
+        assert figure == pytest.approx(
+            float(torch.nn.functional.cross_entropy(logits[:149], targets).exp()), rel=1e-5
+        )
     assert compare_logits(ours, wanted, []).perplexity is None
 
 
-@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20), st.sampled_from([math.nan, math.inf, -math.inf]))
+@given(
+    st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20),
+    st.sampled_from([math.nan, math.inf, -math.inf]),
+)
 def test_nothing_is_near_what_is_not_finite(values: list[float], bad: float) -> None:
     right = torch.tensor(values)
     wrong = right.clone()
@@ -436,7 +613,9 @@ def test_nothing_is_near_what_is_not_finite(values: list[float], bad: float) -> 
     st.integers(1, 1 << 17),
     st.integers(1, 200),
 )
-def test_tolerances_grow_with_terms_devices_and_depth_and_stay_below_a_fault(dtype: str, parts: int, terms: int, layers: int) -> None:
+def test_tolerances_grow_with_terms_devices_and_depth_and_stay_below_a_fault(
+    dtype: str, parts: int, terms: int, layers: int
+) -> None:
     tolerance = Tolerance(dtype=dtype, devices=parts)
     more = Tolerance(dtype=dtype, devices=parts + 1)
     assert tolerance.unit_roundoff < tolerance.product(terms) < tolerance.product(terms + 1) < 0.1

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from broken_folders import CASES, CONFIG, Q, good_tensors, make, make_good, random_tensor, save
 
-from parallama import manifest
 from parallama.__main__ import run
 from parallama.errors import CheckpointError
-from parallama.verification import verify
+from parallama.files import manifest
+from parallama.prove.verification import verify
 
 COMMAND = str(Path(sys.executable).with_name("parallama"))
 
@@ -51,13 +51,21 @@ def test_every_tensor_that_is_not_finite_is_found(folder):
         tensors[name].data = b"\xff\xff\xff\x7f" * (len(tensors[name].data) // 4)
     save(folder / "model.safetensors", tensors)
     assert findings(folder) == [
-        ("tensors", f"model.safetensors: tensor {Q} holds NaN or infinity (64 of 64 numbers that were read)"),
-        ("tensors", "model.safetensors: tensor model.norm.weight holds NaN or infinity (8 of 8 numbers that were read)"),
+        (
+            "tensors",
+            f"model.safetensors: tensor {Q} holds NaN or infinity (64 of 64 numbers that were read)",
+        ),
+        (
+            "tensors",
+            "model.safetensors: tensor model.norm.weight holds NaN or infinity (8 of 8 numbers that were read)",
+        ),
     ]
 
 
 def test_every_file_that_is_not_as_its_manifest_says_is_found(folder):
-    manifest.write(folder, ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"])
+    manifest.write(
+        folder, ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    )
     (folder / "generation_config.json").write_text("{}", encoding="utf-8")
     tensors = good_tensors()
     tensors[Q] = random_tensor([8, 8], seed=7)
@@ -74,7 +82,9 @@ def test_what_is_not_read_is_listed_with_the_reason(tmp_path):
     make("inv_freq buffers", tmp_path / "model")
     document = verify(str(tmp_path / "model")).to_dict()
     reason = "a table of rotary frequencies, which are computed from the config"
-    assert document["ignored"] == [{"name": "model.layers.0.self_attn.rotary_emb.inv_freq", "reason": reason}]
+    assert document["ignored"] == [
+        {"name": "model.layers.0.self_attn.rotary_emb.inv_freq", "reason": reason}
+    ]
     assert document["passed"]
 
 
@@ -93,7 +103,12 @@ def test_a_broken_folder_is_not_sound(name, check, tmp_path):
     case = make(name, tmp_path / "model")
     ((found, _),) = findings(tmp_path / "model")
     assert found == check
-    assert all(part in verify(str(tmp_path / "model")).findings[0].message for part in CASES[name].says) and case.says
+    assert (
+        all(
+            part in verify(str(tmp_path / "model")).findings[0].message for part in CASES[name].says
+        )
+        and case.says
+    )
 
 
 def test_a_model_that_is_not_there_is_an_error():
@@ -105,22 +120,39 @@ def test_the_command_says_what_is_wrong_and_exits_with_3(folder, capsys):
     manifest.write(folder, ["config.json"])
     assert run(["verify", str(folder)]) == 0
     shown = capsys.readouterr()
-    assert shown.out == (f"{folder}: sound\nllama, 21 tensors (21 float32), 1,384 parameters\n1 files held against manifest.json\n")
+    assert shown.out == (
+        f"{folder}: sound\nllama, 21 tensors (21 float32), 1,384 parameters\n1 files held against manifest.json\n"
+    )
     (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 25}), encoding="utf-8")
     assert run(["verify", str(folder)]) == 3
     shown = capsys.readouterr()
-    assert "NOT SOUND" in shown.out and "- structure: model.safetensors: tensor model.embed_tokens.weight has shape [24, 8]" in shown.out
-    assert "- manifest: config.json has SHA-256" in shown.out or "- manifest: config.json has " in shown.out
+    assert (
+        "NOT SOUND" in shown.out
+        and "- structure: model.safetensors: tensor model.embed_tokens.weight has shape [24, 8]"
+        in shown.out
+    )
+    assert (
+        "- manifest: config.json has SHA-256" in shown.out
+        or "- manifest: config.json has " in shown.out
+    )
     assert shown.err == f"parallama: {folder} is not sound: 2 finding(s)\nsee the lines above\n"
 
 
 def test_the_command_in_json_needs_no_devices(tmp_path):
     make("NaN in BF16", tmp_path / "model")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))
+    }
     arguments = [COMMAND, "verify", str(tmp_path / "model"), "--json"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=kept, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, timeout=300, env=kept, stdin=subprocess.DEVNULL
+    )
     document = json.loads(done.stdout)
     assert done.returncode == 3 and not document["passed"]
     assert [finding["check"] for finding in document["findings"]] == ["tensors"]
-    assert done.stderr.splitlines()[0].startswith(f"parallama: model.safetensors: tensor {Q} holds NaN or infinity")
+    assert done.stderr.splitlines()[0].startswith(
+        f"parallama: model.safetensors: tensor {Q} holds NaN or infinity"
+    )
     assert len(done.stderr.splitlines()) == 3

@@ -10,27 +10,39 @@ from typing import Any
 import numpy as np
 import torch
 
-from parallama import loading
+from parallama.engine.torch_xla.counters import compilations
+from parallama.engine.torch_xla.mesh import DeviceMesh
+from parallama.engine.torch_xla.program import Program
+from parallama.files.find import find
 from parallama.host import rss_bytes
-from parallama.mesh import DeviceMesh
-from parallama.plan import make_plan
-from parallama.program import Program, compiled_programs
-from parallama.spec import ModelSpec
-from parallama.train import lora
+from parallama.model.spec import ModelSpec
+from parallama.plan.placement import make_plan
+from parallama.plan.train_cost import train_memory
 from parallama.train.batch import Batch
 from parallama.train.layout import train_step
 from parallama.train.options import LoraOptions, StepOptions
-from parallama.train.step import Trainer
-from parallama.train_cost import train_memory
+from parallama.train.torch_xla import lora
+from parallama.train.torch_xla.step import Trainer
 
 
-def trainer(model: str, mesh: str, options: dict[str, Any], *, plan: dict[str, Any] | None = None, seed: int = 0) -> Trainer:
+def trainer(
+    model: str,
+    mesh: str,
+    options: dict[str, Any],
+    *,
+    plan: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> Trainer:
     options = dict(options)
     if options.get("lora"):
         options["lora"] = LoraOptions(**options["lora"])
-    checkpoint = loading.find(model)
+    checkpoint = find(model)
     device_mesh = DeviceMesh(mesh)
-    made = None if plan is None else make_plan(ModelSpec.from_config(checkpoint.config), device_mesh.shape, plan)
+    made = (
+        None
+        if plan is None
+        else make_plan(ModelSpec.from_config(checkpoint.config), device_mesh.shape, plan)
+    )
     return Trainer(checkpoint, device_mesh, StepOptions(**options), plan=made, seed=seed)
 
 
@@ -38,28 +50,39 @@ def batch_of(arrays: dict[str, np.ndarray]) -> Batch:
     return Batch(**arrays)
 
 
-def gradients(model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], **more: Any) -> dict[str, torch.Tensor]:
+def gradients(
+    model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], **more: Any
+) -> dict[str, torch.Tensor]:
     return dict(trainer(model, mesh, options, **more).gradients(batch_of(arrays)))
 
 
 def run(
-    model: str, mesh: str, options: dict[str, Any], batches: list[dict[str, np.ndarray]], lr: float, *, final: bool = False, **more: Any
+    model: str,
+    mesh: str,
+    options: dict[str, Any],
+    batches: list[dict[str, np.ndarray]],
+    lr: float,
+    *,
+    final: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
     """Some steps: every step's result, the parameters at the end if asked for, and how many programs were compiled after the first step."""
     made = trainer(model, mesh, options, **more)
     made.compile()
-    compiled = compiled_programs()
+    compiled = compilations()
     results = [made.step(batch_of(arrays), lr) for arrays in batches]
     return {
         "losses": [each.loss for each in results],
         "norms": [each.grad_norm for each in results],
         "finite": [each.finite for each in results],
-        "compiled_later": compiled_programs() - compiled,
+        "compiled_later": compilations() - compiled,
         "parameters": dict(made.host_parameters()) if final else {},
     }
 
 
-def grown(model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], steps: int) -> dict[str, int]:
+def grown(
+    model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], steps: int
+) -> dict[str, int]:
     """By how many bytes the process grew over the last ten of so many steps, and what one of them sets aside, as predicted.
 
     Of eight steps the most counts: with several devices some buffers may be freed when a step is read, or not yet, which makes one reading up to 200 MB less than another.
@@ -69,46 +92,84 @@ def grown(model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.n
     for _ in range(steps):
         made.step(batch_of(arrays), 1e-3)
         held.append(rss_bytes())
-    predicted = train_memory(made.plan, train_step(made.options, made.plan.model.layers, "cpu"))
+    predicted = train_memory(
+        made.plan, train_step(made.options, made.plan.model.layers, sum_bytes=4)
+    )
     return {"growth": max(held[-8:]) - max(held[-18:-10]), "activations": predicted.activations}
 
 
-def adapted(model: str, mesh: str, options: dict[str, Any], batches: list[dict[str, np.ndarray]], lr: float, folder: str) -> dict[str, Any]:
+def adapted(
+    model: str,
+    mesh: str,
+    options: dict[str, Any],
+    batches: list[dict[str, np.ndarray]],
+    lr: float,
+    folder: str,
+) -> dict[str, Any]:
     """Train adapters for some steps and save them: their gradients afterwards, on the first batch, and the model with them merged."""
     made = trainer(model, mesh, options)
     for arrays in batches:
         made.step(batch_of(arrays), lr)
     assert made.options.lora is not None
     lora.save_adapter(Path(folder), made.adapters(), made.options.lora, model)
-    return {"gradients": dict(made.gradients(batch_of(batches[0]))), "merged": dict(made.host_parameters())}
+    return {
+        "gradients": dict(made.gradients(batch_of(batches[0]))),
+        "merged": dict(made.host_parameters()),
+    }
 
 
-def hundred_steps(model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], lr: float, steps: int) -> dict[str, Any]:
+def hundred_steps(
+    model: str,
+    mesh: str,
+    options: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    lr: float,
+    steps: int,
+) -> dict[str, Any]:
     """What lies on the devices afterwards, beside the same laid out anew from the checkpoint's own numbers; and what each device holds."""
     made = trainer(model, mesh, options)
     for _ in range(steps):
         last = made.step(batch_of(arrays), lr)
-    before = {name: made.mesh.local_shards(made.state[name]) for name in made.changing()}
+    before = {name: made.mesh.shards(made.state[name]) for name in made.changing()}
     made.load({name: partial(made.fetch, name) for name in made.changing()})
-    equal = {name: all(map(torch.equal, before[name], made.mesh.local_shards(made.state[name]))) for name in before}
-    return {"last": last.loss, "equal": equal, "held": made.bytes_per_device(), "planned": made.plan.parameter_bytes(4)}
+    equal = {
+        name: all(map(torch.equal, before[name], made.mesh.shards(made.state[name])))
+        for name in before
+    }
+    return {
+        "last": last.loss,
+        "equal": equal,
+        "held": made.bytes_per_device(),
+        "planned": made.plan.parameter_bytes(4),
+    }
 
 
-def skipped(model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def skipped(
+    model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """A step with a learning rate, one with a weight that is no number, and whether the state was left as it was."""
     made = trainer(model, mesh, options)
     first = made.step(batch_of(arrays), 1e-3)
     name = "param.model.layers.0.mlp.up_proj.weight"
     broken = made.fetch(name)
     broken[1, 2] = float("inf")
-    made.load({each: partial(made.fetch, each) for each in made.changing()} | {name: lambda: broken})
+    made.load(
+        {each: partial(made.fetch, each) for each in made.changing()} | {name: lambda: broken}
+    )
     before = {each: made.fetch(each) for each in made.changing()}
     second = made.step(batch_of(arrays), 1e-3)
     same = {each: torch.equal(made.fetch(each), before[each]) for each in made.changing()}
     return {"finite": [first.finite, second.finite], "same": same}
 
 
-def dropped(model: str, mesh: str, options: dict[str, Any], batches: list[dict[str, np.ndarray]], lr: float, seed: int) -> dict[str, Any]:
+def dropped(
+    model: str,
+    mesh: str,
+    options: dict[str, Any],
+    batches: list[dict[str, np.ndarray]],
+    lr: float,
+    seed: int,
+) -> dict[str, Any]:
     """Steps with dropout of adapters, and the mean loss of the last batch: evaluated before and after them, by a trainer without dropout that has the same state, and as one more step has it."""
     made = trainer(model, mesh, options, seed=seed)
     plain = trainer(model, mesh, options | {"lora": options["lora"] | {"dropout": 0.0}}, seed=seed)
@@ -120,22 +181,31 @@ def dropped(model: str, mesh: str, options: dict[str, Any], batches: list[dict[s
     before = evaluated(made, batches[0])
     losses = [made.step(batch_of(arrays), lr).loss for arrays in batches]
     plain.load({name: partial(made.fetch, name) for name in made.changing()})
-    found = {"evaluated": evaluated(made, batches[-1]), "evaluated_without_dropout": evaluated(plain, batches[-1])}
-    return found | {"losses": losses, "evaluated_before": before, "stepped": made.step(batch_of(batches[-1]), 0.0).loss}
+    found = {
+        "evaluated": evaluated(made, batches[-1]),
+        "evaluated_without_dropout": evaluated(plain, batches[-1]),
+    }
+    return found | {
+        "losses": losses,
+        "evaluated_before": before,
+        "stepped": made.step(batch_of(batches[-1]), 0.0).loss,
+    }
 
 
-def evaluated_between_steps(model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], lr: float) -> dict[str, Any]:
+def evaluated_between_steps(
+    model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], lr: float
+) -> dict[str, Any]:
     """Losses of a batch by `evaluate` and by `step` in turns, both programs made before; and how many were compiled later."""
     made, batch = trainer(model, mesh, options), batch_of(arrays)
     made.compile(evaluate=True)
-    compiled = compiled_programs()
+    compiled = compilations()
     found: dict[str, Any] = {"evaluated": [], "stepped": []}
     for turn in range(4):
         total, count = made.evaluate(batch)
         found["evaluated"].append(total / count)
         if turn < 3:
             found["stepped"].append(made.step(batch, lr).loss)
-    return found | {"late": compiled_programs() - compiled}
+    return found | {"late": compilations() - compiled}
 
 
 def held(model: str, mesh: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +213,10 @@ def held(model: str, mesh: str, options: dict[str, Any]) -> dict[str, Any]:
     made = trainer(model, mesh, options)
     shape = (made.options.grad_accum, made.options.batch_size, made.options.seq_len)
     arrays = {name: np.ones(shape, dtype=np.int64) for name in ("ids", "labels")}
-    arrays |= {"positions": np.broadcast_to(np.arange(shape[2]), shape).copy(), "documents": np.zeros(shape, dtype=np.int64)}
+    arrays |= {
+        "positions": np.broadcast_to(np.arange(shape[2]), shape).copy(),
+        "documents": np.zeros(shape, dtype=np.int64),
+    }
     arguments = made._arguments(batch_of(arrays), lr=0.0)
     gradients = Program("gradients", made.mesh, made._trace_gradients, arguments)(arguments)
     made.mesh.wait()
@@ -155,7 +228,9 @@ def held(model: str, mesh: str, options: dict[str, Any]) -> dict[str, Any]:
             split += size
         else:
             whole += size
-    predicted = train_memory(made.plan, train_step(made.options, made.plan.model.layers, "cpu"))
+    predicted = train_memory(
+        made.plan, train_step(made.options, made.plan.model.layers, sum_bytes=4)
+    )
     return made.bytes_per_device() | {
         "gradients": [sum(sizes) for sizes in zip(*each, strict=True)],
         "predicted": asdict(predicted),

@@ -11,22 +11,38 @@ import torch
 IGNORED = -100
 
 
-def random_batch(shape: tuple[int, int, int], vocab: int, seed: int = 0, *, packed: bool = True) -> dict[str, np.ndarray]:
+def random_batch(
+    shape: tuple[int, int, int], vocab: int, seed: int = 0, *, packed: bool = True
+) -> dict[str, np.ndarray]:
     """`[A, B, S]`: two documents a row and some padding, a fifth of the labels left out; or one document a row."""
     generator = np.random.default_rng(seed)
     length = shape[2]
     ids = generator.integers(0, vocab, shape)
     first, second = (length * 2 // 5, length * 5 // 6) if packed else (length, length)
     place = np.arange(length)
-    documents = np.broadcast_to(np.where(place < first, 0, np.where(place < second, 1, -1)), shape).copy()
-    positions = np.broadcast_to(np.where(place < first, place, np.where(place < second, place - first, place - second)), shape).copy()
-    kept = (generator.random(shape) < 0.8) & (documents >= 0) if packed else np.ones(shape, dtype=bool)
-    return {"ids": ids, "labels": np.where(kept, ids, IGNORED), "positions": positions, "documents": documents}
+    documents = np.broadcast_to(
+        np.where(place < first, 0, np.where(place < second, 1, -1)), shape
+    ).copy()
+    positions = np.broadcast_to(
+        np.where(place < first, place, np.where(place < second, place - first, place - second)),
+        shape,
+    ).copy()
+    kept = (
+        (generator.random(shape) < 0.8) & (documents >= 0) if packed else np.ones(shape, dtype=bool)
+    )
+    return {
+        "ids": ids,
+        "labels": np.where(kept, ids, IGNORED),
+        "positions": positions,
+        "documents": documents,
+    }
 
 
 def documents_of(batch: dict[str, np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Each document's ids and labels."""
-    ids, labels, documents = (torch.from_numpy(batch[name]).flatten(0, 1) for name in ("ids", "labels", "documents"))
+    ids, labels, documents = (
+        torch.from_numpy(batch[name]).flatten(0, 1) for name in ("ids", "labels", "documents")
+    )
     for row in range(ids.shape[0]):
         for document in sorted(set(documents[row].tolist()) - {-1}):
             inside = documents[row] == document
@@ -38,7 +54,9 @@ def mean_loss(model: Any, batch: dict[str, np.ndarray]) -> torch.Tensor:
     total, count = torch.zeros((), dtype=next(model.parameters()).dtype), 0
     for ids, labels in documents_of(batch):
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        total = total + torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=IGNORED, reduction="sum")
+        total = total + torch.nn.functional.cross_entropy(
+            logits, labels[1:], ignore_index=IGNORED, reduction="sum"
+        )
         count += int((labels[1:] != IGNORED).sum())
     return total / count
 
@@ -47,11 +65,18 @@ def gradients(model: Any, batch: dict[str, np.ndarray]) -> dict[str, torch.Tenso
     """Of every trained parameter, in the model's dtype."""
     model.zero_grad()
     mean_loss(model, batch).backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def losses(
-    model: Any, batches: list[dict[str, np.ndarray]], optimizer: torch.optim.Optimizer, max_norm: float | None = 1.0
+    model: Any,
+    batches: list[dict[str, np.ndarray]],
+    optimizer: torch.optim.Optimizer,
+    max_norm: float | None = 1.0,
 ) -> list[tuple[float, float]]:
     """Loss and gradient norm of every step of a plain loop."""
     found = []
@@ -59,7 +84,9 @@ def losses(
         optimizer.zero_grad()
         loss = mean_loss(model, batch)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf") if max_norm is None else max_norm)
+        norm = torch.nn.utils.clip_grad_norm_(
+            model.parameters(), float("inf") if max_norm is None else max_norm
+        )
         optimizer.step()
         found.append((float(loss.detach()), float(norm)))
     return found

@@ -14,7 +14,7 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from parallama.corpus import shipped
+    from parallama.prove.shipped_text import shipped
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -23,17 +23,35 @@ def tokenizer() -> Any:
     made.train_from_iterator(
         [shipped()],
         trainers.BpeTrainer(
-            vocab_size=VOCAB, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=VOCAB,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         ),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", chat_template=TEMPLATE)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<|im_end|>", chat_template=TEMPLATE
+    )
 
 
 def make(folder: Path, **sizes: Any) -> str:
     """A folder with a random model of 3 query heads and 1 KV head, which no mesh but 1x1 and 1x3 divides."""
     from reference import make_model
 
-    model = make_model(**({"heads": 3, "kv_heads": 1, "hidden": 24, "intermediate": 40, "layers": 1, "vocab": VOCAB, "tied": True} | sizes))
+    model = make_model(
+        **(
+            {
+                "heads": 3,
+                "kv_heads": 1,
+                "hidden": 24,
+                "intermediate": 40,
+                "layers": 1,
+                "vocab": VOCAB,
+                "tied": True,
+            }
+            | sizes
+        )
+    )
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)

@@ -13,21 +13,27 @@ import torch
 
 import parallama
 from parallama.__main__ import run
-from parallama.modules import compare_modules, first_fault
-from parallama.reference import Answers, Request
-from parallama.steps import Steps
-from parallama.tolerance import Tolerance
-from parallama.validation import judge
+from parallama.engine.torch_xla.steps import Steps
+from parallama.prove.module_parity import compare_modules, first_fault
+from parallama.prove.reference import Answers, Request
+from parallama.prove.tolerance import Tolerance
+from parallama.prove.validation import judge
 
 Alter = Callable[[list[torch.Tensor]], None]
 """Changes the devices' parts of a weight, in place."""
 
 
-def judged(mesh: str, request: dict[str, Any], answers: str, dtype: str = "float32", plan: Any = None) -> dict[str, Any]:
+def judged(
+    mesh: str, request: dict[str, Any], answers: str, dtype: str = "float32", plan: Any = None
+) -> dict[str, Any]:
     """A validation with answers that are there already, and its document."""
     llm = parallama.load(request["model"], mesh=mesh, dtype=dtype, plan=plan)
     found = judge(llm, Request(**request), Answers(Path(answers)))
-    return asdict(found) | {"document": found.to_dict(), "faults": found.faults, "passed": found.passed}
+    return asdict(found) | {
+        "document": found.to_dict(),
+        "faults": found.faults,
+        "passed": found.passed,
+    }
 
 
 def with_fault(mesh: str, fault: str, request: dict[str, Any], answers: str) -> dict[str, Any]:
@@ -35,9 +41,13 @@ def with_fault(mesh: str, fault: str, request: dict[str, Any], answers: str) -> 
     llm = parallama.load(request["model"], mesh=mesh)
     PLANT[fault](llm.steps)
     tolerance = Tolerance(dtype="float32", devices=llm.mesh.shape.model)
-    modules = compare_modules(llm.steps, Answers(Path(answers)), request["ids"][: request["traced"]], tolerance)
+    modules = compare_modules(
+        llm.steps, Answers(Path(answers)), request["ids"][: request["traced"]], tolerance
+    )
     return {
-        "alone": [module.name for module in modules if not module.alone_relative_l2 <= module.tolerance],
+        "alone": [
+            module.name for module in modules if not module.alone_relative_l2 <= module.tolerance
+        ],
         "inputs": {module.name: module.inputs_ok for module in modules},
         "bad": [module.name for module in modules if not module.ok],
         "first": first_fault(modules),
@@ -86,8 +96,8 @@ def command(arguments: list[str]) -> tuple[int, str, str]:
 
 def _altered(name: str, alter: Alter) -> Callable[[Steps], None]:
     def plant(steps: Steps) -> None:
-        weights = steps.weights.tensors
-        parts = [part.clone() for part in steps.mesh.local_shards(weights[name])]
+        weights = steps.weights
+        parts = [part.clone() for part in steps.mesh.shards(weights[name])]
         alter(parts)
         weights[name] = steps.mesh.put_shards(lambda device: parts[device], steps.plan[name].axes)
 
@@ -122,7 +132,9 @@ def _one_nan(parts: list[torch.Tensor]) -> None:
 def _slower_rotation(steps: Steps) -> None:
     """As if a linear RoPE scaling of 2 stood in the config."""
     name = "rotary_emb.inv_freq"
-    steps._buffers[name] = steps.mesh.put(steps.mesh.fetch(steps._buffers[name], (None,)) / 2, (None,))
+    steps._buffers[name] = steps.mesh.put(
+        steps.mesh.fetch(steps._buffers[name], (None,)) / 2, (None,)
+    )
 
 
 def _other_temperature(steps: Steps) -> None:
@@ -143,9 +155,15 @@ def _second_copy(steps: Steps) -> None:
 
 PLANT: dict[str, Callable[[Steps], None]] = {
     "swapped heads": _altered("model.layers.1.self_attn.q_proj.weight", _swap_heads),
-    "swapped heads in the output": _altered("model.layers.0.self_attn.o_proj.weight", _swap_columns),
-    "dropped all-reduce after attention": _altered("model.layers.1.self_attn.o_proj.weight", _drop_others),
-    "dropped all-reduce after the MLP": _altered("model.layers.0.mlp.down_proj.weight", _drop_others),
+    "swapped heads in the output": _altered(
+        "model.layers.0.self_attn.o_proj.weight", _swap_columns
+    ),
+    "dropped all-reduce after attention": _altered(
+        "model.layers.1.self_attn.o_proj.weight", _drop_others
+    ),
+    "dropped all-reduce after the MLP": _altered(
+        "model.layers.0.mlp.down_proj.weight", _drop_others
+    ),
     "wrong RoPE scaling": _slower_rotation,
     "wrong softmax scaling": _other_temperature,
     "one NaN": _altered("model.layers.1.self_attn.v_proj.weight", _one_nan),

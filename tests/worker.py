@@ -13,10 +13,10 @@ from multiprocessing.connection import Connection
 
 
 def main() -> None:
-    descriptor, devices = int(sys.argv[1]), int(sys.argv[2])
-    from parallama import backends
+    descriptor, devices, keep = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "hlo"
+    from parallama.engine.torch_xla import backends
 
-    backends.start("cpu", devices)
+    backends.start("cpu", devices, keep_hlo=keep)
     pipe = Connection(descriptor)
     pipe.send_bytes(pickle.dumps("ready"))
     while True:

@@ -15,47 +15,47 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import load as load
-    from .chat import Chat as Chat
+    from .engine.sampling_params import SamplingParams as SamplingParams
+    from .engine.torch_xla.mesh import DeviceMesh as DeviceMesh
     from .errors import ParallamaError as ParallamaError
-    from .export import export_weights as export_weights
-    from .heads import HeadLayout as HeadLayout
-    from .llm import LLM as LLM
-    from .llm import Chunk as Chunk
-    from .llm import Completion as Completion
-    from .mesh import DeviceMesh as DeviceMesh
-    from .plan import Plan as Plan
-    from .plan import make_plan as make_plan
-    from .reshard import Resharding as Resharding
-    from .reshard import reshard_model as reshard_model
-    from .sampling import SamplingParams as SamplingParams
-    from .shard import shard_model as shard_model
-    from .spec import ModelSpec as ModelSpec
-    from .topology import MeshShape as MeshShape
-    from .validation import Validation as Validation
-    from .validation import validate as validate
+    from .files.export import export_weights as export_weights
+    from .inference.chat import Chat as Chat
+    from .inference.completion import Chunk as Chunk
+    from .inference.completion import Completion as Completion
+    from .inference.llm import LLM as LLM
+    from .model.spec import ModelSpec as ModelSpec
+    from .plan.heads import HeadLayout as HeadLayout
+    from .plan.mesh_shape import MeshShape as MeshShape
+    from .plan.placement import Plan as Plan
+    from .plan.placement import make_plan as make_plan
+    from .prove.validation import Validation as Validation
+    from .prove.validation import validate as validate
+    from .sharded.reshard import Resharding as Resharding
+    from .sharded.reshard_model import reshard_model as reshard_model
+    from .sharded.shard_model import shard_model as shard_model
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "LLM": "llm",
-    "Chat": "chat",
-    "Chunk": "llm",
-    "Completion": "llm",
+    "LLM": "inference.llm",
+    "Chat": "inference.chat",
+    "Chunk": "inference.completion",
+    "Completion": "inference.completion",
     "load": "api",
     "ParallamaError": "errors",
-    "HeadLayout": "heads",
-    "DeviceMesh": "mesh",
-    "Plan": "plan",
-    "make_plan": "plan",
-    "Resharding": "reshard",
-    "reshard_model": "reshard",
-    "export_weights": "export",
-    "SamplingParams": "sampling",
-    "shard_model": "shard",
-    "ModelSpec": "spec",
-    "MeshShape": "topology",
-    "Validation": "validation",
-    "validate": "validation",
+    "HeadLayout": "plan.heads",
+    "DeviceMesh": "engine.torch_xla.mesh",
+    "Plan": "plan.placement",
+    "make_plan": "plan.placement",
+    "Resharding": "sharded.reshard",
+    "reshard_model": "sharded.reshard_model",
+    "export_weights": "files.export",
+    "SamplingParams": "engine.sampling_params",
+    "shard_model": "sharded.shard_model",
+    "ModelSpec": "model.spec",
+    "MeshShape": "plan.mesh_shape",
+    "Validation": "prove.validation",
+    "validate": "prove.validation",
 }
 __all__ = [*sorted(_HOMES), "__version__"]
 

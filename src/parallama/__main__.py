@@ -25,7 +25,9 @@ def run(arguments: list[str]) -> int:
 
     debug = "--debug" in arguments
     try:
-        result: Any = app([argument for argument in arguments if argument != "--debug"], standalone_mode=False)
+        result: Any = app(
+            [argument for argument in arguments if argument != "--debug"], standalone_mode=False
+        )
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except ParallamaError as error:
@@ -54,7 +56,9 @@ def run(arguments: list[str]) -> int:
         if debug:
             raise
         text = str(error).strip().splitlines()
-        _complain(f"{type(error).__name__}: {text[0][:300] if text else 'no message'}\nthis is a fault of parallama; --debug shows where")
+        _complain(
+            f"{type(error).__name__}: {text[0][:300] if text else 'no message'}\nthis is a fault of parallama; --debug shows where"
+        )
         return 1
 
 

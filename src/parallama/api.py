@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import loading
+from .engine.interface import Engine, OptionValue, start
 from .errors import UsageError, lines
-from .llm import LLM, Progress, eos_ids
-from .mesh import DeviceMesh
-from .plan import make_plan, read_overrides
-from .plugins import OptionValue
-from .spec import ModelSpec
-from .steps import Steps
-from .topology import MeshShape
+from .files.find import find
+from .inference.llm import LLM, Progress
+from .model.config_checks import eos_ids
+from .model.spec import ModelSpec
+from .plan.mesh_shape import MeshShape
+from .plan.placement import make_plan, read_overrides
+from .sharded import loading
 
 
 def load(
     model: str | Path,
     *,
-    mesh: str | MeshShape | tuple[int, int] | DeviceMesh = "1x1",
+    mesh: str | MeshShape | tuple[int, int] | Engine = "1x1",
     backend: str = "cpu",
     backend_options: Mapping[str, OptionValue] | None = None,
     devices: int | None = None,
@@ -30,6 +30,7 @@ def load(
     max_model_len: int | None = None,
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
+    keep_hlo: bool = False,
 ) -> LLM:
     """Load a model onto a mesh.
 
@@ -44,31 +45,47 @@ def load(
         max_model_len: most tokens of prompt and answer together; the model's own maximum if None.
         allow_nonfinite: load weights that hold NaN or infinity, too.
         progress: called while tensors are put on the devices and programs compiled.
+        keep_hlo: keep the optimized HLO of every program, which `audit` and `inspect` read.
 
     Raises:
         ParallamaError: with the exit code of its kind; see `errors`.
     """
     began = time.perf_counter()
     overrides = read_overrides(plan) if isinstance(plan, (str, Path)) else plan
-    shape = mesh.shape if isinstance(mesh, DeviceMesh) else MeshShape.parse(mesh)
-    if not isinstance(mesh, DeviceMesh):
+    shape = mesh.shape if isinstance(mesh, Engine) else MeshShape.parse(mesh)
+    if not isinstance(mesh, Engine):
         # First: a mesh that doesn't fit says so before anything is read.
-        mesh = DeviceMesh(shape, backend=backend, backend_options=backend_options, devices=devices)
+        mesh = start(
+            shape,
+            backend=backend,
+            backend_options=backend_options,
+            devices=devices,
+            keep_hlo=keep_hlo,
+        )
     loading.resolve_dtype(dtype, None, mesh.backend.name)
-    source = loading.find(str(model))
+    source = find(str(model))
     spec = ModelSpec.from_config(source.config)
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_positions:
-        raise UsageError(lines(f"max_model_len is {max_model_len}", f"expected 1 to {spec.max_positions}, the model's maximum"))
+        raise UsageError(
+            lines(
+                f"max_model_len is {max_model_len}",
+                f"expected 1 to {spec.max_positions}, the model's maximum",
+            )
+        )
     made = make_plan(spec, shape, overrides)
     to = loading.resolve_dtype(dtype, source.config, mesh.backend.name)
     tokenizer = source.tokenizer()
     generation = {"eos_token_id": getattr(source.config, "eos_token_id", None)} | source.generation
     eos_ids(generation["eos_token_id"], tokenizer, spec.vocab)
-    report = (lambda done, total: progress("loading", done, total)) if progress is not None else None
+    report = (
+        (lambda done, total: progress("loading", done, total)) if progress is not None else None
+    )
     loaded = loading.to_devices(source, made, mesh, to, report, allow_nonfinite=allow_nonfinite)
     return LLM(
         name=str(model),
-        steps=Steps(loaded.skeleton, loaded.weights, to),
+        skeleton=loaded.skeleton,
+        weights=loaded.weights,
+        dtype=to,
         tokenizer=tokenizer,
         generation=generation,
         max_model_len=max_model_len or spec.max_positions,

@@ -91,4 +91,8 @@ def cause(error: BaseException, limit: int = 200) -> str:
 
 def _printable(text: str, limit: int = 1000) -> str:
     text = text if len(text) <= limit else f"{text[:limit]}..."
-    return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return (
+        text
+        if text.isprintable()
+        else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    )

@@ -13,7 +13,19 @@ from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
 _peak_before = 0
-FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "sve", "bf16")
+FEATURES = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "sve",
+    "bf16",
+)
 """What of a processor matters for matrix products, as Linux names it."""
 
 
@@ -59,7 +71,9 @@ def _restore(libc: ctypes.CDLL) -> None:
     libc.malloc_trim(0)
 
 
-def _set_malloc(libc: ctypes.CDLL, *, most_mapped: int, kept: int, mapped_from: int | None = None) -> None:
+def _set_malloc(
+    libc: ctypes.CDLL, *, most_mapped: int, kept: int, mapped_from: int | None = None
+) -> None:
     """Say how many blocks may be mapped by themselves, from how many bytes on, and how many bytes may be free at a heap's end before they go back."""
     libc.mallopt(_M_MMAP_MAX, most_mapped)
     libc.mallopt(_M_TRIM_THRESHOLD, kept)
@@ -88,7 +102,9 @@ def peak_rss_bytes() -> int:
 
 def high_water_bytes() -> int:
     """The most memory this process has held since `restart_high_water`, in bytes."""
-    held = _status_bytes("VmHWM:")  # getrusage counts what the process was before it became this program, too
+    held = _status_bytes(
+        "VmHWM:"
+    )  # getrusage counts what the process was before it became this program, too
     if held is not None:
         return held
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from ..generate import Choice, RunStats, Session
-from ..llm import LLM
-from ..sampling import SamplingParams
+from ..engine.sampling_params import SamplingParams
+from ..inference.llm import LLM
+from ..inference.run_stats import Choice, RunStats
+from ..inference.session import Session
 
 
 class Engine(Protocol):
@@ -53,7 +54,9 @@ class Ours:
         """See `Engine.prepare`."""
         self._steps = steps
         rows = [SamplingParams()] * batch
-        self._session = Session(self.llm.steps, self.llm.programs, rows, capacity=prompt + steps, longest_prompt=prompt)
+        self._session = Session(
+            self.llm.steps, self.llm.programs, rows, capacity=prompt + steps, longest_prompt=prompt
+        )
 
     def prefill(self, prompts: list[list[int]]) -> list[int]:
         """See `Engine.prefill`."""

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import child
+from .. import isolated_process
 from ..errors import ParallamaError, RunError, UsageError, from_reply, lines, to_reply
 from ..host import peak_rss_bytes, rss_bytes
 
@@ -58,7 +58,10 @@ class MeshLoad:
 
     def table(self) -> str:
         """Markdown for people."""
-        rows = ["| reader | GB/s | seconds | memory grew by | parallama is |", "|---|---:|---:|---:|---:|"]
+        rows = [
+            "| reader | GB/s | seconds | memory grew by | parallama is |",
+            "|---|---:|---:|---:|---:|",
+        ]
         for reading in self.readings:
             ratio = "-" if reading.ratio is None else f"{reading.ratio:.2f}x"
             rows.append(
@@ -109,18 +112,40 @@ def run(
     if repeats < 1:
         raise UsageError(lines(f"repeats is {repeats}", "expected at least 1"))
     if not Path(model).is_dir():
-        raise UsageError(lines(f"model {model!r} is no folder", "expected safetensors: that is what is read side by side"))
-    measured = tuple(_measure(model, mesh, dtype, repeats, progress, allow_nonfinite) for mesh in meshes)
+        raise UsageError(
+            lines(
+                f"model {model!r} is no folder",
+                "expected safetensors: that is what is read side by side",
+            )
+        )
+    measured = tuple(
+        _measure(model, mesh, dtype, repeats, progress, allow_nonfinite) for mesh in meshes
+    )
     return LoadReport(command=command, model=model, dtype=dtype, repeats=repeats, meshes=measured)
 
 
-def _measure(model: str, mesh: str, dtype: str, repeats: int, progress: Callable[[str], None], allow_nonfinite: bool) -> MeshLoad:
+def _measure(
+    model: str,
+    mesh: str,
+    dtype: str,
+    repeats: int,
+    progress: Callable[[str], None],
+    allow_nonfinite: bool,
+) -> MeshLoad:
     taken: dict[str, list[dict[str, Any]]] = {reader: [] for reader in READERS}
     for turn in range(repeats + 1):
         for reader in READERS:
             progress(f"{mesh}: {reader}, {'warming up' if turn == 0 else f'{turn} of {repeats}'}")
-            given = json.dumps({"reader": reader, "model": model, "mesh": mesh, "dtype": dtype, "allow_nonfinite": allow_nonfinite})
-            ended = child.run_module("parallama.bench.load", given, limit_s=_LIMIT_S)
+            given = json.dumps(
+                {
+                    "reader": reader,
+                    "model": model,
+                    "mesh": mesh,
+                    "dtype": dtype,
+                    "allow_nonfinite": allow_nonfinite,
+                }
+            )
+            ended = isolated_process.run_module("parallama.bench.load", given, limit_s=_LIMIT_S)
             if ended.code != 0:
                 raise RunError(lines(f"{reader} {ended.how}", ended.last_words))
             answer = json.loads(ended.out.splitlines()[-1])
@@ -128,7 +153,10 @@ def _measure(model: str, mesh: str, dtype: str, repeats: int, progress: Callable
                 raise from_reply(answer)
             if turn:
                 taken[reader].append(answer)
-    medians = {reader: statistics.median(answer["seconds"] for answer in answers) for reader, answers in taken.items()}
+    medians = {
+        reader: statistics.median(answer["seconds"] for answer in answers)
+        for reader, answers in taken.items()
+    }
     ours = taken["parallama"][0]
     return MeshLoad(
         mesh=mesh,
@@ -149,19 +177,24 @@ def _measure(model: str, mesh: str, dtype: str, repeats: int, progress: Callable
 
 def read(reader: str, model: str, mesh: str, dtype: str, allow_nonfinite: bool) -> dict[str, Any]:
     """One reading, in this process."""
-    return _ours(model, mesh, dtype, allow_nonfinite) if reader == "parallama" else _theirs(reader, model)
+    return (
+        _ours(model, mesh, dtype, allow_nonfinite)
+        if reader == "parallama"
+        else _theirs(reader, model)
+    )
 
 
 def _ours(model: str, mesh: str, dtype: str, allow_nonfinite: bool) -> dict[str, Any]:
     import torch
 
-    from .. import stream
-    from ..loading import find, resolve_dtype
-    from ..mesh import DeviceMesh
-    from ..plan import make_plan
-    from ..spec import ModelSpec
+    from ..engine.interface import start
+    from ..files.find import find
+    from ..model.spec import ModelSpec
+    from ..plan.placement import make_plan
+    from ..sharded import stream
+    from ..sharded.loading import resolve_dtype
 
-    devices = DeviceMesh(mesh)
+    devices = start(mesh)
     devices.put(torch.zeros(1), (None,))  # what the first transfer makes is not the reading's
     checkpoint = find(model)
     spec = ModelSpec.from_config(checkpoint.config)
@@ -189,14 +222,25 @@ def _theirs(reader: str, model: str) -> dict[str, Any]:
             with safe_open(file, framework="pt") as handle:
                 held += [handle.get_tensor(name).clone() for name in handle.keys()]  # noqa: SIM118
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "bytes": sum(tensor.nbytes for tensor in held), "growth_bytes": peak_rss_bytes() - baseline}
+    return {
+        "seconds": seconds,
+        "bytes": sum(tensor.nbytes for tensor in held),
+        "growth_bytes": peak_rss_bytes() - baseline,
+    }
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise RunError(lines("this is started by `parallama bench --load`", "expected one argument, a JSON object"))
+        raise RunError(
+            lines(
+                "this is started by `parallama bench --load`",
+                "expected one argument, a JSON object",
+            )
+        )
     try:
         answer = read(**json.loads(sys.argv[1]))
-    except ParallamaError as error:  # the user's to read, as it would be without a process in between
+    except (
+        ParallamaError
+    ) as error:  # the user's to read, as it would be without a process in between
         answer = to_reply(error)
     sys.stdout.write(json.dumps(answer) + "\n")

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..engine.devices.plugins import OptionValue
 from ..errors import UsageError, lines
 from ..host import usable_cores
-from ..loading import DTYPES
-from ..plugins import OptionValue
-from ..topology import MeshShape
+from ..plan.mesh_shape import MeshShape
+from ..sharded.loading import DTYPES
 from .profile import check_perf
 from .rows import Machine
 
@@ -47,14 +47,23 @@ class EngineOptions:
     def __post_init__(self) -> None:
         unknown = [peer for peer in self.peers if peer not in self.PEERS]
         if unknown:
-            raise UsageError(lines(f"peer {unknown[0]!r} is unknown", f"expected one of {', '.join(self.PEERS)}"))
+            raise UsageError(
+                lines(f"peer {unknown[0]!r} is unknown", f"expected one of {', '.join(self.PEERS)}")
+            )
         self.check_least("repeats", self.repeats, 1)
         if self.dtype not in DTYPES:
-            raise UsageError(lines(f"dtype {self.dtype!r} is unknown", f"expected {' or '.join(DTYPES)}"))
+            raise UsageError(
+                lines(f"dtype {self.dtype!r} is unknown", f"expected {' or '.join(DTYPES)}")
+            )
         if not self.meshes:
             raise UsageError(lines("there is no mesh", "expected at least one, as 1x1,1x2"))
         if self.threads is not None and not 1 <= self.threads <= usable_cores():
-            raise UsageError(lines(f"threads is {self.threads}", f"expected 1 to {usable_cores()}, the cores this process may use"))
+            raise UsageError(
+                lines(
+                    f"threads is {self.threads}",
+                    f"expected 1 to {usable_cores()}, the cores this process may use",
+                )
+            )
         if self.profile:
             check_perf()
 
@@ -84,7 +93,9 @@ class EngineOptions:
             "profiled": self.profile,
         }
 
-    def about(self, command: str, readings: Sequence[Mapping[str, float]], versions: Mapping[str, str]) -> dict[str, Any]:
+    def about(
+        self, command: str, readings: Sequence[Mapping[str, float]], versions: Mapping[str, str]
+    ) -> dict[str, Any]:
         """The fields of a `rows.About`.
 
         Args:
@@ -98,7 +109,10 @@ class EngineOptions:
             "dtype": self.dtype,
             "backend": self.backend,
             "threads": self.cores,
-            "machine": Machine(cpu=_cpu_name(), **{name: max(each[name] for each in readings) for name in readings[0]}),
+            "machine": Machine(
+                cpu=_cpu_name(),
+                **{name: max(each[name] for each in readings) for name in readings[0]},
+            ),
             "versions": dict(versions) | {"python": platform.python_version()},
         }
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..checkpoint import SafetensorsFolder
 from ..errors import RunError, cause, lines
-from ..loading import find
-from ..spec import ModelSpec
+from ..files.checkpoint import SafetensorsFolder
+from ..files.find import find
+from ..model.spec import ModelSpec
 
 _CLOSE, _PREFILL, _DECODE = range(3)
 _WARM_STEPS = 3
@@ -41,17 +41,27 @@ def load(model: str, dtype: torch.dtype, split: Any = None) -> Any:
     folder = checkpoint.location if isinstance(checkpoint, SafetensorsFolder) else None
     tensors = None if folder else dict(checkpoint.tensors(ModelSpec.from_config(config)))
     how = {"dtype": dtype, "attn_implementation": "sdpa", "distributed_config": split}
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(folder, config=config, state_dict=tensors, **how).eval()
+    return (
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        .from_pretrained(folder, config=config, state_dict=tensors, **how)
+        .eval()
+    )
 
 
 def next_token(forward: Callable[..., Any], ids: torch.Tensor, cache: Any) -> torch.Tensor:
     """`[B, S]` ids behind what is in the cache -> the greedy token after them, `[B]`."""
-    return forward(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+    return (
+        forward(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        .logits[:, -1]
+        .argmax(-1)
+    )
 
 
 def _one_process(peer: str, devices: int) -> None:
     if devices != 1:
-        raise RunError(lines(f"peer {peer} on {devices} devices", "expected 1: it does not split a model"))
+        raise RunError(
+            lines(f"peer {peer} on {devices} devices", "expected 1: it does not split a model")
+        )
 
 
 class HF:
@@ -126,7 +136,9 @@ class StaticPeer(ABC):
 
     def decode(self) -> list[int]:
         """The next greedy token of every row; at most as often after a prefill as prepared."""
-        assert self._left, "the cache ends here; XLA would write over its last position without a word"
+        assert self._left, (
+            "the cache ends here; XLA would write over its last position without a word"
+        )
         self._left -= 1
         return self._run(self._token[:, None])
 
@@ -157,11 +169,15 @@ class HFCompile(StaticPeer):
         try:
             self._warm_up()
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise RunError(lines(f"torch.compile fails: {cause(error)}", "expected a C++ compiler, as g++")) from None
+            raise RunError(
+                lines(f"torch.compile fails: {cause(error)}", "expected a C++ compiler, as g++")
+            ) from None
 
     @torch.no_grad()
     def _run(self, ids: torch.Tensor) -> list[int]:
-        self._token = next_token(self._compiled if ids.shape[1] == 1 else self._model, ids, self._cache)
+        self._token = next_token(
+            self._compiled if ids.shape[1] == 1 else self._model, ids, self._cache
+        )
         return self._token.tolist()
 
 
@@ -187,19 +203,41 @@ class HFTP(HF):
         spec = ModelSpec.from_config(find(model).config)
         for name, heads in (("query", spec.query_heads), ("KV", spec.kv_heads)):
             if heads % devices:
-                raise RunError(lines(f"peer hf-tp: {heads} {name} heads on {devices} processes", "expected a divisor of the heads"))
+                raise RunError(
+                    lines(
+                        f"peer hf-tp: {heads} {name} heads on {devices} processes",
+                        "expected a divisor of the heads",
+                    )
+                )
         if importlib.util.find_spec("accelerate") is None:
-            raise RunError(lines("peer hf-tp: transformers' tp_plan needs accelerate", "run: pip install accelerate"))
+            raise RunError(
+                lines(
+                    "peer hf-tp: transformers' tp_plan needs accelerate",
+                    "run: pip install accelerate",
+                )
+            )
         if not dist.is_initialized() and not dist.is_torchelastic_launched():
-            raise RunError(lines("peer hf-tp runs one process a device", f"start it with: torchrun --nproc-per-node={devices}"))
+            raise RunError(
+                lines(
+                    "peer hf-tp runs one process a device",
+                    f"start it with: torchrun --nproc-per-node={devices}",
+                )
+            )
         torch.set_num_threads(max(1, threads // devices))
         with _stdout_to_stderr():
             if not dist.is_initialized():
                 dist.init_process_group("gloo")
             if dist.get_world_size() != devices:
-                raise RunError(lines(f"peer hf-tp in {dist.get_world_size()} processes", f"expected one for each of {devices} devices"))
+                raise RunError(
+                    lines(
+                        f"peer hf-tp in {dist.get_world_size()} processes",
+                        f"expected one for each of {devices} devices",
+                    )
+                )
             self.rank = dist.get_rank()
-            self._model = load(model, dtype, DistributedConfig(tp_plan="auto"))  # `tp_plan` by itself does the same, but is deprecated
+            self._model = load(
+                model, dtype, DistributedConfig(tp_plan="auto")
+            )  # `tp_plan` by itself does the same, but is deprecated
 
     def prefill(self, prompts: list[list[int]]) -> list[int]:
         """See `HF.prefill`; rank 0 only."""

@@ -36,7 +36,9 @@ class EngineProcess:
         started: what it said when it was ready.
     """
 
-    def __init__(self, engine: Mapping[str, Any], *, processes: int = 1, ask_limit_s: float = ASK_LIMIT_S) -> None:
+    def __init__(
+        self, engine: Mapping[str, Any], *, processes: int = 1, ask_limit_s: float = ASK_LIMIT_S
+    ) -> None:
         self.name = str(engine["engine"])
         self._ask_limit_s = ask_limit_s
         self._folder = tempfile.TemporaryDirectory(prefix="parallama-bench-")
@@ -48,10 +50,19 @@ class EngineProcess:
         document = json.dumps({**engine, "socket": str(path), "born": time.time()})
         launcher = [sys.executable, "-m"]
         if processes > 1:
-            launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+            launcher += [
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={processes}",
+                "-m",
+            ]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*launcher, "parallama.bench.worker", document], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [*launcher, "parallama.bench.worker", document],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self._channel: socket.socket | None = None
         try:
@@ -77,7 +88,9 @@ class EngineProcess:
                 return listener.accept()[0]
             except TimeoutError:
                 if self._process.poll() is not None:
-                    raise RunError(lines(f"{self.name} ended at its start: {self._last_words()}")) from None
+                    raise RunError(
+                        lines(f"{self.name} ended at its start: {self._last_words()}")
+                    ) from None
         raise RunError(lines(f"{self.name} did not start in {START_LIMIT_S:.0f} s"))
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
@@ -115,7 +128,9 @@ class EngineProcess:
         return reply
 
     def _last_words(self) -> str:
-        words = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        words = [
+            line for line in self._log.read_text(errors="replace").splitlines() if line.strip()
+        ]
         return words[-1].strip()[:200] if words else "it said nothing"
 
     def close(self) -> None:
@@ -138,5 +153,10 @@ class EngineProcess:
     def __enter__(self) -> EngineProcess:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()

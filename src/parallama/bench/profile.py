@@ -19,7 +19,9 @@ from typing import Literal, get_args
 from ..errors import RunError, UsageError, lines
 from .rows import Profile
 
-Kind = Literal["products", "packing", "compiled", "torch", "collectives", "system", "waiting", "other"]
+Kind = Literal[
+    "products", "packing", "compiled", "torch", "collectives", "system", "waiting", "other"
+]
 """What a core does: a library's matrix products; copying their operands for them; XLA's own code, which is loops, attention's softmax and products of one row; torch's own
 loops; sums over devices; the system, mostly clearing memory; waiting for other threads; anything else."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -31,13 +33,20 @@ _SYMBOLS: tuple[tuple[str, Kind], ...] = (
     (r"AllReduce|ReduceScatter|AllGather|CollectivePermute|Rendezvous|gloo", "collectives"),
     (r"RunQueue|MaybeGetTask|NonEmptyQueueIndex|WaitForWork|EventCount|sched_yield", "waiting"),
 )
-_LINE = re.compile(r"\s*(?P<samples>\d+)\s+(?P<object>\[JIT\] tid \d+|\S+)\s+\[\S\]\s+(?P<symbol>.*\S)")
+_LINE = re.compile(
+    r"\s*(?P<samples>\d+)\s+(?P<object>\[JIT\] tid \d+|\S+)\s+\[\S\]\s+(?P<symbol>.*\S)"
+)
 
 
 def check_perf() -> None:
     """Raise `UsageError` where there is no perf: before anything is measured."""
     if shutil.which("perf") is None:
-        raise UsageError(lines("--profile needs Linux's perf", "expected it on the PATH; on Debian run: apt-get install linux-perf"))
+        raise UsageError(
+            lines(
+                "--profile needs Linux's perf",
+                "expected it on the PATH; on Debian run: apt-get install linux-perf",
+            )
+        )
 
 
 def kernel_names(pid: int) -> Path:
@@ -93,7 +102,11 @@ class Recording:
         passes, took = len(seconds), sum(seconds)
         each: dict[str, float] = {kind: 1e3 * self.counted[kind] / HERTZ / passes for kind in KINDS}
         idle = max(0.0, 1e3 * took * cores / passes - sum(each.values()))
-        return Profile(samples=self.counted.total(), ms_per_pass=1e3 * took / passes, core_ms_per_pass={**each, "idle": idle})
+        return Profile(
+            samples=self.counted.total(),
+            ms_per_pass=1e3 * took / passes,
+            core_ms_per_pass={**each, "idle": idle},
+        )
 
 
 @contextlib.contextmanager
@@ -127,7 +140,12 @@ def recording(pid: int) -> Iterator[Recording]:
                 if perf.returncode is not None:
                     log.seek(0)
                     said = " ".join(log.read().split())[:200]
-                    raise RunError(lines(f"perf cannot record: {said}", "see /proc/sys/kernel/perf_event_paranoid"))
+                    raise RunError(
+                        lines(
+                            f"perf cannot record: {said}",
+                            "see /proc/sys/kernel/perf_event_paranoid",
+                        )
+                    )
                 yield taken
             finally:
                 perf.send_signal(signal.SIGINT)
@@ -137,8 +155,24 @@ def recording(pid: int) -> Iterator[Recording]:
 
 def _report(data: Path) -> str:
     fields = ["--fields", "sample,dso,sym"]
-    command = ["perf", "report", "--stdio", "--quiet", "--no-children", "--no-demangle", "--percent-limit", "0", *fields]
-    return subprocess.run([*command, "--input", str(data)], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL).stdout
+    command = [
+        "perf",
+        "report",
+        "--stdio",
+        "--quiet",
+        "--no-children",
+        "--no-demangle",
+        "--percent-limit",
+        "0",
+        *fields,
+    ]
+    return subprocess.run(
+        [*command, "--input", str(data)],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    ).stdout
 
 
 def _family(pid: int) -> str:

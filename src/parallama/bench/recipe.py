@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .. import backends
+from ..engine.torch_xla import backends
 from .peers import StaticPeer, load, next_token
 
 Axes = tuple[str | None, ...]
@@ -55,7 +55,9 @@ class Recipe(StaticPeer):
         self._spmd: Any = xs
         self._device: torch.device = torch_xla.device()
         self._devices, self._dtype = devices, dtype
-        self._mesh: Any = xs.Mesh(np.arange(devices), (devices,), ("model",)) if devices > 1 else None
+        self._mesh: Any = (
+            xs.Mesh(np.arange(devices), (devices,), ("model",)) if devices > 1 else None
+        )
         self._model = load(model, dtype).to(self._device)
         self._model.tie_weights()  # moving it gave a tied head a copy
         for name, module in self._model.named_modules():
@@ -70,7 +72,9 @@ class Recipe(StaticPeer):
         self._make_room(batch, prompt, steps)
         config = self._model.config
         kv_heads = config.num_key_value_heads
-        self._cache.early_initialization(batch, kv_heads, config.head_dim, self._dtype, self._device)
+        self._cache.early_initialization(
+            batch, kv_heads, config.head_dim, self._dtype, self._device
+        )
         if kv_heads % self._devices == 0:
             for layer in self._cache.layers:
                 self._mark(layer.keys, (None, "model", None, None))
@@ -82,7 +86,9 @@ class Recipe(StaticPeer):
     def _run(self, ids: torch.Tensor) -> list[int]:
         if ids.device != self._device:
             ids = ids.to(self._device)
-            self._mark(ids, (None, None))  # unmarked, dynamo takes every prompt for a new layout and traces again
+            self._mark(
+                ids, (None, None)
+            )  # unmarked, dynamo takes every prompt for a new layout and traces again
         self._token = self._call(ids)
         self._xla.sync()
         return self._token.tolist()

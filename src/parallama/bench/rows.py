@@ -26,7 +26,12 @@ class Speed:
     @classmethod
     def of(cls, tokens: int, seconds: Sequence[float]) -> Speed:
         """From the seconds that each repetition took for so many tokens."""
-        return cls(median=tokens / statistics.median(seconds), min=tokens / max(seconds), max=tokens / min(seconds), samples=len(seconds))
+        return cls(
+            median=tokens / statistics.median(seconds),
+            min=tokens / max(seconds),
+            max=tokens / min(seconds),
+            samples=len(seconds),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config_json import read_config
-from ..cost import decode_bytes, prefill_flops
 from ..errors import ParallamaError, RunError
-from ..loading import DTYPES
-from ..spec import ModelSpec
-from ..topology import MeshShape
+from ..files.config_json import read_config
+from ..model.spec import ModelSpec
+from ..plan.cost import decode_bytes, prefill_flops
+from ..plan.mesh_shape import MeshShape
+from ..sharded.loading import DTYPES
 from .options import EngineOptions
 from .processes import EngineProcess
 from .profile import recording
@@ -50,7 +50,11 @@ class Options(EngineOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, numbers, least in (("batch", self.batches, 1), ("prompt", self.prompts, 1), ("steps", (self.steps,), 8)):
+        for name, numbers, least in (
+            ("batch", self.batches, 1),
+            ("prompt", self.prompts, 1),
+            ("steps", (self.steps,), 8),
+        ):
             self.check_least(name, min(numbers, default=None), least)
 
 
@@ -88,7 +92,14 @@ class _Runner:
 
     def begin(self) -> None:
         """Forget the last case."""
-        self.case_error, self.tokens, self.prefill_s, self.decode_s, self.profiles, self.last = self.error, [], [], [], {}, {}
+        self.case_error, self.tokens, self.prefill_s, self.decode_s, self.profiles, self.last = (
+            self.error,
+            [],
+            [],
+            [],
+            {},
+            {},
+        )
 
     def sample(self, what: What, cores: int, times: int, **arguments: Any) -> None:
         """Ask for `what` so many times, and take a profile of that."""
@@ -122,10 +133,16 @@ def run(options: Options, command: str, progress: Progress) -> Report:
         shared = {peer: start(peer) for peer in options.peers if peer in _ONE_PROCESS}
         beside: list[dict[str, _Runner]] = []
         for mesh in options.meshes:
-            own = {peer: _refused(peer, mesh) or start(peer, mesh) for peer in options.peers if peer not in _ONE_PROCESS}
+            own = {
+                peer: _refused(peer, mesh) or start(peer, mesh)
+                for peer in options.peers
+                if peer not in _ONE_PROCESS
+            }
             first = {f"parallama {ours[0].mesh}": ours[0]} if mesh != options.meshes[0] else {}
             beside.append(first | shared | own)
-        everyone = list({id(runner): runner for group in beside for runner in (*ours, *group.values())}.values())
+        everyone = list(
+            {id(runner): runner for group in beside for runner in (*ours, *group.values())}.values()
+        )
         rows: list[Row] = []
         for prompt in options.prompts:
             for batch in options.batches:
@@ -137,7 +154,10 @@ def run(options: Options, command: str, progress: Progress) -> Report:
                 between = _measure(machine.process, everyone, options, spec, batch, prompt)
                 readings += [each for taken in between.values() for each in taken]
                 limits = {
-                    what: {name: statistics.median(each[name] for each in taken) for name in taken[0]} for what, taken in between.items()
+                    what: {
+                        name: statistics.median(each[name] for each in taken) for name in taken[0]
+                    }
+                    for what, taken in between.items()
                 }
                 for runner, peers in zip(ours, beside, strict=True):
                     rows += _rows(runner, peers, options, spec, batch, prompt, limits)
@@ -158,7 +178,9 @@ class _Starter:
         runner = _Runner(name=name, mesh=str(mesh), processes=processes)
         self._progress(f"starting {name} {mesh}")
         try:
-            runner.process = self._stack.enter_context(EngineProcess(self._options.engine(name, mesh), processes=processes))
+            runner.process = self._stack.enter_context(
+                EngineProcess(self._options.engine(name, mesh), processes=processes)
+            )
         except ParallamaError as error:
             if name in ("parallama", "machine"):
                 raise
@@ -184,7 +206,9 @@ def _refused(peer: str, mesh: MeshShape) -> _Runner | None:
         reason = f"{peer} splits over one axis only, not {mesh}"
     elif peer == "hf-tp" and mesh.devices == 1:
         reason = "hf-tp needs two processes; on one it is hf"
-    return _Runner(name=peer, mesh=str(mesh), processes=mesh.devices, error=reason) if reason else None
+    return (
+        _Runner(name=peer, mesh=str(mesh), processes=mesh.devices, error=reason) if reason else None
+    )
 
 
 def _too_long(options: Options, spec: ModelSpec, batch: int, prompt: int) -> str | None:
@@ -196,11 +220,20 @@ def _too_long(options: Options, spec: ModelSpec, batch: int, prompt: int) -> str
 
 
 def _skipped(options: Options, batch: int, prompt: int, reason: str) -> list[Row]:
-    return [Row(what=what, mesh=str(mesh), batch=batch, prompt=prompt, skipped=reason) for mesh in options.meshes for what in WHATS]
+    return [
+        Row(what=what, mesh=str(mesh), batch=batch, prompt=prompt, skipped=reason)
+        for mesh in options.meshes
+        for what in WHATS
+    ]
 
 
 def _measure(
-    machine: EngineProcess, runners: Sequence[_Runner], options: Options, spec: ModelSpec, batch: int, prompt: int
+    machine: EngineProcess,
+    runners: Sequence[_Runner],
+    options: Options,
+    spec: ModelSpec,
+    batch: int,
+    prompt: int,
 ) -> dict[What, list[dict[str, float]]]:
     """One case on every engine, turn by turn; the machine's limits, which drift with its other guests, have their turn, too: those of each round are returned."""
     between: dict[What, list[dict[str, float]]] = {"prefill": [], "decode": []}
@@ -276,14 +309,18 @@ def _rows(
     ]
 
 
-def _beside(what: What, speed: Speed, ours: _Runner, peers: Mapping[str, _Runner], tokens: int) -> tuple[PeerResult, ...]:
+def _beside(
+    what: What, speed: Speed, ours: _Runner, peers: Mapping[str, _Runner], tokens: int
+) -> tuple[PeerResult, ...]:
     results = []
     for name, peer in peers.items():
         if peer.case_error is not None:
             results.append(PeerResult(peer=name, processes=peer.processes, error=peer.case_error))
             continue
         theirs = Speed.of(tokens, peer.prefill_s if what == "prefill" else peer.decode_s)
-        same = peer.tokens[:1] == ours.tokens[:1] if what == "prefill" else peer.tokens == ours.tokens
+        same = (
+            peer.tokens[:1] == ours.tokens[:1] if what == "prefill" else peer.tokens == ours.tokens
+        )
         results.append(
             PeerResult(
                 peer=name,

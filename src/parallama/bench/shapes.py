@@ -21,7 +21,16 @@ _COMMON = {
 }
 
 
-def _shape(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, vocab: int, *, tied: bool) -> dict[str, object]:
+def _shape(
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    vocab: int,
+    *,
+    tied: bool,
+) -> dict[str, object]:
     return {
         **_COMMON,
         "hidden_size": hidden,
@@ -62,27 +71,45 @@ def make(name: str, folder: Path, seed: int = 0) -> int:
         CheckpointError: the folder has something in it, or cannot be written.
     """
     if name not in SHAPES:
-        raise UsageError(lines(f"shape {name!r} is unknown", f"expected one of {', '.join(SHAPES)}"))
+        raise UsageError(
+            lines(f"shape {name!r} is unknown", f"expected one of {', '.join(SHAPES)}")
+        )
     import torch
 
-    from ..loading import DTYPES
-    from ..spec import ModelSpec
-    from ..weight_writer import SHARD_BYTES, Kind, write
+    from ..files.weight_writer import SHARD_BYTES, Kind, write
+    from ..model.spec import ModelSpec
+    from ..sharded.loading import DTYPES
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise CheckpointError(lines(f"folder {str(folder)!r} is not empty", "expected a new one: nothing is written over"))
+            raise CheckpointError(
+                lines(
+                    f"folder {str(folder)!r} is not empty",
+                    "expected a new one: nothing is written over",
+                )
+            )
         spec = ModelSpec.from_config(SHAPES[name])
         generator = torch.Generator().manual_seed(seed)
         dtype = DTYPES[str(SHAPES[name]["dtype"])]
         tensors = (
-            (parameter, torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02)
+            (
+                parameter,
+                torch.ones(shape)
+                if len(shape) == 1
+                else torch.randn(shape, generator=generator) * 0.02,
+            )
             for parameter, shape in spec.parameters()
         )
-        kinds = {parameter: Kind(shape=shape, dtype=dtype) for parameter, shape in spec.parameters()}
+        kinds = {
+            parameter: Kind(shape=shape, dtype=dtype) for parameter, shape in spec.parameters()
+        }
         write(folder, tensors, kinds, _SHARD_BYTES if dtype == torch.bfloat16 else SHARD_BYTES)
-        (folder / "config.json").write_text(json.dumps(SHAPES[name], indent=1) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(
+            json.dumps(SHAPES[name], indent=1) + "\n", encoding="utf-8"
+        )
     except OSError as error:
-        raise CheckpointError(lines(f"folder {str(folder)!r} cannot be written: {error.strerror}", "give another one")) from None
+        raise CheckpointError(
+            lines(f"folder {str(folder)!r} cannot be written: {error.strerror}", "give another one")
+        ) from None
     return sum(math.prod(shape) for _, shape in spec.parameters())

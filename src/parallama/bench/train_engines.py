@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ..loading import DTYPES, find
+from ..files.find import find
+from ..sharded.loading import DTYPES
 from ..train.options import StepOptions
 
 
@@ -25,14 +26,21 @@ class TrainEngine(Protocol):
 
 
 class Ours:
-    """`train.step.Trainer`, its program compiled before the first step."""
+    """`train.torch_xla.step.Trainer`, its program compiled before the first step."""
 
     def __init__(self, given: dict[str, Any], options: StepOptions, lr: float) -> None:
-        from ..mesh import DeviceMesh
-        from ..train.step import Trainer
+        from ..engine.interface import start
+        from ..train.trainer import make_trainer
 
-        mesh = DeviceMesh(given["mesh"], backend=given["backend"], backend_options=given["backend_options"])
-        self._trainer, self._lr = Trainer(find(given["model"]), mesh, options, allow_nonfinite=given["allow_nonfinite"]), lr
+        mesh = start(
+            given["mesh"], backend=given["backend"], backend_options=given["backend_options"]
+        )
+        self._trainer, self._lr = (
+            make_trainer(
+                find(given["model"]), mesh, options, allow_nonfinite=given["allow_nonfinite"]
+            ),
+            lr,
+        )
         self._trainer.compile()
 
     def step(self, rows: list[list[int]]) -> float:
@@ -61,7 +69,11 @@ class HF:
         self._model = load(given["model"], DTYPES[given["dtype"]]).train()
         self._clip = options.max_grad_norm
         self._optimizer = torch.optim.AdamW(
-            self._model.parameters(), lr=lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
+            self._model.parameters(),
+            lr=lr,
+            betas=options.betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
         )
 
     def step(self, rows: list[list[int]]) -> float:
@@ -77,8 +89,16 @@ class HF:
 
     def bytes_per_device(self) -> dict[str, list[int]]:
         """See `TrainEngine.bytes_per_device`; torch lets gradients go between steps."""
-        kept = [tensor for state in self._optimizer.state.values() for tensor in state.values() if torch.is_tensor(tensor)]
-        return {"params": [sum(each.nbytes for each in self._model.parameters())], "optimizer": [sum(each.nbytes for each in kept)]}
+        kept = [
+            tensor
+            for state in self._optimizer.state.values()
+            for tensor in state.values()
+            if torch.is_tensor(tensor)
+        ]
+        return {
+            "params": [sum(each.nbytes for each in self._model.parameters())],
+            "optimizer": [sum(each.nbytes for each in kept)],
+        }
 
 
 class Served:
@@ -86,7 +106,9 @@ class Served:
 
     def __init__(self, given: dict[str, Any], versions: tuple[str, ...]) -> None:
         asked = given["train"]
-        options = StepOptions(batch_size=asked["batch"], seq_len=asked["seq_len"], dtype=given["dtype"])
+        options = StepOptions(
+            batch_size=asked["batch"], seq_len=asked["seq_len"], dtype=given["dtype"]
+        )
         began = time.perf_counter()
         engines: dict[str, Any] = {"parallama": Ours, "hf": HF}
         self.engine: TrainEngine = engines[given["engine"]](given, options, asked["lr"])

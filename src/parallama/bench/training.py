@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..config_json import read_config
-from ..cost import train_flops
 from ..errors import ParallamaError, RunError, UsageError, lines
-from ..spec import ModelSpec
-from ..topology import MeshShape
+from ..files.config_json import read_config
+from ..model.spec import ModelSpec
+from ..plan.cost import train_flops
+from ..plan.mesh_shape import MeshShape
 from .options import EngineOptions
 from .processes import EngineProcess
 from .profile import KINDS, recording
@@ -54,12 +54,17 @@ class TrainOptions(EngineOptions):
         for mesh in self.meshes:
             if self.batch % mesh.data:
                 raise UsageError(
-                    lines(f"batch {self.batch} on mesh {mesh}", f"expected a multiple of {mesh.data}, the devices along 'data'")
+                    lines(
+                        f"batch {self.batch} on mesh {mesh}",
+                        f"expected a multiple of {mesh.data}, the devices along 'data'",
+                    )
                 )
 
     def engine(self, name: str, mesh: MeshShape) -> dict[str, Any]:
         """See `EngineOptions.engine`; one that trains."""
-        return super().engine(name, mesh) | {"train": {"batch": self.batch, "seq_len": self.seq_len, "lr": _LR}}
+        return super().engine(name, mesh) | {
+            "train": {"batch": self.batch, "seq_len": self.seq_len, "lr": _LR}
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,13 +127,33 @@ class TrainReport(About):
     def table(self) -> str:
         """The rows as GitHub markdown."""
         peers = list(dict.fromkeys(peer.peer for row in self.rows for peer in row.peers))
-        heads = ["what", "mesh", "batch", "tokens/s (min-max)", "step, s", "MFU", "bytes a device", "peak RSS", *peers]
+        heads = [
+            "what",
+            "mesh",
+            "batch",
+            "tokens/s (min-max)",
+            "step, s",
+            "MFU",
+            "bytes a device",
+            "peak RSS",
+            *peers,
+        ]
         table = [heads, ["---" if index < 2 else "---:" for index in range(len(heads))]]
         for row in self.rows:
             speed = row.tokens_per_s
             held = sum(max(sizes) for sizes in row.bytes_per_device.values())
-            cells = [row.what, row.mesh, f"{row.batch}x{row.seq_len}", f"{speed.median:.1f} ({speed.min:.1f}-{speed.max:.1f})"]
-            cells += [f"{row.step_s:.2f}", f"{row.mfu:.1%}", f"{held / 1e9:.2f} GB", f"{row.peak_rss_bytes / 1e9:.2f} GB"]
+            cells = [
+                row.what,
+                row.mesh,
+                f"{row.batch}x{row.seq_len}",
+                f"{speed.median:.1f} ({speed.min:.1f}-{speed.max:.1f})",
+            ]
+            cells += [
+                f"{row.step_s:.2f}",
+                f"{row.mfu:.1%}",
+                f"{held / 1e9:.2f} GB",
+                f"{row.peak_rss_bytes / 1e9:.2f} GB",
+            ]
             table.append([*cells, *(_peer_cell(row, peer) for peer in peers)])
         return "\n".join("| " + " | ".join(cells) + " |" for cells in table)
 
@@ -137,11 +162,16 @@ class TrainReport(About):
         heads = ["what", "mesh", "engine", "ms a step", *KINDS, "idle"]
         table = [heads, ["---" if index < 3 else "---:" for index in range(len(heads))]]
         for row in self.rows:
-            for name, taken in (("parallama", row.profile), *((peer.peer, peer.profile) for peer in row.peers)):
+            for name, taken in (
+                ("parallama", row.profile),
+                *((peer.peer, peer.profile) for peer in row.peers),
+            ):
                 if taken is not None:
                     spent = [f"{taken.core_ms_per_pass[kind]:,.0f}" for kind in (*KINDS, "idle")]
                     table.append([row.what, row.mesh, name, f"{taken.ms_per_pass:,.0f}", *spent])
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in table) if len(table) > 2 else ""
+        return (
+            "\n".join("| " + " | ".join(cells) + " |" for cells in table) if len(table) > 2 else ""
+        )
 
 
 def run(options: TrainOptions, command: str, progress: Callable[[str], None]) -> TrainReport:
@@ -153,7 +183,12 @@ def run(options: TrainOptions, command: str, progress: Callable[[str], None]) ->
     """
     spec = ModelSpec.from_config(read_config(options.model))
     if options.seq_len > spec.max_positions:
-        raise UsageError(lines(f"prompt-tokens is {options.seq_len}", f"expected at most {spec.max_positions}, the model's positions"))
+        raise UsageError(
+            lines(
+                f"prompt-tokens is {options.seq_len}",
+                f"expected at most {spec.max_positions}, the model's positions",
+            )
+        )
     rows, readings = [], []
     versions: dict[str, str] = {}
     with EngineProcess(options.engine("machine", MeshShape())) as machine:
@@ -165,7 +200,9 @@ def run(options: TrainOptions, command: str, progress: Callable[[str], None]) ->
                 for name in options.peers:
                     progress(f"starting {name}")
                     try:
-                        peers[name] = stack.enter_context(EngineProcess(options.engine(name, MeshShape())))
+                        peers[name] = stack.enter_context(
+                            EngineProcess(options.engine(name, MeshShape()))
+                        )
                     except ParallamaError as error:
                         peers[name] = first_line(error, name)
                 progress(f"{options.repeats} steps of {options.batch} x {options.seq_len} tokens")
@@ -188,12 +225,20 @@ class _Taken:
     profile: Profile | None = None
 
 
-def _take(options: TrainOptions, spec: ModelSpec, ours: EngineProcess, peers: dict[str, EngineProcess | str]) -> dict[str, _Taken]:
+def _take(
+    options: TrainOptions,
+    spec: ModelSpec,
+    ours: EngineProcess,
+    peers: dict[str, EngineProcess | str],
+) -> dict[str, _Taken]:
     """Every engine's steps, taken in turns. A peer that fails becomes its reason."""
     draw = random.Random(0)
     taken = {name: _Taken() for name in ("parallama", *peers)}
     for step in range(options.repeats + 1):
-        rows = [[draw.randrange(spec.vocab) for _ in range(options.seq_len)] for _ in range(options.batch)]
+        rows = [
+            [draw.randrange(spec.vocab) for _ in range(options.seq_len)]
+            for _ in range(options.batch)
+        ]
         for name, engine in {"parallama": ours, **peers}.items():
             if isinstance(engine, str):
                 continue
@@ -274,5 +319,7 @@ def _peer_cell(row: TrainRow, name: str) -> str:
             continue
         if peer.tokens_per_s is None:
             return f"n/a: {peer.error}"
-        return f"{peer.ratio:.2f}x {peer.tokens_per_s.median:.1f}" + ("" if peer.same_losses else ", losses differ")
+        return f"{peer.ratio:.2f}x {peer.tokens_per_s.median:.1f}" + (
+            "" if peer.same_losses else ", losses differ"
+        )
     return "-"

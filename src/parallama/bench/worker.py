@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..backends import name_kernels
+from ..environment import name_kernels
 from ..errors import ParallamaError, cause, lines, to_reply
 from ..host import peak_rss_bytes
-from ..loading import DTYPES
+from ..sharded.loading import DTYPES
 from .engine import Engine, Ours
 from .profile import kernel_names
 
@@ -50,7 +50,9 @@ def main() -> None:
         command = json.loads(line)
         try:
             reply: dict[str, Any] = getattr(served, command.pop("do"))(**command)
-        except Exception as error:  # whatever a peer runs into is a result: it could not run the case
+        except (
+            Exception
+        ) as error:  # whatever a peer runs into is a result: it could not run the case
             reply = {"error": _reason(error)}
         _say(stream, reply | {"peak_rss_bytes": peak_rss_bytes()})
     served.close()
@@ -82,14 +84,20 @@ def _say(stream: Any, document: dict[str, Any]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if isinstance(error, ParallamaError) else f"{type(error).__name__}: {cause(error)}"
+    return (
+        str(error).splitlines()[0]
+        if isinstance(error, ParallamaError)
+        else f"{type(error).__name__}: {cause(error)}"
+    )
 
 
 class Served:
     """The commands of an engine."""
 
     def __init__(self, given: dict[str, Any]) -> None:
-        self.started: dict[str, Any] = {"versions": {name: importlib.metadata.version(name) for name in VERSIONS}}
+        self.started: dict[str, Any] = {
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONS}
+        }
         self.engine = self._make(given)
 
     def _make(self, given: dict[str, Any]) -> Engine:
@@ -113,9 +121,9 @@ class Served:
         import transformers  # noqa: F401 - its time belongs to the imports
 
         from ..api import load
-        from ..mesh import DeviceMesh
+        from ..engine.interface import start
 
-        DeviceMesh(given["mesh"], backend=given["backend"], backend_options=given["backend_options"])
+        start(given["mesh"], backend=given["backend"], backend_options=given["backend_options"])
         imported = time.time()
         ours = Ours(
             load(
@@ -179,7 +187,9 @@ class Served:
             seconds.append(time.perf_counter() - began)
         reply: dict[str, Any] = {"seconds": seconds, "tokens": tokens}
         if stats:
-            reply["host_ms_per_step"] = 1e3 * (stats.decode_host_s - host) / (stats.decode_steps - done)
+            reply["host_ms_per_step"] = (
+                1e3 * (stats.decode_host_s - host) / (stats.decode_steps - done)
+            )
             reply["programs_after_warmup"] = stats.programs_after_warmup
         return reply
 
@@ -217,5 +227,7 @@ class Machine:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise SystemExit(lines("this is started by `parallama bench`", "expected one argument, a JSON object"))
+        raise SystemExit(
+            lines("this is started by `parallama bench`", "expected one argument, a JSON object")
+        )
     main()

@@ -31,8 +31,12 @@ app = typer.Typer(
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Show versions and exit."),
-    debug: bool = typer.Option(False, "--debug", help="Show tracebacks (anywhere on the command line)."),
+    version: bool = typer.Option(
+        False, "--version", callback=show_version, is_eager=True, help="Show versions and exit."
+    ),
+    debug: bool = typer.Option(
+        False, "--debug", help="Show tracebacks (anywhere on the command line)."
+    ),
 ) -> None:
     pass
 

@@ -3,37 +3,59 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..collectives import INFERENCE, Phase
+from ..engine.devices.plugins import parse_options
 from ..errors import UsageError, lines
-from ..plugins import parse_options
-from ..topology import MeshShape
+from ..plan.collectives import INFERENCE, Phase
+from ..plan.mesh_shape import MeshShape
 from . import options
 
 if TYPE_CHECKING:
-    from ..audit import Audit
+    from ..prove.audit import Audit
 
 _PHASES: tuple[Phase, ...] = ("prefill", "decode", "train")
 
 
 def audit(
     model: options.Model,
-    phase: Annotated[str, typer.Option("--phase", help="prefill, decode, train or all (the first two).")] = "decode",
-    batch: Annotated[int, typer.Option("--batch", help="Rows over all devices.", show_default="one on each")] = 0,
-    seq: Annotated[int, typer.Option("--seq", help="Tokens of each prompt or training row; for decode, tokens already cached.")] = 64,
-    fsdp: Annotated[bool, typer.Option("--fsdp", help="train: weights and their state split over data, too.")] = False,
-    sequence_parallel: Annotated[
-        bool, typer.Option("--sequence-parallel", help="train: norms and residuals split along the sequence.")
+    phase: Annotated[
+        str, typer.Option("--phase", help="prefill, decode, train or all (the first two).")
+    ] = "decode",
+    batch: Annotated[
+        int, typer.Option("--batch", help="Rows over all devices.", show_default="one on each")
+    ] = 0,
+    seq: Annotated[
+        int,
+        typer.Option(
+            "--seq",
+            help="Tokens of each prompt or training row; for decode, tokens already cached.",
+        ),
+    ] = 64,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="train: weights and their state split over data, too.")
     ] = False,
-    grad_accum: Annotated[int, typer.Option("--grad-accum", help="train: micro-steps of a step.")] = 1,
-    remat: Annotated[str, typer.Option("--remat", help="train: none, full, or n for every n-th layer.")] = "none",
+    sequence_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--sequence-parallel", help="train: norms and residuals split along the sequence."
+        ),
+    ] = False,
+    grad_accum: Annotated[
+        int, typer.Option("--grad-accum", help="train: micro-steps of a step.")
+    ] = 1,
+    remat: Annotated[
+        str, typer.Option("--remat", help="train: none, full, or n for every n-th layer.")
+    ] = "none",
     accept_plan: Annotated[
-        bool, typer.Option("--accept-plan", help="Judge the program against the plan only, not the plan against the least.")
+        bool,
+        typer.Option(
+            "--accept-plan",
+            help="Judge the program against the plan only, not the plan against the least.",
+        ),
     ] = False,
     mesh: options.Mesh = None,
     tensor_parallel_size: options.TensorParallel = None,
@@ -43,16 +65,25 @@ def audit(
     plan: options.PlanFile = None,
     dtype: options.Dtype = "auto",
     allow_nonfinite: options.AllowNonfinite = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on standard output.")
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Compile a step, and hold its collectives, its weights and its cache against the plan, to the byte."""
     if phase not in (*_PHASES, "all"):
-        raise UsageError(lines(f"--phase {phase!r} is unknown", f"expected one of {', '.join(_PHASES)}, all"))
+        raise UsageError(
+            lines(f"--phase {phase!r} is unknown", f"expected one of {', '.join(_PHASES)}, all")
+        )
     shape = options.mesh_shape(mesh, tensor_parallel_size)
     batch = batch or shape.data
     if batch < 1 or batch % shape.data:
-        raise UsageError(lines(f"--batch is {batch}", f"expected a multiple of {shape.data}, the devices along 'data'"))
+        raise UsageError(
+            lines(
+                f"--batch is {batch}",
+                f"expected a multiple of {shape.data}, the devices along 'data'",
+            )
+        )
     if seq < 1:
         raise UsageError(lines(f"--seq is {seq}", "expected at least 1"))
     if phase == "train":
@@ -63,19 +94,28 @@ def audit(
             "sequence_parallel": sequence_parallel,
             "grad_accum": grad_accum,
         }
-        step |= {"remat": int(remat) if remat.isdigit() else remat, "dtype": "float32" if dtype == "auto" else dtype}
-        chosen = options.mesh_shape(mesh, tensor_parallel_size), devices, backend, backend_option, plan
+        step |= {
+            "remat": int(remat) if remat.isdigit() else remat,
+            "dtype": "float32" if dtype == "auto" else dtype,
+        }
+        chosen = (
+            options.mesh_shape(mesh, tensor_parallel_size),
+            devices,
+            backend,
+            backend_option,
+            plan,
+        )
         found = _train(model, step, *chosen, accept_plan=accept_plan, quiet=quiet)
-        typer.echo(json.dumps(found.to_dict())) if as_json else _show(found, f"{model} on {shape}, batch {batch}, {seq} tokens")
+        typer.echo(json.dumps(found.to_dict())) if as_json else _show(
+            found, f"{model} on {shape}, batch {batch}, {seq} tokens"
+        )
         if not found.passed:
             raise typer.Exit(1)
         return
-    from .. import backends
-    from ..audit import audit as judge
-    from ..audit import step_key
+    from ..prove.audit import audit as judge
+    from ..prove.audit import step_key
 
-    with tempfile.TemporaryDirectory(prefix="parallama-audit-") as folder, options.progress(quiet) as progress:
-        backends.dump_programs(Path(folder))
+    with options.progress(quiet) as progress:
         llm = options.load_model(
             model,
             mesh=mesh,
@@ -88,18 +128,32 @@ def audit(
             max_model_len=None,
             allow_nonfinite=allow_nonfinite,
             progress=progress,
+            keep_hlo=True,
         )
         if seq + 1 > llm.max_model_len:
-            raise UsageError(lines(f"--seq is {seq}", f"expected less than {llm.max_model_len}, the model's positions"))
+            raise UsageError(
+                lines(
+                    f"--seq is {seq}",
+                    f"expected less than {llm.max_model_len}, the model's positions",
+                )
+            )
         audits = [
-            judge(llm.steps, llm.programs, Path(folder), each, step_key(each, batch, seq), accept_plan=accept_plan)
+            judge(
+                llm.steps,
+                llm.programs,
+                each,
+                step_key(each, batch, seq),
+                accept_plan=accept_plan,
+            )
             for each in INFERENCE
             if phase in (each, "all")
         ]
     if as_json:
         documents = [each.to_dict() for each in audits]
         passed = all(each.passed for each in audits)
-        typer.echo(json.dumps(documents[0] if phase != "all" else {"phases": documents, "passed": passed}))
+        typer.echo(
+            json.dumps(documents[0] if phase != "all" else {"phases": documents, "passed": passed})
+        )
     else:
         for each in audits:
             _show(each, f"{model} on {shape}, batch {batch}, {seq} tokens")
@@ -120,23 +174,35 @@ def _train(
     quiet: bool,
 ) -> Audit:
     """Audit a training step."""
-    from .. import backends, loading
-    from ..mesh import DeviceMesh
-    from ..plan import make_plan, read_overrides
-    from ..spec import ModelSpec
-    from ..train.audit import audit_training
+    from ..engine.interface import start
+    from ..files.find import find
+    from ..model.spec import ModelSpec
+    from ..plan.placement import make_plan, read_overrides
+    from ..prove.train_audit import audit_training
     from ..train.options import StepOptions
-    from ..train.step import Trainer
+    from ..train.trainer import make_trainer
 
     chosen = StepOptions(**step)
-    with tempfile.TemporaryDirectory(prefix="parallama-audit-") as folder, options.progress(quiet) as progress:
-        backends.dump_programs(Path(folder))
+    with options.progress(quiet) as progress:
         # First, as in `load`: the devices start before transformers, which may import torch_xla.
-        mesh = DeviceMesh(shape, backend=backend, backend_options=parse_options(backend_options or []), devices=devices)
-        checkpoint = loading.find(model)
-        made = make_plan(ModelSpec.from_config(checkpoint.config), shape, read_overrides(plan) if plan is not None else None)
+        mesh = start(
+            shape,
+            backend=backend,
+            backend_options=parse_options(backend_options or []),
+            devices=devices,
+            keep_hlo=True,
+        )
+        checkpoint = find(model)
+        made = make_plan(
+            ModelSpec.from_config(checkpoint.config),
+            shape,
+            read_overrides(plan) if plan is not None else None,
+        )
         report = None if progress is None else lambda done, of: progress("loading", done, of)
-        return audit_training(Trainer(checkpoint, mesh, chosen, plan=made, progress=report), Path(folder), accept_plan=accept_plan)
+        return audit_training(
+            make_trainer(checkpoint, mesh, chosen, plan=made, progress=report),
+            accept_plan=accept_plan,
+        )
 
 
 def _show(audit: Audit, title: str) -> None:
@@ -146,7 +212,9 @@ def _show(audit: Audit, title: str) -> None:
     from rich.text import Text
 
     console = Console()
-    console.print(Text(f"{audit.phase}: {'passed' if audit.passed else 'FAILED'} ({title})", style="bold"))
+    console.print(
+        Text(f"{audit.phase}: {'passed' if audit.passed else 'FAILED'} ({title})", style="bold")
+    )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for head, side in (
         ("collective", "left"),
@@ -157,7 +225,9 @@ def _show(audit: Audit, title: str) -> None:
         ("found", "right"),
     ):
         table.add_column(head, justify="right" if side == "right" else "left", overflow="fold")
-    planned = {(each.kind, each.axis, each.module, each.bytes): each.count for each in audit.expected}
+    planned = {
+        (each.kind, each.axis, each.module, each.bytes): each.count for each in audit.expected
+    }
     found = {(each.kind, each.axis, each.module, each.bytes): each.count for each in audit.found}
     for kind, axis, module, size in dict.fromkeys([*planned, *found]):
         counts = (str(counted.get((kind, axis, module, size), 0)) for counted in (planned, found))
@@ -171,11 +241,19 @@ def _show(audit: Audit, title: str) -> None:
             f"{audit.programs} program; {audit.aliased} of {audit.cache_tensors} {'tensors of the state' if audit.phase == 'train' else 'cache tensors'} updated in place"
         )
     )
-    console.print(Text(f"parameters on each device, measured: {_bytes(audit.param_bytes_per_device)}"))
+    console.print(
+        Text(f"parameters on each device, measured: {_bytes(audit.param_bytes_per_device)}")
+    )
     if audit.working_bytes is not None:
-        predicted = f"; predicted: {audit.predicted_working_bytes:,}" if audit.predicted_working_bytes is not None else ""
+        predicted = (
+            f"; predicted: {audit.predicted_working_bytes:,}"
+            if audit.predicted_working_bytes is not None
+            else ""
+        )
         console.print(
-            Text(f"activations, gradients and all else of a step on each device, measured: {audit.working_bytes:,} bytes{predicted}")
+            Text(
+                f"activations, gradients and all else of a step on each device, measured: {audit.working_bytes:,} bytes{predicted}"
+            )
         )
     for finding in audit.findings:
         console.print(Text(f"- {finding.module}: {finding.what} ({finding.bytes:+,} bytes)"))

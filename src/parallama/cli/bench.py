@@ -10,42 +10,95 @@ from typing import Annotated, Any
 
 import typer
 
+from ..engine.devices.plugins import parse_options
 from ..errors import UsageError, lines
-from ..plugins import parse_options
-from ..topology import MeshShape
+from ..plan.mesh_shape import MeshShape
 from . import options
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id or a shipped name; with --make the folder to write.")],
-    make: Annotated[str | None, typer.Option("--make", help="Write a random-weight checkpoint of this shape (l200, ...) and stop.")] = None,
-    load: Annotated[bool, typer.Option("--load", help="Measure only reading the files onto each mesh, beside safetensors.")] = False,
-    train: Annotated[
-        bool, typer.Option("--train", help="Measure whole optimizer steps instead, of --batch sequences of --prompt-tokens.")
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a .gguf file, a hub id or a shipped name; with --make the folder to write."
+        ),
+    ],
+    make: Annotated[
+        str | None,
+        typer.Option(
+            "--make", help="Write a random-weight checkpoint of this shape (l200, ...) and stop."
+        ),
+    ] = None,
+    load: Annotated[
+        bool,
+        typer.Option(
+            "--load", help="Measure only reading the files onto each mesh, beside safetensors."
+        ),
     ] = False,
-    mesh: Annotated[str, typer.Option("--mesh", help="Meshes with commas between them; the first also stands beside the others.")] = "1x1",
+    train: Annotated[
+        bool,
+        typer.Option(
+            "--train",
+            help="Measure whole optimizer steps instead, of --batch sequences of --prompt-tokens.",
+        ),
+    ] = False,
+    mesh: Annotated[
+        str,
+        typer.Option(
+            "--mesh",
+            help="Meshes with commas between them; the first also stands beside the others.",
+        ),
+    ] = "1x1",
     peers: Annotated[
         str | None,
         typer.Option(
-            "--peers", help="Of hf, hf-compile, hf-tp, recipe, recipe-openxla, with commas; 'all' is every one.", show_default="hf"
+            "--peers",
+            help="Of hf, hf-compile, hf-tp, recipe, recipe-openxla, with commas; 'all' is every one.",
+            show_default="hf",
         ),
     ] = None,
-    batch: Annotated[str | None, typer.Option("--batch", help="Rows, with commas.", show_default="1,4,16,32; 4 with --train")] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt-tokens", help="Prompt lengths, with commas.", show_default="512,4096; 256 with --train")
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            "--batch", help="Rows, with commas.", show_default="1,4,16,32; 4 with --train"
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Decode steps measured in each case.", show_default="24")] = None,
-    repeats: Annotated[int, typer.Option("--repeats", help="Prefills measured in each case; steps with --train.")] = 3,
-    threads: Annotated[int | None, typer.Option("--threads", help="Cores that every engine may use.", show_default="all")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt-tokens",
+            help="Prompt lengths, with commas.",
+            show_default="512,4096; 256 with --train",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="Decode steps measured in each case.", show_default="24"),
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option("--repeats", help="Prefills measured in each case; steps with --train.")
+    ] = 3,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", help="Cores that every engine may use.", show_default="all"),
+    ] = None,
     backend: options.BackendName = "cpu",
     backend_option: options.BackendOptions = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")] = "float32",
     allow_nonfinite: options.AllowNonfinite = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Sample each engine afterwards, to show where the time goes (Linux's perf).")
+        bool,
+        typer.Option(
+            "--profile",
+            help="Sample each engine afterwards, to show where the time goes (Linux's perf).",
+        ),
     ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the rows into this PNG file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the rows into this PNG file.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on standard output.")
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Measure prefill, decode and cold start, interleaved with what a user would pick instead."""
@@ -65,7 +118,9 @@ def bench(
 
         count = write(make, Path(model))
         typer.echo(
-            json.dumps({"folder": model, "shape": make, "parameters": count}) if as_json else f"{model}: {make}, {count:,} parameters"
+            json.dumps({"folder": model, "shape": make, "parameters": count})
+            if as_json
+            else f"{model}: {make}, {count:,} parameters"
         )
         return
     if load:
@@ -132,7 +187,15 @@ def _refuse_beside(mode: str, given: dict[str, Any]) -> None:
             raise UsageError(lines(f"{option} was given with {mode}", "expected one of the two"))
 
 
-def _load(model: str, meshes: tuple[MeshShape, ...], dtype: str, repeats: int, as_json: bool, quiet: bool, allow_nonfinite: bool) -> None:
+def _load(
+    model: str,
+    meshes: tuple[MeshShape, ...],
+    dtype: str,
+    repeats: int,
+    as_json: bool,
+    quiet: bool,
+    allow_nonfinite: bool,
+) -> None:
     from ..bench.load import run
 
     report = run(
@@ -177,7 +240,11 @@ def _meshes(text: str) -> tuple[MeshShape, ...]:
 
 
 def _names(peers: str | None) -> tuple[str, ...]:
-    return ("hf",) if peers is None else tuple(name.strip() for name in peers.split(",") if name.strip())
+    return (
+        ("hf",)
+        if peers is None
+        else tuple(name.strip() for name in peers.split(",") if name.strip())
+    )
 
 
 def _number(option: str, text: str) -> int:
@@ -191,7 +258,11 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(lines(f"{option} {text!r} cannot be read", "expected whole numbers with commas, as 1,4,16")) from None
+        raise UsageError(
+            lines(
+                f"{option} {text!r} cannot be read", "expected whole numbers with commas, as 1,4,16"
+            )
+        ) from None
     if len(set(numbers)) != len(numbers):
         raise UsageError(lines(f"{option} {text} names a number twice", "expected each once"))
     return numbers

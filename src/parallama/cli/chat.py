@@ -47,7 +47,7 @@ def chat(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
-        from ..chat import Chat
+        from ..inference.chat import Chat
 
         talk = Chat(
             llm,

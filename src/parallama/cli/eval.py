@@ -18,31 +18,84 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: options.Model,
-    tasks: Annotated[list[str], typer.Option("--tasks", "-t", help="Names of tasks, groups or tags with commas, or a task's YAML file.")],
+    tasks: Annotated[
+        list[str],
+        typer.Option(
+            "--tasks",
+            "-t",
+            help="Names of tasks, groups or tags with commas, or a task's YAML file.",
+        ),
+    ],
     num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", "-f", help="Examples before each question.", show_default="the task's", min=0)
+        int | None,
+        typer.Option(
+            "--num-fewshot",
+            "-f",
+            help="Examples before each question.",
+            show_default="the task's",
+            min=0,
+        ),
     ] = None,
-    limit: Annotated[float | None, typer.Option("--limit", "-L", help="Documents of each task, or a share of them if below 1.")] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            "--limit", "-L", help="Documents of each task, or a share of them if below 1."
+        ),
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", help="Sequences at once, over all devices.", show_default="8", min=1)
+        int | None,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            help="Sequences at once, over all devices.",
+            show_default="8",
+            min=1,
+        ),
     ] = None,
     include_path: Annotated[
-        list[Path] | None, typer.Option("--include-path", help="A folder with tasks of your own, whose code is run; several times.")
+        list[Path] | None,
+        typer.Option(
+            "--include-path",
+            help="A folder with tasks of your own, whose code is run; several times.",
+        ),
     ] = None,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Put requests into the model's chat template.")
+        bool,
+        typer.Option("--apply-chat-template", help="Put requests into the model's chat template."),
     ] = False,
-    system_instruction: Annotated[str | None, typer.Option("--system-instruction", help="A system message.")] = None,
+    system_instruction: Annotated[
+        str | None, typer.Option("--system-instruction", help="A system message.")
+    ] = None,
     fewshot_as_multiturn: Annotated[
         bool | None,
-        typer.Option("--fewshot-as-multiturn/--no-fewshot-as-multiturn", help="Examples as turns.", show_default="with a chat template"),
+        typer.Option(
+            "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
+            help="Examples as turns.",
+            show_default="with a chat template",
+        ),
     ] = None,
     output_path: Annotated[
-        Path | None, typer.Option("--output-path", "-o", help="A folder for results_DATE.json and samples, or a .json file's name.")
+        Path | None,
+        typer.Option(
+            "--output-path",
+            "-o",
+            help="A folder for results_DATE.json and samples, or a .json file's name.",
+        ),
     ] = None,
-    log_samples: Annotated[bool, typer.Option("--log-samples", "-s", help="Write every request and answer to the output path.")] = False,
+    log_samples: Annotated[
+        bool,
+        typer.Option(
+            "--log-samples", "-s", help="Write every request and answer to the output path."
+        ),
+    ] = False,
     seed: Annotated[
-        int | None, typer.Option("--seed", help="For examples and sampling.", show_default="the harness's: 0,1234,1234,1234", min=0)
+        int | None,
+        typer.Option(
+            "--seed",
+            help="For examples and sampling.",
+            show_default="the harness's: 0,1234,1234,1234",
+            min=0,
+        ),
     ] = None,
     mesh: options.Mesh = None,
     tensor_parallel_size: options.TensorParallel = None,
@@ -53,15 +106,22 @@ def evaluate(
     dtype: options.Dtype = "auto",
     allow_nonfinite: options.AllowNonfinite = False,
     max_model_len: options.MaxModelLen = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on standard output.")
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Run tasks of lm-evaluation-harness, which the extra 'eval' brings; options are named as lm_eval names them."""
     if log_samples and output_path is None:
-        raise UsageError(lines("--log-samples was given without --output-path", "expected a folder to write them to"))
-    from ..evaluation import EvalOptions, find_tasks, write
-    from ..evaluation import as_json as dumped
-    from ..evaluation import evaluate as run
+        raise UsageError(
+            lines(
+                "--log-samples was given without --output-path",
+                "expected a folder to write them to",
+            )
+        )
+    from ..evaluate.evaluation import EvalOptions, find_tasks, write
+    from ..evaluate.evaluation import as_json as dumped
+    from ..evaluate.evaluation import evaluate as run
 
     chosen = EvalOptions(
         num_fewshot=num_fewshot,
@@ -107,7 +167,11 @@ def _render(document: Mapping[str, Any], console: Console) -> None:
 
     table = Table(box=box.SIMPLE, pad_edge=False)
     for head in ("task", "n-shot", "metric", "filter", "value", "stderr"):
-        table.add_column(head, justify="right" if head in ("n-shot", "value", "stderr") else "left", overflow="fold")
+        table.add_column(
+            head,
+            justify="right" if head in ("n-shot", "value", "stderr") else "left",
+            overflow="fold",
+        )
     for task, found in [*document["results"].items(), *document.get("groups", {}).items()]:
         if task in document.get("groups", {}) and found is not document["groups"][task]:
             continue  # a group stands below its tasks
@@ -129,7 +193,9 @@ def _figures(document: Mapping[str, Any], files: list[Path]) -> None:
         f"{document['programs_compiled']} programs, {document['programs_after_warmup']} after warm-up]"
     )
     if document["cut_requests"]:
-        options.say(f"[{document['cut_requests']} requests were cut at their beginning: longer than {document['max_model_len']} tokens]")
+        options.say(
+            f"[{document['cut_requests']} requests were cut at their beginning: longer than {document['max_model_len']} tokens]"
+        )
     for file in files:
         options.say(f"[wrote {file}]")
     sys.stderr.flush()

@@ -15,31 +15,55 @@ def export(
     model: options.Model,
     out: Annotated[Path, typer.Argument(help="The folder to write; a new one, or an empty one.")],
     dtype: Annotated[
-        str, typer.Option("--dtype", help="auto (as stored; float32 where quantized), float32, bfloat16 or float16.")
+        str,
+        typer.Option(
+            "--dtype",
+            help="auto (as stored; float32 where quantized), float32, bfloat16 or float16.",
+        ),
     ] = "auto",
-    mesh: Annotated[str | None, typer.Option("--mesh", help="Take the weights over devices and back, as 1x8.", show_default="none")] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            "--mesh", help="Take the weights over devices and back, as 1x8.", show_default="none"
+        ),
+    ] = None,
     allow_nonfinite: options.AllowNonfinite = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on standard output.")
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Write a model as safetensors with config, tokenizer, chat template and a manifest."""
-    from ..export import check_free, export_checkpoint, resolve
+    from ..files.export import check_free, export_checkpoint, resolve
+    from ..files.find import find
 
     check_free(out)  # now, not after minutes of loading
     if dtype != "auto":
         resolve(dtype)
     with options.progress(quiet) as progress:
         if mesh is None:
-            from .. import loading
-
-            report = (lambda done, total: progress("writing", done, total)) if progress is not None else None
-            exported = export_checkpoint(loading.find(model), out, dtype=dtype, allow_nonfinite=allow_nonfinite, progress=report)
+            report = (
+                (lambda done, total: progress("writing", done, total))
+                if progress is not None
+                else None
+            )
+            exported = export_checkpoint(
+                find(model), out, dtype=dtype, allow_nonfinite=allow_nonfinite, progress=report
+            )
         else:
             from ..api import load
 
             # float32 holds whatever is stored exactly.
-            llm = load(model, mesh=mesh, dtype="float32", allow_nonfinite=allow_nonfinite, progress=progress)
-            exported = llm.export(out, dtype="stored" if dtype == "auto" else dtype, allow_nonfinite=allow_nonfinite)
+            llm = load(
+                model,
+                mesh=mesh,
+                dtype="float32",
+                allow_nonfinite=allow_nonfinite,
+                progress=progress,
+            )
+            exported = llm.export(
+                out, dtype="stored" if dtype == "auto" else dtype, allow_nonfinite=allow_nonfinite
+            )
     if as_json:
         typer.echo(json.dumps({"model": model} | exported.to_dict()))
     else:

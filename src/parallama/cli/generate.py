@@ -14,18 +14,36 @@ from ..errors import UsageError, lines
 from . import options
 
 if TYPE_CHECKING:
-    from ..llm import LLM, Completion
+    from ..inference.completion import Completion
+    from ..inference.llm import LLM
 
 
 def generate(
     model: options.Model,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given several times.")] = None,
-    prompt_ids: Annotated[list[str] | None, typer.Option("--prompt-ids", help="A prompt as token ids, as 1,2,3; several times.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="A file that holds one prompt.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")] = False,
-    system: Annotated[str | None, typer.Option("--system", help="System message, with --chat.")] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End the text before this string; several times.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="A prompt; may be given several times."),
+    ] = None,
+    prompt_ids: Annotated[
+        list[str] | None,
+        typer.Option("--prompt-ids", help="A prompt as token ids, as 1,2,3; several times."),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", help="A file that holds one prompt.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option("--system", help="System message, with --chat.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="End the text before this string; several times."),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")
+    ] = False,
     mesh: options.Mesh = None,
     tensor_parallel_size: options.TensorParallel = None,
     devices: options.Devices = None,
@@ -42,7 +60,9 @@ def generate(
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on standard output.")
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Continue one or more prompts; a single one streams to the terminal."""
@@ -91,22 +111,38 @@ def generate(
         _figures(llm)
 
 
-def _prompts(texts: list[str] | None, ids: list[str] | None, file: Path | None) -> list[str | list[int]]:
+def _prompts(
+    texts: list[str] | None, ids: list[str] | None, file: Path | None
+) -> list[str | list[int]]:
     prompts: list[str | list[int]] = [*(texts or [])]
     for given in ids or []:
         try:
             prompts.append([int(part) for part in given.split(",")])
         except ValueError:
-            raise UsageError(lines(f"--prompt-ids {given!r} cannot be read", "expected whole numbers with commas, as 1,2,3")) from None
+            raise UsageError(
+                lines(
+                    f"--prompt-ids {given!r} cannot be read",
+                    "expected whole numbers with commas, as 1,2,3",
+                )
+            ) from None
     if file is not None:
         try:
             prompts.append(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UsageError(lines(f"--prompt-file {str(file)!r} cannot be read: {reason}", "expected a text file")) from None
+            raise UsageError(
+                lines(
+                    f"--prompt-file {str(file)!r} cannot be read: {reason}", "expected a text file"
+                )
+            ) from None
     if not prompts:
         if sys.stdin is None or sys.stdin.isatty():
-            raise UsageError(lines("there is no prompt", "expected --prompt, --prompt-ids, --prompt-file, or text on standard input"))
+            raise UsageError(
+                lines(
+                    "there is no prompt",
+                    "expected --prompt, --prompt-ids, --prompt-file, or text on standard input",
+                )
+            )
         prompts.append(sys.stdin.read())
     if any(len(prompt) == 0 for prompt in prompts):
         raise UsageError(lines("a prompt is empty", "expected some text, or token ids"))
@@ -115,7 +151,12 @@ def _prompts(texts: list[str] | None, ids: list[str] | None, file: Path | None) 
 
 def _in_template(llm: LLM, prompt: str | list[int], system: str | None) -> list[int]:
     if not isinstance(prompt, str):
-        raise UsageError(lines("--prompt-ids was given with --chat", "expected text, which the chat template can hold"))
+        raise UsageError(
+            lines(
+                "--prompt-ids was given with --chat",
+                "expected text, which the chat template can hold",
+            )
+        )
     messages = [{"role": "system", "content": system}] if system is not None else []
     return llm.render_chat([*messages, {"role": "user", "content": prompt}])
 
@@ -152,7 +193,9 @@ def _document(llm: LLM, outputs: list[Completion]) -> dict[str, Any]:
             "ttft_s": stats.ttft_s,
             "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_s,
             "decode_tokens_per_s": new_tokens / stats.decode_s if stats.decode_s else None,
-            "decode_host_ms_per_step": 1e3 * stats.decode_host_s / stats.decode_steps if stats.decode_steps else None,
+            "decode_host_ms_per_step": 1e3 * stats.decode_host_s / stats.decode_steps
+            if stats.decode_steps
+            else None,
             "programs_compiled": stats.programs_compiled,
             "programs_after_warmup": stats.programs_after_warmup,
             "param_bytes_per_device": llm.param_bytes_per_device(),

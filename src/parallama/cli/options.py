@@ -10,35 +10,75 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..engine.devices.plugins import parse_options
 from ..errors import UsageError, lines
-from ..plugins import parse_options
-from ..topology import MeshShape
+from ..plan.mesh_shape import MeshShape
 
 if TYPE_CHECKING:
-    from ..llm import LLM, Progress
+    from ..inference.llm import LLM, Progress
 
-Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id, or a shipped name (smollm2).")]
-Mesh = Annotated[str | None, typer.Option("--mesh", help="data x model, as 1x8, or data=2,model=4.", show_default="1x1")]
-TensorParallel = Annotated[int | None, typer.Option("--tensor-parallel-size", "-tp", help="The same as --mesh 1xN.", min=1)]
-Devices = Annotated[int | None, typer.Option("--devices", help="Device count; follows from the mesh.", min=1)]
+Model = Annotated[
+    str, typer.Argument(help="A folder, a .gguf file, a hub id, or a shipped name (smollm2).")
+]
+Mesh = Annotated[
+    str | None,
+    typer.Option("--mesh", help="data x model, as 1x8, or data=2,model=4.", show_default="1x1"),
+]
+TensorParallel = Annotated[
+    int | None, typer.Option("--tensor-parallel-size", "-tp", help="The same as --mesh 1xN.", min=1)
+]
+Devices = Annotated[
+    int | None, typer.Option("--devices", help="Device count; follows from the mesh.", min=1)
+]
 BackendName = Annotated[
-    str, typer.Option("--backend", help="cpu, tpu, tt, the path of a PJRT plugin (.so), or an installed plugin's name.")
+    str,
+    typer.Option(
+        "--backend",
+        help="cpu, tpu, tt, the path of a PJRT plugin (.so), or an installed plugin's name.",
+    ),
 ]
 BackendOptions = Annotated[
-    list[str] | None, typer.Option("--backend-option", help="key=value for the client that the plugin makes; several times.")
+    list[str] | None,
+    typer.Option(
+        "--backend-option", help="key=value for the client that the plugin makes; several times."
+    ),
 ]
-PlanFile = Annotated[Path | None, typer.Option("--plan", help="YAML or JSON: parameter-name pattern to style or axes.")]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", help="YAML or JSON: parameter-name pattern to style or axes."),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
-MaxModelLen = Annotated[int | None, typer.Option("--max-model-len", help="Most tokens of prompt and answer together.")]
-MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", help="Most new tokens a prompt.", show_default="256")]
-Temperature = Annotated[float | None, typer.Option("--temperature", help="0 is greedy.", show_default="the model's")]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from the so many best; 0 is all.")]
-TopP = Annotated[float | None, typer.Option("--top-p", help="Sample from the best with this probability together.")]
-MinP = Annotated[float | None, typer.Option("--min-p", help="Drop tokens below this share of the best one's probability.")]
-RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option("--max-model-len", help="Most tokens of prompt and answer together.")
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", help="Most new tokens a prompt.", show_default="256"),
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", help="0 is greedy.", show_default="the model's")
+]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", help="Sample from the so many best; 0 is all.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", help="Sample from the best with this probability together."),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option("--min-p", help="Drop tokens below this share of the best one's probability."),
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same text, on every mesh.")]
-AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Load weights that hold NaN or infinity, too.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no figures on standard error.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Load weights that hold NaN or infinity, too.")
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="No progress and no figures on standard error.")
+]
 
 
 # What is counted in bytes, where progress is reported; the rest is counted in pieces.
@@ -67,14 +107,25 @@ def progress(quiet: bool) -> Iterator[Progress | None]:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Bars
 
     running: dict[str, tuple[Bars, Any]] = {}
 
     def report(what: str, done: int, total: int) -> None:
         if what not in running:
-            counts = (DownloadColumn(), TransferSpeedColumn()) if what in _IN_BYTES else (MofNCompleteColumn(),)
+            counts = (
+                (DownloadColumn(), TransferSpeedColumn())
+                if what in _IN_BYTES
+                else (MofNCompleteColumn(),)
+            )
             columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeElapsedColumn())
             bars = Bars(*columns, console=Console(stderr=True), transient=True)
             bars.start()
@@ -104,6 +155,7 @@ def load_model(
     max_model_len: int | None,
     allow_nonfinite: bool,
     progress: Progress | None,
+    keep_hlo: bool = False,
 ) -> LLM:
     """`parallama.load` with a command's options."""
     shape = mesh_shape(mesh, tensor_parallel)
@@ -121,6 +173,7 @@ def load_model(
         max_model_len=max_model_len,
         allow_nonfinite=allow_nonfinite,
         progress=progress,
+        keep_hlo=keep_hlo,
     )
 
 

@@ -10,9 +10,19 @@ import typer
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a run: the 'out' of `parallama train`.")],
-    plot: Annotated[Path | None, typer.Option("--plot", help="A PNG or HTML file.", show_default="RUN/report.html")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output, and no picture but with --plot.")] = False,
+    run: Annotated[
+        Path, typer.Argument(help="The folder of a run: the 'out' of `parallama train`.")
+    ],
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="A PNG or HTML file.", show_default="RUN/report.html"),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="One JSON document on standard output, and no picture but with --plot."
+        ),
+    ] = False,
 ) -> None:
     """Sum up a training run, and draw its loss and speed."""
     from ..train import report as reporting

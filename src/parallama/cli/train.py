@@ -27,11 +27,19 @@ def train(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CONFIG.yaml] [--key value ...]", help="A YAML file of keys, and keys that win over it.", show_default=False
+            metavar="[CONFIG.yaml] [--key value ...]",
+            help="A YAML file of keys, and keys that win over it.",
+            show_default=False,
         ),
     ] = None,
-    dump_config: Annotated[bool, typer.Option("--dump-config", help="Print all keys with their values as YAML, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output: how the run ended.")] = False,
+    dump_config: Annotated[
+        bool,
+        typer.Option("--dump-config", help="Print all keys with their values as YAML, and stop."),
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON document on standard output: how the run ended."),
+    ] = False,
     quiet: options.Quiet = False,
 ) -> int:
     """Fine-tune a model on chats, prompts with completions, or text, split over a mesh.
@@ -55,7 +63,10 @@ def train(
     config = Path(given.pop(0)) if given and not given[0].startswith("--") else None
     if config is None and not given and not dump_config:
         raise UsageError(
-            lines("there is no config", "expected a YAML file, or keys such as --model smollm2 --data shipped:chat --out run --steps 20")
+            lines(
+                "there is no config",
+                "expected a YAML file, or keys such as --model smollm2 --data shipped:chat --out run --steps 20",
+            )
         )
     settings = settings_of.read(config, given)
     if dump_config:
@@ -68,7 +79,13 @@ def train(
     if as_json:
         found = asdict(outcome)
         typer.echo(
-            json.dumps(found | {"checkpoint": str(outcome.checkpoint), "model": None if outcome.model is None else str(outcome.model)})
+            json.dumps(
+                found
+                | {
+                    "checkpoint": str(outcome.checkpoint),
+                    "model": None if outcome.model is None else str(outcome.model),
+                }
+            )
         )
     elif not quiet:
         options.say(
@@ -90,13 +107,24 @@ def _watch(settings: TrainSettings, quiet: bool) -> Iterator[Watch]:
         every = max(settings.steps // PLAIN_LINES, 1)
 
         def tell(entry: dict[str, Any], steps: int) -> None:
-            if entry["step"] % every == 0 or entry["step"] in (1, steps) or "eval_loss" in entry or entry.get("skipped"):
+            if (
+                entry["step"] % every == 0
+                or entry["step"] in (1, steps)
+                or "eval_loss" in entry
+                or entry.get("skipped")
+            ):
                 options.say(_line(entry, steps))
 
         yield Watch(say=options.say, step=tell)
     else:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             TextColumn("{task.description}"),
@@ -119,7 +147,11 @@ def _watch(settings: TrainSettings, quiet: bool) -> Iterator[Watch]:
                 bars.console.print(_line(entry, steps), highlight=False)
 
         with bars:
-            yield Watch(say=lambda line: bars.console.print(line, highlight=False, markup=False), progress=advance, step=show)
+            yield Watch(
+                say=lambda line: bars.console.print(line, highlight=False, markup=False),
+                progress=advance,
+                step=show,
+            )
 
 
 def _line(entry: dict[str, Any], steps: int) -> str:
@@ -136,7 +168,9 @@ def _figures(entry: dict[str, Any]) -> str:
     if entry.get("mfu") is not None:
         parts.append(f"MFU {entry['mfu']:.0%}")
     if "eval_loss" in entry:
-        parts.append(f"validation loss {entry['eval_loss']:.4f}, perplexity {entry['eval_perplexity']:.2f}")
+        parts.append(
+            f"validation loss {entry['eval_loss']:.4f}, perplexity {entry['eval_perplexity']:.2f}"
+        )
     if entry.get("skipped"):
         parts.append("skipped")
     return ", ".join(parts)

@@ -15,10 +15,10 @@ from . import options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..gradients import GradientFigures
-    from ..llm import LLM
-    from ..metrics import LogitFigures
-    from ..validation import Validation
+    from ..inference.llm import LLM
+    from ..prove.gradient_parity import GradientFigures
+    from ..prove.metrics import LogitFigures
+    from ..prove.validation import Validation
 
 DEFAULT_PROMPT_TOKENS = 256
 _WORST = 5
@@ -27,13 +27,21 @@ _WORST = 5
 def validate(
     model: options.Model,
     tokens: Annotated[
-        Path | None, typer.Option("--tokens", help="A text, or a .json list of token ids.", show_default="a shipped text")
+        Path | None,
+        typer.Option(
+            "--tokens", help="A text, or a .json list of token ids.", show_default="a shipped text"
+        ),
     ] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option("--prompt-tokens", help="Tokens taken in at once.", show_default="256", min=2)
+        int | None,
+        typer.Option("--prompt-tokens", help="Tokens taken in at once.", show_default="256", min=2),
     ] = None,
-    decode: Annotated[int, typer.Option("--decode", help="Tokens then fed one by one, through the cache.", min=0)] = 32,
-    grads: Annotated[bool, typer.Option("--grads", help="Compare every parameter's gradient too.")] = False,
+    decode: Annotated[
+        int, typer.Option("--decode", help="Tokens then fed one by one, through the cache.", min=0)
+    ] = 32,
+    grads: Annotated[
+        bool, typer.Option("--grads", help="Compare every parameter's gradient too.")
+    ] = False,
     mesh: options.Mesh = None,
     tensor_parallel_size: options.TensorParallel = None,
     devices: options.Devices = None,
@@ -42,8 +50,12 @@ def validate(
     plan: options.PlanFile = None,
     dtype: options.Dtype = "auto",
     allow_nonfinite: options.AllowNonfinite = False,
-    seed: Annotated[int, typer.Option("--seed", help="For token ids drawn where there is no tokenizer.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    seed: Annotated[
+        int, typer.Option("--seed", help="For token ids drawn where there is no tokenizer.")
+    ] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on standard output.")
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Compare logits, decoding, every module and gradients with transformers on one device; exit code 1 if they differ by more than rounding."""
@@ -62,7 +74,7 @@ def validate(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
-        from ..validation import validate as run
+        from ..prove.validation import validate as run
 
         ids, origin = _ids(llm, given, prompt_tokens, decode, seed)
         found = run(llm, ids, decode=decode, gradients=grads)
@@ -84,7 +96,10 @@ def _read(file: Path) -> str | list[int]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UsageError(
-            lines(f"--tokens {str(file)!r} cannot be read: {reason}", "expected a text, or a .json list of token ids")
+            lines(
+                f"--tokens {str(file)!r} cannot be read: {reason}",
+                "expected a text, or a .json list of token ids",
+            )
         ) from None
     if file.suffix != ".json":
         return text
@@ -92,14 +107,24 @@ def _read(file: Path) -> str | list[int]:
         ids = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            lines(f"--tokens {str(file)!r} is no JSON: {cause(error)}", "expected a list of token ids, as [1, 2, 3]")
+            lines(
+                f"--tokens {str(file)!r} is no JSON: {cause(error)}",
+                "expected a list of token ids, as [1, 2, 3]",
+            )
         ) from None
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise UsageError(lines(f"--tokens {str(file)!r} holds something else than token ids", "expected a list of them, as [1, 2, 3]"))
+        raise UsageError(
+            lines(
+                f"--tokens {str(file)!r} holds something else than token ids",
+                "expected a list of them, as [1, 2, 3]",
+            )
+        )
     return ids
 
 
-def _ids(llm: LLM, given: str | list[int] | None, prompt_tokens: int | None, decode: int, seed: int) -> tuple[list[int], str]:
+def _ids(
+    llm: LLM, given: str | list[int] | None, prompt_tokens: int | None, decode: int, seed: int
+) -> tuple[list[int], str]:
     """The tokens to run, and where they are from if none were given: as many as asked for, or else as there are."""
     wanted = (prompt_tokens or DEFAULT_PROMPT_TOKENS) + decode
     if prompt_tokens is None:
@@ -107,15 +132,22 @@ def _ids(llm: LLM, given: str | list[int] | None, prompt_tokens: int | None, dec
     if given is None and llm.tokenizer is None:
         import torch
 
-        drawn = torch.randint(llm.plan.model.vocab, (wanted,), generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randint(
+            llm.plan.model.vocab, (wanted,), generator=torch.Generator().manual_seed(seed)
+        )
         return drawn.tolist(), f"drawn with seed {seed}"
     if given is None:
-        from ..corpus import shipped
+        from ..prove.shipped_text import shipped
 
         given = shipped()
     ids = llm.encode(given)
     if prompt_tokens is not None and len(ids) < wanted:
-        raise UsageError(lines(f"the text has {len(ids)} tokens", f"expected {wanted}: {prompt_tokens} at once, {decode} one by one"))
+        raise UsageError(
+            lines(
+                f"the text has {len(ids)} tokens",
+                f"expected {wanted}: {prompt_tokens} at once, {decode} one by one",
+            )
+        )
     return ids[:wanted], "shipped text"
 
 
@@ -123,8 +155,14 @@ def _render(found: Validation, tokens_from: str, console: Console) -> None:
     from rich.text import Text
 
     mesh = f"{found.mesh['data']}x{found.mesh['model']}"
-    verdict = Text("passed", style="bold green") if found.passed else Text(f"FAILED: {', '.join(found.faults)}", style="bold red")
-    console.print(Text(f"{found.model} on {mesh} {found.backend}, {found.dtype}: ", overflow="fold") + verdict)
+    verdict = (
+        Text("passed", style="bold green")
+        if found.passed
+        else Text(f"FAILED: {', '.join(found.faults)}", style="bold red")
+    )
+    console.print(
+        Text(f"{found.model} on {mesh} {found.backend}, {found.dtype}: ", overflow="fold") + verdict
+    )
     run = f"{found.prefill_tokens} tokens at once, {found.decode_tokens} one by one ({tokens_from})"
     console.print(Text(f"{run}; against transformers on one device in float32", overflow="fold"))
     _logits(found, console)
@@ -141,9 +179,14 @@ def _logits(found: Validation, console: Console) -> None:
         f"transformers {found.dtype}, decode": found.dtype_decode,
     }
     kept = {name: figures for name, figures in runs.items() if figures is not None}
-    rows = [(head, *(_number(getattr(figures, name)) for figures in kept.values())) for name, head in _FIGURES.items()]
+    rows = [
+        (head, *(_number(getattr(figures, name)) for figures in kept.values()))
+        for name, head in _FIGURES.items()
+    ]
     limit = _number(found.tolerances.logits_relative_l2)
-    _table(console, "Logits", ("", *kept), [*rows, ("tolerance of relative L2", *[limit] * len(kept))])
+    _table(
+        console, "Logits", ("", *kept), [*rows, ("tolerance of relative L2", *[limit] * len(kept))]
+    )
 
 
 def _modules(found: Validation, console: Console) -> None:
@@ -151,23 +194,49 @@ def _modules(found: Validation, console: Console) -> None:
     nearest = sorted(found.modules, key=lambda module: -module.alone_relative_l2 / module.tolerance)
     rows = []
     for module in (out or nearest)[:_WORST]:
-        figures = (module.alone_relative_l2, module.tolerance, module.relative_l2, module.max_abs_diff)
+        figures = (
+            module.alone_relative_l2,
+            module.tolerance,
+            module.relative_l2,
+            module.max_abs_diff,
+        )
         rows.append((module.name, *(_number(figure) for figure in figures)))
     title = f"Modules: {len(out)} of {len(found.modules)} out of tolerance; {'the first' if out else 'the nearest to theirs'}"
-    _table(console, title, ("module", "relative L2\non right inputs", "tolerance", "relative L2\nin the run", "largest\ndifference"), rows)
+    _table(
+        console,
+        title,
+        (
+            "module",
+            "relative L2\non right inputs",
+            "tolerance",
+            "relative L2\nin the run",
+            "largest\ndifference",
+        ),
+        rows,
+    )
     if found.first_fault is not None:
-        console.print(f"first module out of tolerance: {found.first_fault}", style="bold", markup=False, highlight=False)
+        console.print(
+            f"first module out of tolerance: {found.first_fault}",
+            style="bold",
+            markup=False,
+            highlight=False,
+        )
 
 
 def _gradients(gradients: list[GradientFigures], limit: float, console: Console) -> None:
     wrong = sum(not gradient.ok for gradient in gradients)
     worst = sorted(gradients, key=lambda gradient: (gradient.ok, -gradient.relative_l2))[:_WORST]
-    rows = [(gradient.name, _number(gradient.relative_l2), _number(limit), _number(gradient.pcc)) for gradient in worst]
+    rows = [
+        (gradient.name, _number(gradient.relative_l2), _number(limit), _number(gradient.pcc))
+        for gradient in worst
+    ]
     title = f"Gradients: {wrong} of {len(gradients)} out of tolerance; the furthest"
     _table(console, title, ("parameter", "relative L2", "tolerance", "PCC"), rows)
 
 
-def _table(console: Console, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _table(
+    console: Console, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -196,4 +265,10 @@ _FIGURES = {
 def _number(value: Any) -> str:
     if value is None:
         return "-"
-    return f"{value:.6f}" if 0.01 <= abs(value) < 1000 else f"{value:.2e}" if abs(value) < 1 and value else f"{value:,.1f}"
+    return (
+        f"{value:.6f}"
+        if 0.01 <= abs(value) < 1000
+        else f"{value:.2e}"
+        if abs(value) < 1 and value
+        else f"{value:,.1f}"
+    )

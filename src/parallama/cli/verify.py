@@ -11,24 +11,29 @@ from ..errors import CheckpointError, lines
 from . import options
 
 if TYPE_CHECKING:
-    from ..verification import Verification
+    from ..prove.verification import Verification
 
 _SHOWN = 20
 
 
 def verify(
     model: options.Model,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on standard output.")
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Check a model's files: structure, shapes against the config, dtypes, NaN and infinity, tokenizer, manifest. Exit code 0, or 3 if something is wrong."""
-    from .. import backends
+    from .. import environment
 
-    backends.expect_none()
-    from ..verification import verify as run
+    environment.expect_no_devices()
+    from ..prove.verification import verify as run
 
     with options.progress(quiet) as progress:
-        found = run(model, None if progress is None else lambda done, total: progress("reading", done, total))
+        found = run(
+            model,
+            None if progress is None else lambda done, total: progress("reading", done, total),
+        )
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:
@@ -37,15 +42,23 @@ def verify(
         first = found.findings[0].message
         if as_json:
             raise CheckpointError(first)
-        raise CheckpointError(lines(f"{model} is not sound: {len(found.findings)} finding(s)", "see the lines above"))
+        raise CheckpointError(
+            lines(f"{model} is not sound: {len(found.findings)} finding(s)", "see the lines above")
+        )
 
 
 def _show(found: Verification) -> None:
     typer.echo(f"{found.model}: {'sound' if found.passed else 'NOT SOUND'}")
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items())
     if found.tensors:
-        typer.echo(f"{found.model_type}, {found.tensors} tensors ({dtypes}), {found.parameters:,} parameters")
-    typer.echo("no manifest" if found.manifest_files is None else f"{found.manifest_files} files held against manifest.json")
+        typer.echo(
+            f"{found.model_type}, {found.tensors} tensors ({dtypes}), {found.parameters:,} parameters"
+        )
+    typer.echo(
+        "no manifest"
+        if found.manifest_files is None
+        else f"{found.manifest_files} files held against manifest.json"
+    )
     for name, reason in list(found.ignored.items())[:_SHOWN]:
         typer.echo(f"not read: {lines(name)} ({reason})")
     for finding in found.findings[:_SHOWN]:

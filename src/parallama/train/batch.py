@@ -52,7 +52,9 @@ class Batch:
     def targets(self) -> NDArray[np.int64]:
         """`[A, B, S]`: what is to be predicted at each position, `IGNORED` where nothing is: the next label of the same document."""
         targets = np.full_like(self.labels, IGNORED)
-        same = (self.documents[..., 1:] == self.documents[..., :-1]) & (self.documents[..., 1:] != PADDING)
+        same = (self.documents[..., 1:] == self.documents[..., :-1]) & (
+            self.documents[..., 1:] != PADDING
+        )
         targets[..., :-1] = np.where(same, self.labels[..., 1:], IGNORED)
         return targets
 
@@ -66,7 +68,12 @@ class Batch:
         for name, array in (("ids", self.ids), ("labels", self.labels[self.labels != IGNORED])):
             if array.size and not (array.min() >= 0 and array.max() < vocab):
                 wrong = int(array.min() if array.min() < 0 else array.max())
-                raise UsageError(lines(f"batch: {name} hold the token {wrong}", f"expected 0 to {vocab - 1}, the model's vocabulary"))
+                raise UsageError(
+                    lines(
+                        f"batch: {name} hold the token {wrong}",
+                        f"expected 0 to {vocab - 1}, the model's vocabulary",
+                    )
+                )
         if not self.target_tokens:
             raise UsageError(
                 lines(

@@ -21,11 +21,11 @@ from typing import Any, Literal, Self
 
 import torch
 
+from ..engine.interface import Engine
 from ..errors import CheckpointError, RunError, cause, lines, shown
-from ..mesh import DeviceMesh
-from ..plan import Blocks
-from ..shard import correspondence
-from .disk import Disk, remedy, sha256
+from ..files.disk import Disk, remedy, sha256
+from ..plan.placement import Blocks
+from ..sharded.layout import correspondence
 from .manifest import NAME, BlockRuns, FileEntry, Manifest, Mesh, TensorEntry, read_manifest
 
 LATEST = "latest"
@@ -47,7 +47,10 @@ class Snapshot:
 
 
 def take(
-    state: Mapping[str, torch.Tensor], layout: Callable[[str], tuple[tuple[str | None, ...], Blocks | None]], mesh: DeviceMesh, **about: Any
+    state: Mapping[str, torch.Tensor],
+    layout: Callable[[str], tuple[tuple[str | None, ...], Blocks | None]],
+    mesh: Engine,
+    **about: Any,
 ) -> Snapshot:
     """Copy a state from the devices; afterwards they may go on.
 
@@ -67,11 +70,15 @@ def take(
             blocks=BlockRuns.of(blocks) if blocks is not None else None,
         )
         entries[name] = entry
-        shards = mesh.local_shards(tensor)
+        shards = mesh.shards(tensor)
         for device in entry.holders(mesh.shape):
             parts[device][name] = shards[device].contiguous()
-    manifest = Manifest(tensors=entries, files={}, mesh=Mesh(data=mesh.shape.data, model=mesh.shape.model), **about)
-    return Snapshot(manifest=manifest, parts={device: held for device, held in parts.items() if held})
+    manifest = Manifest(
+        tensors=entries, files={}, mesh=Mesh(data=mesh.shape.data, model=mesh.shape.model), **about
+    )
+    return Snapshot(
+        manifest=manifest, parts={device: held for device, held in parts.items() if held}
+    )
 
 
 def write(folder: Path, snapshot: Snapshot, *, keep_last: int, disk: Disk | None = None) -> Path:
@@ -93,8 +100,15 @@ def write(folder: Path, snapshot: Snapshot, *, keep_last: int, disk: Disk | None
             files = {}
             for device, held in snapshot.parts.items():
                 name, content = f"device-{device}.safetensors", save(held)
-                files[name] = FileEntry(bytes=len(content), sha256=disk.write(temporary / name, content))
-            disk.write(temporary / NAME, snapshot.manifest.model_copy(update={"files": files}).model_dump_json(indent=1).encode())
+                files[name] = FileEntry(
+                    bytes=len(content), sha256=disk.write(temporary / name, content)
+                )
+            disk.write(
+                temporary / NAME,
+                snapshot.manifest.model_copy(update={"files": files})
+                .model_dump_json(indent=1)
+                .encode(),
+            )
             disk.sync_folder(temporary)
             disk.rename(temporary, target)
             disk.sync_folder(folder)
@@ -102,7 +116,9 @@ def write(folder: Path, snapshot: Snapshot, *, keep_last: int, disk: Disk | None
         disk.link(link, target.name)
         disk.rename(link, folder / LATEST)
         disk.sync_folder(folder)
-        for old in [path for path in steps_in(folder) if path != target and is_whole(path)][keep_last - 1 :]:
+        for old in [path for path in steps_in(folder) if path != target and is_whole(path)][
+            keep_last - 1 :
+        ]:
             away = folder / f"{_OLD}{old.name}"
             disk.rename(old, away)
             disk.remove(away)
@@ -124,7 +140,9 @@ def clean(folder: Path) -> None:
 
 
 def _failed(folder: Path, step: int, error: OSError) -> RunError:
-    what = (error.strerror or cause(error)) + (f" ({Path(str(error.filename)).name})" if error.filename else "")
+    what = (error.strerror or cause(error)) + (
+        f" ({Path(str(error.filename)).name})" if error.filename else ""
+    )
     return RunError(
         lines(
             f"the checkpoint of step {step} cannot be saved in {str(folder)!r}: {what}",
@@ -136,7 +154,11 @@ def _failed(folder: Path, step: int, error: OSError) -> RunError:
 
 def _kept(folder: Path) -> str:
     whole = next((path for path in steps_in(folder) if is_whole(path)), None)
-    return f"the newest whole checkpoint is {str(whole)!r}" if whole is not None else "there is no whole checkpoint yet"
+    return (
+        f"the newest whole checkpoint is {str(whole)!r}"
+        if whole is not None
+        else "there is no whole checkpoint yet"
+    )
 
 
 def name_of(step: int) -> str:
@@ -147,7 +169,11 @@ def name_of(step: int) -> str:
 def steps_in(folder: Path) -> list[Path]:
     """All that has a checkpoint's name, the newest first."""
     try:
-        found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir() and not path.is_symlink()]
+        found = [
+            path
+            for path in folder.iterdir()
+            if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir() and not path.is_symlink()
+        ]
     except OSError:
         return []
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
@@ -195,11 +221,18 @@ def verify(path: Path) -> Manifest:
             found = sha256(path / name)
         except OSError as error:
             raise CheckpointError(
-                lines(f"checkpoint {str(path)!r}: file {name!r} cannot be read: {error.strerror}", "use an earlier one")
+                lines(
+                    f"checkpoint {str(path)!r}: file {name!r} cannot be read: {error.strerror}",
+                    "use an earlier one",
+                )
             ) from None
         if found != entry.sha256:
             raise CheckpointError(
-                lines(f"checkpoint {str(path)!r}: file {name!r} is damaged", f"expected SHA-256 {entry.sha256}", "use an earlier one")
+                lines(
+                    f"checkpoint {str(path)!r}: file {name!r} is damaged",
+                    f"expected SHA-256 {entry.sha256}",
+                    "use an earlier one",
+                )
             )
     return manifest
 
@@ -217,21 +250,35 @@ def read_tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Te
     mesh = manifest.mesh.shape
     with ExitStack() as opened:
         try:
-            files = {name: opened.enter_context(safe_open(str(path / name), framework="pt")) for name in manifest.files}
+            files = {
+                name: opened.enter_context(safe_open(str(path / name), framework="pt"))
+                for name in manifest.files
+            }
             for name, entry in manifest.tensors.items():
                 whole: torch.Tensor | None = None
                 for device in entry.holders(mesh):
                     part = files[f"device-{device}.safetensors"].get_tensor(name)
                     if str(part.dtype) != f"torch.{entry.dtype}":
                         raise CheckpointError(
-                            lines(f"checkpoint {str(path)!r}: {name} is {part.dtype}", f"expected {entry.dtype}, by the manifest")
+                            lines(
+                                f"checkpoint {str(path)!r}: {name} is {part.dtype}",
+                                f"expected {entry.dtype}, by the manifest",
+                            )
                         )
                     whole = torch.empty(entry.shape, dtype=part.dtype) if whole is None else whole
                     whole[entry.part(mesh, device)] = part
                 assert whole is not None
-                yield name, whole if entry.blocks is None else _taken_off(whole, entry.blocks.blocks)
+                yield (
+                    name,
+                    whole if entry.blocks is None else _taken_off(whole, entry.blocks.blocks),
+                )
         except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-            raise CheckpointError(lines(f"checkpoint {str(path)!r} cannot be read: {shown(cause(error))}", "use an earlier one")) from None
+            raise CheckpointError(
+                lines(
+                    f"checkpoint {str(path)!r} cannot be read: {shown(cause(error))}",
+                    "use an earlier one",
+                )
+            ) from None
 
 
 def _taken_off(laid_out: torch.Tensor, blocks: Blocks) -> torch.Tensor:
@@ -239,7 +286,9 @@ def _taken_off(laid_out: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     places, sources = correspondence(blocks)
     shape = list(laid_out.shape)
     shape[blocks.dim] = blocks.block * (max(blocks.sources) + 1)
-    return laid_out.new_empty(shape).index_copy_(blocks.dim, sources, laid_out.index_select(blocks.dim, places))
+    return laid_out.new_empty(shape).index_copy_(
+        blocks.dim, sources, laid_out.index_select(blocks.dim, places)
+    )
 
 
 class Saver:
@@ -249,7 +298,9 @@ class Saver:
         folder: of all checkpoints of the run.
     """
 
-    def __init__(self, folder: Path, *, keep_last: int, asynchronous: bool, disk: Disk | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, keep_last: int, asynchronous: bool, disk: Disk | None = None
+    ) -> None:
         self.folder = folder
         self._keep_last = keep_last
         self._asynchronous = asynchronous

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ..errors import FitError, lines, listed
-from ..plan import Blocks, Placement, Plan
-from ..rope import FOLLOWING, ROPE_TYPES
-from ..topology import DATA, MODEL
-from ..train_collectives import ADAPTER, TrainStep, check_trainable, trained_parameters
+from ..model.rope import FOLLOWING, ROPE_TYPES
+from ..plan.mesh_shape import DATA, MODEL
+from ..plan.placement import Blocks, Placement, Plan
+from ..plan.train_collectives import ADAPTER, TrainStep, check_trainable, trained_parameters
 from .options import LoraOptions, StepOptions
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -57,24 +57,43 @@ def training_plan(plan: Plan, *, fsdp: bool, lora: LoraOptions | None) -> Traini
         PlanError: the plan is not one that training follows: attention and MLP, embedding and head each split the way of Megatron-LM over "model", or whole.
     """
     check_trainable(plan)
-    placements = [_over_data(each, plan, plan.blocks(each.name)) if fsdp and each.kind == "parameter" else each for each in plan.placements]
+    placements = [
+        _over_data(each, plan, plan.blocks(each.name))
+        if fsdp and each.kind == "parameter"
+        else each
+        for each in plan.placements
+    ]
     adapters: dict[str, Blocks | None] = {}
     if lora is not None:
         made = []
         for placement in placements:
             made.append(placement)
             target = placement.name.removesuffix(".weight").rpartition(".")[2]
-            if placement.kind == "parameter" and placement.name.endswith(".weight") and target in lora.targets:
+            if (
+                placement.kind == "parameter"
+                and placement.name.endswith(".weight")
+                and target in lora.targets
+            ):
                 for adapter, blocks in _adapters(placement, plan, lora.rank):
                     adapter = _over_data(adapter, plan, blocks) if fsdp else adapter
                     made.append(adapter)
                     adapters[adapter.name] = blocks
         placements = made
-    return TrainingPlan(model=plan.model, mesh=plan.mesh, head_layout=plan.head_layout, placements=tuple(placements), adapters=adapters)
+    return TrainingPlan(
+        model=plan.model,
+        mesh=plan.mesh,
+        head_layout=plan.head_layout,
+        placements=tuple(placements),
+        adapters=adapters,
+    )
 
 
-def train_step(options: StepOptions, layers: int, backend: str) -> TrainStep:
-    """What of a step's options decides about its collectives."""
+def train_step(options: StepOptions, layers: int, sum_bytes: int = 1) -> TrainStep:
+    """What of a step's options decides about its collectives.
+
+    Args:
+        sum_bytes: see `Traits`.
+    """
     itemsize = 2 if options.dtype == "bfloat16" else 4
     return TrainStep(
         batch=options.batch_size,
@@ -83,7 +102,7 @@ def train_step(options: StepOptions, layers: int, backend: str) -> TrainStep:
         rematerialized=frozenset(layer for layer in range(layers) if options.rematerialized(layer)),
         sequence_parallel=options.sequence_parallel,
         itemsize=itemsize,
-        moved_itemsize=4 if backend == "cpu" else None,  # XLA:CPU sums and gathers 16-bit numbers as fp32
+        moved_itemsize=max(itemsize, sum_bytes),
     )
 
 
@@ -107,18 +126,31 @@ def check_fit(options: StepOptions, plan: TrainingPlan) -> None:
     if options.sequence_parallel and options.seq_len % mesh.model:
         raise FitError(
             lines(
-                f"seq_len is {options.seq_len}", f"expected a multiple of {mesh.model}, the devices along 'model', for sequence parallelism"
+                f"seq_len is {options.seq_len}",
+                f"expected a multiple of {mesh.model}, the devices along 'model', for sequence parallelism",
             )
         )
     if options.sequence_parallel and mesh.model > 1:
-        parts = [f"model.layers.{layer}.{part}" for layer in range(plan.model.layers) for part in ("self_attn", "mlp")]
+        parts = [
+            f"model.layers.{layer}.{part}"
+            for layer in range(plan.model.layers)
+            for part in ("self_attn", "mlp")
+        ]
         whole = [part for part in (*parts, "embed_tokens", "lm_head") if not plan.split(part)]
         if whole:
             raise FitError(
-                lines(f"sequence parallelism with {listed(whole)} whole on every device", "expected a plan that splits them over 'model'")
+                lines(
+                    f"sequence parallelism with {listed(whole)} whole on every device",
+                    "expected a plan that splits them over 'model'",
+                )
             )
     if options.seq_len > plan.model.max_positions:
-        raise FitError(lines(f"seq_len is {options.seq_len}", f"expected at most {plan.model.max_positions}, the model's positions"))
+        raise FitError(
+            lines(
+                f"seq_len is {options.seq_len}",
+                f"expected at most {plan.model.max_positions}, the model's positions",
+            )
+        )
 
 
 def _over_data(placement: Placement, plan: Plan, blocks: Blocks | None) -> Placement:
@@ -128,10 +160,18 @@ def _over_data(placement: Placement, plan: Plan, blocks: Blocks | None) -> Place
         return placement
     for dim in reversed(range(len(placement.shape))):
         through_heads = blocks is not None and blocks.heads is not None and blocks.dim == dim
-        if placement.axes[dim] is None and not through_heads and int(placement.shape[dim]) % parts == 0:
+        if (
+            placement.axes[dim] is None
+            and not through_heads
+            and int(placement.shape[dim]) % parts == 0
+        ):
             axes = tuple(DATA if at == dim else axis for at, axis in enumerate(placement.axes))
-            return replace(placement, axes=axes, reason=f"{placement.reason}; dim {dim} over data (fsdp)")
-    return replace(placement, reason=f"{placement.reason}; no whole dim divides over data ({parts} devices)")
+            return replace(
+                placement, axes=axes, reason=f"{placement.reason}; dim {dim} over data (fsdp)"
+            )
+    return replace(
+        placement, reason=f"{placement.reason}; no whole dim divides over data ({parts} devices)"
+    )
 
 
 def _adapters(weight: Placement, plan: Plan, rank: int) -> list[tuple[Placement, Blocks | None]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RunError, UsageError, cause, lines
-from .disk import Disk, unwritable
+from ..files.disk import Disk, unwritable
 
 NAME = "log.jsonl"
 FLUSH_S = 10.0
@@ -63,7 +63,11 @@ class JsonLog:
         self._disk = disk or Disk()
         try:
             if self._path.exists():
-                kept = "".join(json.dumps(entry) + "\n" for entry in _whole_entries(self._path) if entry["step"] <= steps_done)
+                kept = "".join(
+                    json.dumps(entry) + "\n"
+                    for entry in _whole_entries(self._path)
+                    if entry["step"] <= steps_done
+                )
                 new = folder / f".{NAME}"
                 new.write_text(kept, encoding="utf-8")
                 new.replace(self._path)
@@ -74,7 +78,9 @@ class JsonLog:
     def write(self, entry: Entry) -> None:
         """One line; numbers that JSON doesn't have become null."""
         try:
-            self._stream.write(json.dumps(_plain(entry), allow_nan=False, ensure_ascii=False) + "\n")
+            self._stream.write(
+                json.dumps(_plain(entry), allow_nan=False, ensure_ascii=False) + "\n"
+            )
             self._stream.flush()
         except OSError as error:
             raise _unwritable(self._path, error) from None
@@ -110,12 +116,20 @@ class TensorBoard:
             from tensorboardX.record_writer import RecordWriter
         except ImportError:
             raise UsageError(
-                lines("report_to tensorboard needs the package 'tensorboardX'", "pip install 'parallama[tensorboard]'")
+                lines(
+                    "report_to tensorboard needs the package 'tensorboardX'",
+                    "pip install 'parallama[tensorboard]'",
+                )
             ) from None
         self._folder, self._flushed = folder / "tensorboard", -math.inf
         with self._written():
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._writer = RecordWriter(str(self._folder / f"events.out.tfevents.{int(time.time())}.{platform.node()}.{steps_done}"))
+            self._writer = RecordWriter(
+                str(
+                    self._folder
+                    / f"events.out.tfevents.{int(time.time())}.{platform.node()}.{steps_done}"
+                )
+            )
             self._add(0, file_version="brain.Event:2")
             self._add(steps_done + 1, session_log=SessionLog(status=SessionLog.START))
 
@@ -124,7 +138,10 @@ class TensorBoard:
         from tensorboardX.summary import scalar, text
 
         made = [scalar(f"train/{name}", value) for name, value in _numbers(entry)]
-        made += [text(f"sample/{number}", f"{each['prompt']}{each['text']}") for number, each in enumerate(entry.get("samples", []))]
+        made += [
+            text(f"sample/{number}", f"{each['prompt']}{each['text']}")
+            for number, each in enumerate(entry.get("samples", []))
+        ]
         with self._written():
             for summary in made:
                 self._add(entry["step"], summary=summary)
@@ -162,11 +179,20 @@ class WandB:
         try:
             import wandb
         except ImportError:
-            raise UsageError(lines("report_to wandb needs the package 'wandb'", "pip install 'parallama[wandb]'")) from None
+            raise UsageError(
+                lines("report_to wandb needs the package 'wandb'", "pip install 'parallama[wandb]'")
+            ) from None
         try:
-            self._run = wandb.init(project="parallama", name=folder.name, dir=str(folder), config=dict(settings))
+            self._run = wandb.init(
+                project="parallama", name=folder.name, dir=str(folder), config=dict(settings)
+            )
         except Exception as error:  # of many kinds, network ones among them
-            raise RunError(lines(f"wandb doesn't start: {cause(error)}", "run 'wandb login', or set WANDB_MODE=offline")) from None
+            raise RunError(
+                lines(
+                    f"wandb doesn't start: {cause(error)}",
+                    "run 'wandb login', or set WANDB_MODE=offline",
+                )
+            ) from None
 
     def write(self, entry: Entry) -> None:
         """Every number of an entry."""
@@ -188,10 +214,15 @@ def read_log(run: Path) -> list[Entry]:
         entries = _whole_entries(path)
     except OSError as error:
         raise UsageError(
-            lines(f"run {str(run)!r} has no {NAME} that can be read: {error.strerror}", "expected the 'out' of a parallama train")
+            lines(
+                f"run {str(run)!r} has no {NAME} that can be read: {error.strerror}",
+                "expected the 'out' of a parallama train",
+            )
         ) from None
     if not entries:
-        raise UsageError(lines(f"run {str(run)!r}: {NAME} has no step yet", "expected at least one"))
+        raise UsageError(
+            lines(f"run {str(run)!r}: {NAME} has no step yet", "expected at least one")
+        )
     return entries
 
 
@@ -211,7 +242,9 @@ def _whole_entries(path: Path) -> list[Entry]:
 
 def _numbers(entry: Entry) -> list[tuple[str, float]]:
     return [
-        (name, value) for name, value in entry.items() if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
+        (name, value)
+        for name, value in entry.items()
+        if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool)
     ]
 
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ..engine.devices.versions import version_of
 from ..errors import RunError, cause, lines
-from ..versions import version_of
+from ..files.disk import Disk, RunLock, unwritable
+from ..files.find import find
 from . import resume
 from . import settings as settings_of
 from .batch import PADDING
-from .disk import Disk, RunLock, unwritable
 from .logs import JsonLog, Sink, TensorBoard, WandB, closing
 from .packing import Position, Row, Rows, empty_row, make_batch
 from .settings import TrainSettings
@@ -72,7 +73,9 @@ class Outcome:
     programs_after_warmup: int
 
 
-def train(settings: TrainSettings, *, watch: Watch | None = None, disk: Disk | None = None) -> Outcome:
+def train(
+    settings: TrainSettings, *, watch: Watch | None = None, disk: Disk | None = None
+) -> Outcome:
     """Train, and leave checkpoints, a log and the trained model in `settings.out`.
 
     SIGTERM and SIGINT end the run at the next step, with a checkpoint.
@@ -94,14 +97,13 @@ class _Run:
     """What a run is made of, and the loop over it."""
 
     def __init__(self, settings: TrainSettings, watch: Watch, disk: Disk | None) -> None:
-        from .. import loading
-        from ..mesh import DeviceMesh
-        from ..plan import make_plan, read_overrides
-        from ..spec import ModelSpec
+        from ..engine.interface import start
+        from ..model.spec import ModelSpec
+        from ..plan.placement import make_plan, read_overrides
         from . import checkpoints
         from .layout import check_fit, training_plan
         from .speed import Speed
-        from .step import Trainer
+        from .trainer import make_trainer
 
         self.settings, self.watch, self.disk = settings, watch, disk or Disk()
         self.sequences = settings.grad_accum * settings.batch_size
@@ -110,8 +112,8 @@ class _Run:
         checkpoints.clean(saved)
         resumed = resume.find(settings, saved, watch.say)
         overrides = read_overrides(settings.plan) if settings.plan is not None else None
-        self.mesh = DeviceMesh(settings.mesh_shape, backend=settings.backend)
-        self.model = loading.find(settings.model)
+        self.mesh = start(settings.mesh_shape, backend=settings.backend)
+        self.model = find(settings.model)
         self.tokenizer = self.model.tokenizer()
         spec = ModelSpec.from_config(self.model.config)
         self.vocab = spec.vocab
@@ -120,7 +122,7 @@ class _Run:
         self.corpus, self.eval_rows = self._data()
         if resumed is not None:
             resume.check_data(resumed, self.corpus.fingerprint)
-        self.trainer = Trainer(
+        self.trainer = make_trainer(
             self.model,
             self.mesh,
             how,
@@ -135,12 +137,22 @@ class _Run:
             self.trainer.load(checkpoints.read_tensors(resumed.path, manifest))
             self.done, self.tokens = manifest.step, manifest.tokens
             position = Position(epoch=manifest.data.epoch, row=manifest.data.row)
-            watch.say(f"resumed from {resumed.path} after {self.done} steps on mesh {manifest.mesh.shape}")
+            watch.say(
+                f"resumed from {resumed.path} after {self.done} steps on mesh {manifest.mesh.shape}"
+            )
         held = self.trainer.bytes_per_device()
         self.bytes_per_device = [sum(each) for each in zip(*held.values(), strict=True)]
-        self.rows = Rows(self.corpus, settings.seq_len, seed=settings.seed, packing=settings.packing, position=position)
+        self.rows = Rows(
+            self.corpus,
+            settings.seq_len,
+            seed=settings.seed,
+            packing=settings.packing,
+            position=position,
+        )
         self.speed = Speed.of(spec, self.sequences, settings.seq_len, self.mesh.backend.name)
-        self.saver = checkpoints.Saver(saved, keep_last=settings.keep_last, asynchronous=settings.async_save, disk=self.disk)
+        self.saver = checkpoints.Saver(
+            saved, keep_last=settings.keep_last, asynchronous=settings.async_save, disk=self.disk
+        )
 
     def _data(self) -> tuple[Corpus, list[Row]]:
         """Tokenized data, and the rows of a validation: the first of its data, in whole batches, the same every time."""
@@ -161,7 +173,12 @@ class _Run:
             )
             corpus.check(self.vocab)
             lost = [
-                f", {count} {how}" for count, how in ((corpus.dropped, "dropped as too long"), (corpus.truncated, "truncated")) if count
+                f", {count} {how}"
+                for count, how in (
+                    (corpus.dropped, "dropped as too long"),
+                    (corpus.truncated, "truncated"),
+                )
+                if count
             ]
             self.watch.say(
                 f"{what}: {len(corpus.lengths):,} documents, {corpus.token_count:,} tokens, {corpus.trained_count:,} of them trained on{''.join(lost)}"
@@ -174,7 +191,6 @@ class _Run:
 
     def go(self) -> Outcome:
         """Train to the end, or to a signal."""
-        from ..program import compiled_programs
 
         settings = self.settings
         try:
@@ -192,21 +208,27 @@ class _Run:
             if self.done < settings.steps:
                 began = time.perf_counter()
                 self.trainer.compile(evaluate=bool(self.eval_rows))
-                self.watch.say(f"compiled in {time.perf_counter() - began:.1f} s; {self._predicted()}")
+                self.watch.say(
+                    f"compiled in {time.perf_counter() - began:.1f} s; {self._predicted()}"
+                )
                 if settings.sample_every:  # its programs, too, are made before the first step
                     for sample in self._samples():
-                        self.watch.say(f"before step {self.done + 1}: {sample['prompt']}{sample['text']}")
-            compiled = compiled_programs()
+                        self.watch.say(
+                            f"before step {self.done + 1}: {sample['prompt']}{sample['text']}"
+                        )
+            compiled = self.mesh.compilations()
             with _signals() as caught:
                 while self.done < settings.steps and not caught:
                     loss = self._step(sinks)
-                    if self.done == settings.steps or (settings.save_every and self.done % settings.save_every == 0):
+                    if self.done == settings.steps or (
+                        settings.save_every and self.done % settings.save_every == 0
+                    ):
                         self._save(log)
                 # Of a run that was complete, what its last save left undone: the link, older ones to remove.
                 if self.done != self.last_save:
                     self._save(log)
                 self.saver.wait()
-            late = compiled_programs() - compiled
+            late = self.mesh.compilations() - compiled
         stopped = caught[0] if caught and self.done < settings.steps else None
         return Outcome(
             steps=self.done,
@@ -219,13 +241,17 @@ class _Run:
 
     def _predicted(self) -> str:
         """What a step takes on each device, in words."""
-        from ..cost import shown_bytes
-        from ..train_cost import train_memory
+        from ..plan.cost import shown_bytes
+        from ..plan.train_cost import train_memory
         from .layout import train_step
         from .options import slots
 
         options, plan = self.trainer.options, self.trainer.plan
-        memory = train_memory(plan, train_step(options, plan.model.layers, self.mesh.backend.name), slots=len(slots(options)))
+        memory = train_memory(
+            plan,
+            train_step(options, plan.model.layers, self.mesh.traits.sum_bytes),
+            slots=len(slots(options)),
+        )
         return f"predicted on each device: {shown_bytes(memory.activations)} of activations, {shown_bytes(memory.total)} in all"
 
     def _step(self, sinks: list[Sink]) -> float:
@@ -277,38 +303,62 @@ class _Run:
         """Loss and perplexity of the validation rows, each token weighing the same."""
         total, count = 0.0, 0
         for at in range(0, len(self.eval_rows), self.sequences):
-            loss, tokens = self.trainer.evaluate(make_batch(self.eval_rows[at : at + self.sequences], self.settings.grad_accum))
+            loss, tokens = self.trainer.evaluate(
+                make_batch(self.eval_rows[at : at + self.sequences], self.settings.grad_accum)
+            )
             total, count = total + loss, count + tokens
         mean = total / count
-        return {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0)), "eval_tokens": count}
+        return {
+            "eval_loss": mean,
+            "eval_perplexity": math.exp(min(mean, 700.0)),
+            "eval_tokens": count,
+        }
 
     def _samples(self) -> list[dict[str, str]]:
         """What the model as it is makes of the prompts, greedily. The weights are laid out for generation, beside those in training, and dropped again."""
         import torch
 
-        from ..llm import LLM
-        from ..loading import make_skeleton
-        from ..plan import make_plan
-        from ..shard import DeviceWeights, put_parameter
-        from ..steps import Steps
-        from ..stream import StreamStats
+        from ..files.skeleton import make_skeleton
+        from ..inference.llm import LLM
+        from ..plan.placement import make_plan
+        from ..sharded.device_weights import DeviceWeights, put_parameter
+        from ..sharded.stream import StreamStats
 
-        settings, config = self.settings, copy.deepcopy(self.model.config)  # generation has its own attention, which the config names
+        settings, config = (
+            self.settings,
+            copy.deepcopy(self.model.config),
+        )  # generation has its own attention, which the config names
         plan = make_plan(self.trainer.plan.model, self.mesh.shape)
-        tensors = {name: put_parameter(tensor, plan, self.mesh, name, torch.float32) for name, tensor in self.trainer.host_parameters()}
+        tensors = {
+            name: put_parameter(tensor, plan, self.mesh, name, torch.float32)
+            for name, tensor in self.trainer.host_parameters()
+        }
         weights = DeviceWeights(plan=plan, mesh=self.mesh, tensors=tensors)
         llm = LLM(
             name=settings.model,
-            steps=Steps(make_skeleton(config), weights, torch.float32),
+            skeleton=make_skeleton(config),
+            weights=weights,
+            dtype=torch.float32,
             tokenizer=self.tokenizer,
             generation={"eos_token_id": getattr(config, "eos_token_id", None)},
             max_model_len=plan.model.max_positions,
             load_s=0.0,
-            load_stats=StreamStats(seconds=0.0, bytes_read=0, largest_tensor_bytes=0, baseline_rss_bytes=0, peak_rss_bytes=0),
+            load_stats=StreamStats(
+                seconds=0.0,
+                bytes_read=0,
+                largest_tensor_bytes=0,
+                baseline_rss_bytes=0,
+                peak_rss_bytes=0,
+            ),
             source=self.model,
         )
-        written = llm.generate(settings.sample_prompts, max_new_tokens=settings.sample_tokens, temperature=0.0)
-        return [{"prompt": prompt, "text": each.text} for prompt, each in zip(settings.sample_prompts, written, strict=True)]
+        written = llm.generate(
+            settings.sample_prompts, max_new_tokens=settings.sample_tokens, temperature=0.0
+        )
+        return [
+            {"prompt": prompt, "text": each.text}
+            for prompt, each in zip(settings.sample_prompts, written, strict=True)
+        ]
 
     def _save(self, log: JsonLog) -> None:
         """Begin a checkpoint of the state as it is; the log up to here is on the disk before."""
@@ -324,12 +374,19 @@ class _Run:
                 self.mesh,
                 step=self.done,
                 tokens=self.tokens,
-                data={"epoch": position.epoch, "row": position.row, "fingerprint": self.corpus.fingerprint},
+                data={
+                    "epoch": position.epoch,
+                    "row": position.row,
+                    "fingerprint": self.corpus.fingerprint,
+                },
                 rng={"seed": settings.seed, "step": self.done},
                 schedule=asdict(settings.learning_rate),
                 settings=settings.model_dump(),
                 plan=json.loads(self.trainer.plan.to_json()),
-                versions={package: version_of(package) or "" for package in ("parallama", "torch", "torch_xla", "transformers")},
+                versions={
+                    package: version_of(package) or ""
+                    for package in ("parallama", "torch", "torch_xla", "transformers")
+                },
             )
         )
         self.last_save = self.done
@@ -339,19 +396,31 @@ class _Run:
         import torch
         from safetensors import SafetensorError
 
-        from ..export import export_weights
-        from .lora import save_adapter
+        from ..files.export import export_weights
+        from .torch_xla.lora import save_adapter
 
         lora, folder = self.trainer.options.lora, self.folder / MODEL
         try:
             if lora is not None:
-                save_adapter(self.folder / ADAPTER, self.trainer.adapters(), lora, self.settings.model)
+                save_adapter(
+                    self.folder / ADAPTER, self.trainer.adapters(), lora, self.settings.model
+                )
             if not folder.exists():  # a run that is complete already may be resumed once more
-                export_weights(self.trainer.host_parameters(), self.model, folder, dtype=torch.float32)
+                export_weights(
+                    self.trainer.host_parameters(), self.model, folder, dtype=torch.float32
+                )
         except (OSError, SafetensorError, RunError) as error:
-            what = str(error).splitlines()[0] if isinstance(error, RunError) else f"the adapter cannot be written: {cause(error)}"
+            what = (
+                str(error).splitlines()[0]
+                if isinstance(error, RunError)
+                else f"the adapter cannot be written: {cause(error)}"
+            )
             raise RunError(
-                lines(what, self.saver.state(), "make room in a folder that is writable, then run again with --resume auto")
+                lines(
+                    what,
+                    self.saver.state(),
+                    "make room in a folder that is writable, then run again with --resume auto",
+                )
             ) from None
         return folder
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import CheckpointError, lines
-from ..heads import EMPTY
-from ..plan import Blocks
-from ..topology import MeshShape
+from ..plan.heads import EMPTY
+from ..plan.mesh_shape import MeshShape
+from ..plan.placement import Blocks
 
 NAME = "manifest.json"
 FORMAT = "parallama-train"
@@ -41,7 +41,10 @@ class BlockRuns(BaseModel):
         """Runs of neighbouring sources."""
         runs: list[tuple[int, int]] = []
         for source in blocks.sources:
-            if runs and (source == EMPTY == runs[-1][0] or (source != EMPTY != runs[-1][0] and source == sum(runs[-1]))):
+            if runs and (
+                source == EMPTY == runs[-1][0]
+                or (source != EMPTY != runs[-1][0] and source == sum(runs[-1]))
+            ):
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:
                 runs.append((source, 1))
@@ -49,7 +52,11 @@ class BlockRuns(BaseModel):
 
     @property
     def blocks(self) -> Blocks:
-        sources = [source for first, count in self.runs for source in ([EMPTY] * count if first == EMPTY else range(first, first + count))]
+        sources = [
+            source
+            for first, count in self.runs
+            for source in ([EMPTY] * count if first == EMPTY else range(first, first + count))
+        ]
         return Blocks(dim=self.dim, block=self.block, sources=tuple(sources))
 
 
@@ -74,8 +81,17 @@ class TensorEntry(BaseModel):
         blocks = self.blocks.blocks if self.blocks is not None else None
         return (
             len(self.axes) == len(self.shape)
-            and all(size >= 0 and size % mesh.size(axis) == 0 for size, axis in zip(self.shape, self.axes, strict=True))
-            and (blocks is None or (blocks.dim < len(self.shape) and blocks.block * len(blocks.sources) == self.shape[blocks.dim]))
+            and all(
+                size >= 0 and size % mesh.size(axis) == 0
+                for size, axis in zip(self.shape, self.axes, strict=True)
+            )
+            and (
+                blocks is None
+                or (
+                    blocks.dim < len(self.shape)
+                    and blocks.block * len(blocks.sources) == self.shape[blocks.dim]
+                )
+            )
         )
 
     def holders(self, mesh: MeshShape) -> list[int]:
@@ -83,7 +99,11 @@ class TensorEntry(BaseModel):
         return [
             device
             for device in range(mesh.devices)
-            if all(place == 0 for axis, place in mesh.coordinates(device).items() if axis not in self.axes)
+            if all(
+                place == 0
+                for axis, place in mesh.coordinates(device).items()
+                if axis not in self.axes
+            )
         ]
 
     def part(self, mesh: MeshShape, device: int) -> tuple[slice, ...]:
@@ -169,17 +189,24 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except OSError as error:
         raise CheckpointError(
-            lines(f"checkpoint {str(folder)!r} has no {NAME} that can be read: {error.strerror}", "expected a training checkpoint")
+            lines(
+                f"checkpoint {str(folder)!r} has no {NAME} that can be read: {error.strerror}",
+                "expected a training checkpoint",
+            )
         ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(
-            lines(f"checkpoint {str(folder)!r}: {NAME} is wrong at {where!r}: {first['msg']}", f"expected {FORMAT}, version {VERSION}")
+            lines(
+                f"checkpoint {str(folder)!r}: {NAME} is wrong at {where!r}: {first['msg']}",
+                f"expected {FORMAT}, version {VERSION}",
+            )
         ) from None
     for name, tensor in manifest.tensors.items():
         if not tensor.fits(manifest.mesh.shape) or any(
-            f"device-{device}.safetensors" not in manifest.files for device in tensor.holders(manifest.mesh.shape)
+            f"device-{device}.safetensors" not in manifest.files
+            for device in tensor.holders(manifest.mesh.shape)
         ):
             raise CheckpointError(
                 lines(
@@ -191,12 +218,16 @@ def read_manifest(folder: Path) -> Manifest:
         file = folder / name
         if Path(name).name != name or file.is_symlink() or not file.is_file():
             raise CheckpointError(
-                lines(f"checkpoint {str(folder)!r}: file {name!r} is missing", "expected every file that the manifest lists")
+                lines(
+                    f"checkpoint {str(folder)!r}: file {name!r} is missing",
+                    "expected every file that the manifest lists",
+                )
             )
         if file.stat().st_size != entry.bytes:
             raise CheckpointError(
                 lines(
-                    f"checkpoint {str(folder)!r}: file {name!r} has {file.stat().st_size} bytes", f"expected {entry.bytes}, by the manifest"
+                    f"checkpoint {str(folder)!r}: file {name!r} has {file.stat().st_size} bytes",
+                    f"expected {entry.bytes}, by the manifest",
                 )
             )
     return manifest

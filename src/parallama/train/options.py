@@ -30,15 +30,22 @@ class LoraOptions:
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
-            raise UsageError(lines(f"lora rank is {self.rank!r}", "expected a whole number of at least 1"))
+            raise UsageError(
+                lines(f"lora rank is {self.rank!r}", "expected a whole number of at least 1")
+            )
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise UsageError(lines(f"lora alpha is {self.alpha!r}", "expected a number above 0"))
         if not 0 <= self.dropout < 1:
-            raise UsageError(lines(f"lora dropout is {self.dropout!r}", "expected at least 0 and less than 1"))
+            raise UsageError(
+                lines(f"lora dropout is {self.dropout!r}", "expected at least 0 and less than 1")
+            )
         unknown = [target for target in self.targets if target not in LORA_TARGETS]
         if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
             raise UsageError(
-                lines(f"lora targets are {', '.join(self.targets) or 'none'}", f"expected some of {', '.join(LORA_TARGETS)}, each once")
+                lines(
+                    f"lora targets are {', '.join(self.targets) or 'none'}",
+                    f"expected some of {', '.join(LORA_TARGETS)}, each once",
+                )
             )
 
     @property
@@ -85,24 +92,49 @@ class StepOptions:
         for name in ("batch_size", "seq_len", "grad_accum"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise UsageError(lines(f"{name} is {value!r}", "expected a whole number of at least 1"))
+                raise UsageError(
+                    lines(f"{name} is {value!r}", "expected a whole number of at least 1")
+                )
         if self.seq_len < 2:
-            raise UsageError(lines("seq_len is 1", "expected at least 2: a token is predicted from those before it"))
+            raise UsageError(
+                lines(
+                    "seq_len is 1", "expected at least 2: a token is predicted from those before it"
+                )
+            )
         if not (self.remat in ("none", "full") or (type(self.remat) is int and self.remat >= 1)):
-            raise UsageError(lines(f"remat is {self.remat!r}", "expected none, full, or n for every n-th layer"))
+            raise UsageError(
+                lines(f"remat is {self.remat!r}", "expected none, full, or n for every n-th layer")
+            )
         for name, known in (("dtype", ("float32", "bfloat16")), ("optimizer", ("adamw", "sgd"))):
             if getattr(self, name) not in known:
-                raise UsageError(lines(f"{name} is {getattr(self, name)!r}", f"expected {' or '.join(known)}"))
+                raise UsageError(
+                    lines(f"{name} is {getattr(self, name)!r}", f"expected {' or '.join(known)}")
+                )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UsageError(lines(f"betas are {self.betas!r}", "expected two numbers of at least 0 and less than 1"))
+            raise UsageError(
+                lines(
+                    f"betas are {self.betas!r}",
+                    "expected two numbers of at least 0 and less than 1",
+                )
+            )
         if not 0 <= self.momentum < 1:
-            raise UsageError(lines(f"momentum is {self.momentum!r}", "expected at least 0 and less than 1"))
+            raise UsageError(
+                lines(f"momentum is {self.momentum!r}", "expected at least 0 and less than 1")
+            )
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise UsageError(lines(f"eps is {self.eps!r}", "expected a number above 0"))
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise UsageError(lines(f"weight_decay is {self.weight_decay!r}", "expected a number of at least 0"))
-        if self.max_grad_norm is not None and not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
-            raise UsageError(lines(f"max_grad_norm is {self.max_grad_norm!r}", "expected a number above 0, or none"))
+            raise UsageError(
+                lines(f"weight_decay is {self.weight_decay!r}", "expected a number of at least 0")
+            )
+        if self.max_grad_norm is not None and not (
+            math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0
+        ):
+            raise UsageError(
+                lines(
+                    f"max_grad_norm is {self.max_grad_norm!r}", "expected a number above 0, or none"
+                )
+            )
 
     def rematerialized(self, layer: int) -> bool:
         """Whether a layer's activations are computed again."""

@@ -60,7 +60,15 @@ class Row:
     documents: NDArray[Any]
 
 
-def plan_rows(lengths: NDArray[Any], seq_len: int, seed: int, epoch: int, *, packing: bool = True, shuffle: bool = True) -> list[list[int]]:
+def plan_rows(
+    lengths: NDArray[Any],
+    seq_len: int,
+    seed: int,
+    epoch: int,
+    *,
+    packing: bool = True,
+    shuffle: bool = True,
+) -> list[list[int]]:
     """Which documents each row of an epoch holds.
 
     Documents come in an order drawn from (seed, epoch), and each goes into the fullest row that has room for it (best fit, as in
@@ -103,7 +111,9 @@ def make_row(documents: Documents, members: list[int], seq_len: int) -> Row:
     at = 0
     for number, index in enumerate(members):
         tokens, trained = documents.document(index)
-        tokens = np.asarray(tokens, np.int64)  # of unsigned ones numpy would make the label -100 a large number
+        tokens = np.asarray(
+            tokens, np.int64
+        )  # of unsigned ones numpy would make the label -100 a large number
         here = slice(at, at + len(tokens))
         ids[here] = tokens
         labels[here] = np.where(trained, tokens, IGNORED)
@@ -143,7 +153,9 @@ class Rows:
 
         @lru_cache(maxsize=1)
         def planned(epoch: int) -> list[list[int]]:
-            return plan_rows(documents.lengths, seq_len, seed, epoch, packing=packing, shuffle=shuffle)
+            return plan_rows(
+                documents.lengths, seq_len, seed, epoch, packing=packing, shuffle=shuffle
+            )
 
         self._planned = planned
 
@@ -160,17 +172,25 @@ class Rows:
             rows = self._planned(self.position.epoch)
             yield make_row(self._documents, rows[self.position.row], self._seq_len)
             row = self.position.row + 1
-            self.position = Position(epoch=self.position.epoch, row=row) if row < len(rows) else Position(epoch=self.position.epoch + 1)
+            self.position = (
+                Position(epoch=self.position.epoch, row=row)
+                if row < len(rows)
+                else Position(epoch=self.position.epoch + 1)
+            )
 
 
 def make_batch(rows: list[Row], micro_steps: int) -> Batch:
     """Rows, in order, as the micro-steps of one optimizer step; their number divides by that of micro-steps."""
     names = ("ids", "labels", "positions", "documents")
     arrays = {name: np.stack([getattr(row, name) for row in rows]) for name in names}
-    return Batch(**{name: array.reshape(micro_steps, -1, array.shape[-1]) for name, array in arrays.items()})
+    return Batch(
+        **{name: array.reshape(micro_steps, -1, array.shape[-1]) for name, array in arrays.items()}
+    )
 
 
 def empty_row(seq_len: int) -> Row:
     """A row of padding, which fills up a batch that has too few."""
     zeros, ignored = np.zeros(seq_len, np.int64), np.full(seq_len, IGNORED, np.int64)
-    return Row(ids=zeros, labels=ignored, positions=zeros, documents=np.full(seq_len, PADDING, np.int64))
+    return Row(
+        ids=zeros, labels=ignored, positions=zeros, documents=np.full(seq_len, PADDING, np.int64)
+    )

@@ -71,23 +71,41 @@ def find_files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     try:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+            found = sorted(
+                file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()
+            )
             if not found:
                 raise DataError(
-                    lines(f"data folder {shown(source)} has no files ending in {' or '.join(SUFFIXES)}", "expected at least one")
+                    lines(
+                        f"data folder {shown(source)} has no files ending in {' or '.join(SUFFIXES)}",
+                        "expected at least one",
+                    )
                 )
             return found
         if not path.is_file():
             known = ", ".join(SHIPPED)
             raise DataError(
-                lines(f"data {shown(source)} is not there", f"expected a .jsonl or .txt file, a folder of them, {known}, or hf:NAME")
+                lines(
+                    f"data {shown(source)} is not there",
+                    f"expected a .jsonl or .txt file, a folder of them, {known}, or hf:NAME",
+                )
             )
     except (OSError, ValueError) as error:
         if isinstance(error, ParallamaError):
             raise
-        raise DataError(lines(f"data {shown(source)} cannot be looked at: {cause(error)}", "expected a file or folder")) from None
+        raise DataError(
+            lines(
+                f"data {shown(source)} cannot be looked at: {cause(error)}",
+                "expected a file or folder",
+            )
+        ) from None
     if path.suffix not in SUFFIXES:
-        raise DataError(lines(f"data file {shown(source)} is of no known kind", f"expected a name ending in {' or '.join(SUFFIXES)}"))
+        raise DataError(
+            lines(
+                f"data file {shown(source)} is of no known kind",
+                f"expected a name ending in {' or '.join(SUFFIXES)}",
+            )
+        )
     return [path]
 
 
@@ -105,7 +123,9 @@ def read_records(path: Path) -> Iterator[tuple[Record, int]]:
             yield Text(text=content.decode("utf-8"), where=str(path)), len(content)
             return
         empty, done = True, 0
-        with path.open("rb") as stream:  # as bytes: only \n ends a line of JSONL, not the other characters that Python splits at
+        with (
+            path.open("rb") as stream
+        ):  # as bytes: only \n ends a line of JSONL, not the other characters that Python splits at
             for number, line in enumerate(stream, 1):
                 done += len(line)
                 if line.strip():
@@ -114,7 +134,12 @@ def read_records(path: Path) -> Iterator[tuple[Record, int]]:
         if empty:
             raise _bad(str(path), "it is empty", f"a line for each record, as {_FORMS}")
     except OSError as error:
-        raise DataError(lines(f"data file {str(path)!r} cannot be read: {error.strerror}", "expected a readable file")) from None
+        raise DataError(
+            lines(
+                f"data file {str(path)!r} cannot be read: {error.strerror}",
+                "expected a readable file",
+            )
+        ) from None
     except UnicodeDecodeError:
         raise _bad(str(path), "it is not UTF-8", "UTF-8 text") from None
 
@@ -126,7 +151,9 @@ def parse_line(line: bytes, where: str) -> Record:
     except UnicodeDecodeError:
         raise _bad(where, "it is not UTF-8", "UTF-8 text") from None
     except (ValueError, RecursionError) as error:
-        raise _bad(where, f"it is not JSON: {cause(error)}", f"one JSON object a line, as {_FORMS}") from None
+        raise _bad(
+            where, f"it is not JSON: {cause(error)}", f"one JSON object a line, as {_FORMS}"
+        ) from None
     return parse(document, where)
 
 
@@ -140,12 +167,22 @@ def parse(document: Any, where: str) -> Record:
         raise _bad(where, f"it is {shown(document, 40)}", f"a JSON object, as {_FORMS}")
     forms = [
         name
-        for name, keys in (("messages", ("messages",)), ("prompt", ("prompt", "completion")), ("text", ("text",)))
+        for name, keys in (
+            ("messages", ("messages",)),
+            ("prompt", ("prompt", "completion")),
+            ("text", ("text",)),
+        )
         if any(key in document for key in keys)
     ]
     if len(forms) != 1:
-        what = "several of messages, prompt and text" if forms else "none of messages, prompt and text"
-        raise _bad(where, f"it has {what} (keys: {listed([str(key) for key in document]) or 'none'})", f"one of {_FORMS}")
+        what = (
+            "several of messages, prompt and text" if forms else "none of messages, prompt and text"
+        )
+        raise _bad(
+            where,
+            f"it has {what} (keys: {listed([str(key) for key in document]) or 'none'})",
+            f"one of {_FORMS}",
+        )
     if forms == ["messages"]:
         return Chat(messages=_messages(document["messages"], where), where=where)
     if forms == ["text"]:
@@ -158,18 +195,32 @@ def parse(document: Any, where: str) -> Record:
 
 def _messages(given: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(given, list) or not given:
-        raise _bad(where, f"'messages' is {shown(given, 40)}", "a list of {'role': ..., 'content': ...}")
+        raise _bad(
+            where, f"'messages' is {shown(given, 40)}", "a list of {'role': ..., 'content': ...}"
+        )
     messages = []
     for number, message in enumerate(given, 1):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        role, content = (
+            (message.get("role"), message.get("content"))
+            if isinstance(message, Mapping)
+            else (None, None)
+        )
         if role not in ROLES:
-            what = f"has role {shown(role, 40)}" if isinstance(message, Mapping) else f"is {shown(message, 40)}"
+            what = (
+                f"has role {shown(role, 40)}"
+                if isinstance(message, Mapping)
+                else f"is {shown(message, 40)}"
+            )
             raise _bad(where, f"message {number} {what}", f"a role of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise _bad(where, f"message {number} has content {shown(content, 40)}", "text")
         messages.append({"role": str(role), "content": content})
     if not any(message["role"] == "assistant" for message in messages):
-        raise _bad(where, "no message has role assistant", "at least one assistant's turn, which is what is trained on")
+        raise _bad(
+            where,
+            "no message has role assistant",
+            "at least one assistant's turn, which is what is trained on",
+        )
     return messages
 
 

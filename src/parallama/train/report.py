@@ -76,11 +76,18 @@ def document(run: Path) -> dict[str, Any]:
 def check_target(path: Path) -> None:
     """Raise `UsageError` where `write` couldn't."""
     if path.suffix not in SUFFIXES:
-        raise UsageError(lines(f"--plot {path} is of no known kind", f"expected a name ending in {' or '.join(SUFFIXES)}"))
+        raise UsageError(
+            lines(
+                f"--plot {path} is of no known kind",
+                f"expected a name ending in {' or '.join(SUFFIXES)}",
+            )
+        )
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(lines("--plot needs matplotlib", "run: pip install 'parallama[bench]'"))
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UsageError(lines(f"--plot {path} cannot be written", "expected a file in a folder that exists"))
+        raise UsageError(
+            lines(f"--plot {path} cannot be written", "expected a file in a folder that exists")
+        )
 
 
 def write(run: Path, path: Path) -> None:
@@ -91,11 +98,18 @@ def write(run: Path, path: Path) -> None:
     """
     check_target(path)
     entries = read_log(run)
-    content = _picture(run, entries, "png") if path.suffix == ".png" else _page(run, entries).encode()
+    content = (
+        _picture(run, entries, "png") if path.suffix == ".png" else _page(run, entries).encode()
+    )
     try:
         path.write_bytes(content)
     except OSError as error:
-        raise UsageError(lines(f"--plot {path} cannot be written: {error.strerror}", "expected a file in a folder that exists")) from None
+        raise UsageError(
+            lines(
+                f"--plot {path} cannot be written: {error.strerror}",
+                "expected a file in a folder that exists",
+            )
+        ) from None
 
 
 def figures(summary: Summary) -> list[tuple[str, str]]:
@@ -103,22 +117,42 @@ def figures(summary: Summary) -> list[tuple[str, str]]:
     number: Callable[[float | None], str] = lambda value: "-" if value is None else f"{value:,.4g}"  # noqa: E731
     sizes = summary.bytes_per_device
     rows = [
-        ("steps", f"{summary.steps:,}" + (f" ({summary.skipped} skipped)" if summary.skipped else "")),
-        ("loss", f"{number(summary.first_loss)} to {number(summary.last_loss)}, least {number(summary.least_loss)}"),
+        (
+            "steps",
+            f"{summary.steps:,}" + (f" ({summary.skipped} skipped)" if summary.skipped else ""),
+        ),
+        (
+            "loss",
+            f"{number(summary.first_loss)} to {number(summary.last_loss)}, least {number(summary.least_loss)}",
+        ),
         (
             "validation",
-            f"loss {number(summary.eval_loss)}, perplexity {number(summary.eval_perplexity)}" if summary.eval_loss is not None else "none",
+            f"loss {number(summary.eval_loss)}, perplexity {number(summary.eval_perplexity)}"
+            if summary.eval_loss is not None
+            else "none",
         ),
         ("tokens", f"{summary.tokens:,}"),
-        ("speed", f"{summary.tokens_per_s:,.0f} tokens/s, {summary.step_time_s:.3f} s a step (medians)"),
+        (
+            "speed",
+            f"{summary.tokens_per_s:,.0f} tokens/s, {summary.step_time_s:.3f} s a step (medians)",
+        ),
         ("MFU", "-" if summary.mfu is None else f"{summary.mfu:.1%}"),
-        ("bytes", f"{max(sizes):,} on each of {len(sizes)} device{'s' if len(sizes) > 1 else ''}" if sizes else "-"),
+        (
+            "bytes",
+            f"{max(sizes):,} on each of {len(sizes)} device{'s' if len(sizes) > 1 else ''}"
+            if sizes
+            else "-",
+        ),
     ]
     return rows
 
 
 def _series(entries: Sequence[Entry], name: str) -> list[tuple[int, float]]:
-    return [(entry["step"], float(entry[name])) for entry in entries if isinstance(entry.get(name), (int, float))]
+    return [
+        (entry["step"], float(entry[name]))
+        for entry in entries
+        if isinstance(entry.get(name), (int, float))
+    ]
 
 
 def _picture(run: Path, entries: Sequence[Entry], kind: str) -> bytes:
@@ -128,7 +162,10 @@ def _picture(run: Path, entries: Sequence[Entry], kind: str) -> bytes:
 
     content = io.BytesIO()
     # The user's matplotlibrc must not change the picture, and a `$` in a name is no formula.
-    with matplotlib.style.context(["default", {"text.parse_math": False, "font.size": 9.0, "svg.hashsalt": "parallama"}], after_reset=True):
+    with matplotlib.style.context(
+        ["default", {"text.parse_math": False, "font.size": 9.0, "svg.hashsalt": "parallama"}],
+        after_reset=True,
+    ):
         figure: Any = Figure(figsize=(10.0, 7.0), layout="constrained")
         FigureCanvasAgg(figure)
         loss, rate, norm, speed = figure.subplots(2, 2, sharex=True).flatten()
@@ -138,17 +175,31 @@ def _picture(run: Path, entries: Sequence[Entry], kind: str) -> bytes:
             (norm, "grad_norm", "gradient norm"),
             (speed, "tokens_per_s", "tokens/s"),
         ):
-            axes.plot(*_columns(entries, name), color=_OWN, linewidth=1.2, marker="." if len(entries) < 50 else "", label="training")
+            axes.plot(
+                *_columns(entries, name),
+                color=_OWN,
+                linewidth=1.2,
+                marker="." if len(entries) < 50 else "",
+                label="training",
+            )
             axes.set_title(title)
             axes.grid(alpha=0.3)
         if _series(entries, "eval_loss"):
-            loss.plot(*_columns(entries, "eval_loss"), color=_OTHER, marker="o", markersize=4, label="validation")
+            loss.plot(
+                *_columns(entries, "eval_loss"),
+                color=_OTHER,
+                marker="o",
+                markersize=4,
+                label="validation",
+            )
             loss.legend(frameon=False)
         speed.set_ylim(bottom=0)
         for axes in (norm, speed):
             axes.set_xlabel("step")
         figure.suptitle(str(run))
-        figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(
+            content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None
+        )
     return content.getvalue()
 
 
@@ -161,10 +212,16 @@ def _page(run: Path, entries: Sequence[Entry]) -> str:
     """One HTML file that needs no other."""
     drawing = _picture(run, entries, "svg").decode()
     drawing = drawing[drawing.index("<svg") :]
-    rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in figures(summarize(entries)))
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        for name, value in figures(summarize(entries))
+    )
     samples = "".join(
         f"<h3>step {entry['step']}</h3>"
-        + "".join(f"<p><b>{html.escape(s['prompt'])}</b>{html.escape(s['text'])}</p>" for s in entry["samples"])
+        + "".join(
+            f"<p><b>{html.escape(s['prompt'])}</b>{html.escape(s['text'])}</p>"
+            for s in entry["samples"]
+        )
         for entry in entries
         if entry.get("samples")
     )

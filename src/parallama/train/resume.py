@@ -43,9 +43,18 @@ def find(settings: TrainSettings, folder: Path, say: Callable[[str], None]) -> R
 
     if settings.resume == "no":
         if checkpoints.steps_in(folder) or (folder.parent / LOG).exists():
-            raise UsageError(lines(f"{settings.out!r} holds a run already", "expected a new folder, or --resume auto to go on with it"))
+            raise UsageError(
+                lines(
+                    f"{settings.out!r} holds a run already",
+                    "expected a new folder, or --resume auto to go on with it",
+                )
+            )
         return None
-    path = checkpoints.newest(folder, say) if settings.resume == "auto" else Path(settings.resume).expanduser().resolve()
+    path = (
+        checkpoints.newest(folder, say)
+        if settings.resume == "auto"
+        else Path(settings.resume).expanduser().resolve()
+    )
     if path is None:
         return None
     manifest = checkpoints.verify(path)
@@ -63,7 +72,10 @@ def find(settings: TrainSettings, folder: Path, say: Callable[[str], None]) -> R
         )
     if manifest.step > settings.steps:
         raise UsageError(
-            lines(f"checkpoint {path.name} is after {manifest.step} steps, and steps is {settings.steps}", "expected as many at least")
+            lines(
+                f"checkpoint {path.name} is after {manifest.step} steps, and steps is {settings.steps}",
+                "expected as many at least",
+            )
         )
     now = settings.model_dump()
     # Beside adapters the model's own weights are not in the checkpoint.

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import FitError, UsageError, cause, lines, listed, shown
-from ..topology import MeshShape
+from ..plan.mesh_shape import MeshShape
 from .options import LoraOptions, StepOptions
 from .schedule import Kind, Schedule
 
@@ -30,7 +30,9 @@ class LoraSettings(BaseModel):
 
     rank: Count = Field(8, description="rank of the two factors")
     alpha: Positive = Field(16.0, description="the product is scaled by alpha / rank")
-    targets: list[str] = Field(["q_proj", "v_proj"], description="modules that get an adapter, by their last name")
+    targets: list[str] = Field(
+        ["q_proj", "v_proj"], description="modules that get an adapter, by their last name"
+    )
     dropout: Share = Field(0.0, description="share of an adapter's inputs that is dropped")
 
 
@@ -52,40 +54,68 @@ class TrainSettings(BaseModel):
     grad_accum: Count = Field(1, description="micro-steps of one optimizer step")
     seq_len: Annotated[int, Field(ge=2)] = Field(512, description="tokens of a sequence")
     packing: bool = Field(True, description="several documents a sequence, each seeing only itself")
-    too_long: Literal["error", "drop", "truncate"] = Field("error", description="what becomes of a conversation longer than seq_len")
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        "error", description="what becomes of a conversation longer than seq_len"
+    )
     seed: Whole = Field(0, description="order of the data, adapters, dropout")
     lr: Positive = Field(2e-5, description="peak learning rate")
     schedule: Kind = Field("cosine", description="cosine, linear or constant, after the warm-up")
     warmup_steps: Whole = Field(0, description="steps of linear warm-up")
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="what the learning rate falls to, as a share of lr")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="what the learning rate falls to, as a share of lr"
+    )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw or sgd")
     beta1: Share = Field(0.9, description="AdamW's decay of the gradient's mean")
     beta2: Share = Field(0.999, description="AdamW's decay of its square's mean")
     eps: Positive = Field(1e-8, description="AdamW's epsilon")
     momentum: Share = Field(0.0, description="SGD's momentum")
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(0.0, description="decoupled; none on norms and biases")
-    max_grad_norm: Positive | None = Field(1.0, description="gradients are scaled down to this global norm; null: never")
-    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="what to do at a loss or gradient that is no number")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of products and activations; weights are kept in float32")
-    remat: Literal["none", "full"] | Count = Field(
-        "none", description="recompute activations in the backward pass: none, full, or of every n-th layer"
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0, description="decoupled; none on norms and biases"
     )
-    fsdp: bool = Field(False, description='weights, gradients and optimizer state are split over "data" too')
-    sequence_parallel: bool = Field(False, description="norms and the residual stream are split along the sequence")
-    lora: LoraSettings | None = Field(None, description="rank, alpha, targets, dropout; null trains every weight")
+    max_grad_norm: Positive | None = Field(
+        1.0, description="gradients are scaled down to this global norm; null: never"
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="what to do at a loss or gradient that is no number"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of products and activations; weights are kept in float32"
+    )
+    remat: Literal["none", "full"] | Count = Field(
+        "none",
+        description="recompute activations in the backward pass: none, full, or of every n-th layer",
+    )
+    fsdp: bool = Field(
+        False, description='weights, gradients and optimizer state are split over "data" too'
+    )
+    sequence_parallel: bool = Field(
+        False, description="norms and the residual stream are split along the sequence"
+    )
+    lora: LoraSettings | None = Field(
+        None, description="rank, alpha, targets, dropout; null trains every weight"
+    )
     save_every: Whole = Field(100, description="steps between checkpoints; 0: only at the end")
     keep_last: Count = Field(2, description="checkpoints that are kept")
     allow_nonfinite: bool = Field(False, description="load weights that hold NaN or infinity, too")
     async_save: bool = Field(True, description="write checkpoints while training goes on")
-    resume: str = Field("no", description="no, auto (the newest complete checkpoint of out), or a checkpoint's folder")
+    resume: str = Field(
+        "no",
+        description="no, auto (the newest complete checkpoint of out), or a checkpoint's folder",
+    )
     eval_data: str | list[str] | None = Field(None, description="validation data, as data")
     eval_every: Whole = Field(0, description="steps between validations; 0: never")
-    eval_batches: Count = Field(8, description="most batches (of grad_accum x batch_size sequences) of a validation")
+    eval_batches: Count = Field(
+        8, description="most batches (of grad_accum x batch_size sequences) of a validation"
+    )
     sample_every: Whole = Field(0, description="steps between samples of generated text; 0: never")
     sample_prompts: list[str] = Field([], description="what the samples continue")
     sample_tokens: Count = Field(48, description="new tokens of a sample")
-    report_to: list[Literal["tensorboard", "wandb"]] = Field([], description="where the log goes besides log.jsonl")
-    export: bool = Field(True, description="write OUT/model at the end, a folder that transformers loads")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(
+        [], description="where the log goes besides log.jsonl"
+    )
+    export: bool = Field(
+        True, description="write OUT/model at the end, a folder that transformers loads"
+    )
     cache: str = Field("~/.cache/parallama/tokens", description="folder of tokenized data")
 
     @property
@@ -94,7 +124,13 @@ class TrainSettings(BaseModel):
 
     @property
     def eval_sources(self) -> list[str]:
-        return [] if self.eval_data is None else [self.eval_data] if isinstance(self.eval_data, str) else self.eval_data
+        return (
+            []
+            if self.eval_data is None
+            else [self.eval_data]
+            if isinstance(self.eval_data, str)
+            else self.eval_data
+        )
 
     @property
     def mesh_shape(self) -> MeshShape:
@@ -102,7 +138,13 @@ class TrainSettings(BaseModel):
 
     @property
     def learning_rate(self) -> Schedule:
-        return Schedule(kind=self.schedule, peak=self.lr, steps=self.steps, warmup=self.warmup_steps, floor=self.min_lr_ratio)
+        return Schedule(
+            kind=self.schedule,
+            peak=self.lr,
+            steps=self.steps,
+            warmup=self.warmup_steps,
+            floor=self.min_lr_ratio,
+        )
 
     @property
     def step_options(self) -> StepOptions:
@@ -110,7 +152,12 @@ class TrainSettings(BaseModel):
         asked = self.lora
         lora = None
         if asked is not None:
-            lora = LoraOptions(rank=asked.rank, alpha=asked.alpha, targets=tuple(asked.targets), dropout=asked.dropout)
+            lora = LoraOptions(
+                rank=asked.rank,
+                alpha=asked.alpha,
+                targets=tuple(asked.targets),
+                dropout=asked.dropout,
+            )
         return StepOptions(
             batch_size=self.batch_size,
             seq_len=self.seq_len,
@@ -161,7 +208,9 @@ def dump(settings: TrainSettings) -> str:
     document = settings.model_dump()
     parts = []
     for name, field in TrainSettings.model_fields.items():
-        text = yaml.dump({name: document[name]}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+        text = yaml.dump(
+            {name: document[name]}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
+        )
         parts.append(f"# {field.description}\n{text}")
     return "".join(parts)
 
@@ -179,7 +228,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands there twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} stands there twice", key_node.start_mark
+                )
             seen.add(key if isinstance(key, str) else id(key_node))
         return super().construct_mapping(node, deep)
 
@@ -188,14 +239,19 @@ _Loader.yaml_implicit_resolvers = {
     first: [
         (tag, pattern)
         for tag, pattern in found
-        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+        if tag
+        not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
     ]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false|True|False|TRUE|FALSE"), list("tfTF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"true|false|True|False|TRUE|FALSE"), list("tfTF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|nan))"),
+    re.compile(
+        r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|nan))"
+    ),
     list("-+0123456789."),
 )
 
@@ -205,7 +261,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.yaml_implicit_resolvers = {
-    first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + _Loader.yaml_implicit_resolvers.get(first, [])
+    first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])
+    + _Loader.yaml_implicit_resolvers.get(first, [])
     for first in {**yaml.SafeDumper.yaml_implicit_resolvers, **_Loader.yaml_implicit_resolvers}
 }
 
@@ -222,12 +279,24 @@ def _document(path: Path) -> dict[str, Any]:
     try:
         document = _load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(lines(f"config {str(path)!r} cannot be read: {error.strerror}", "expected a YAML file")) from None
+        raise UsageError(
+            lines(f"config {str(path)!r} cannot be read: {error.strerror}", "expected a YAML file")
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UsageError(lines(f"config {str(path)!r} is no YAML: {cause(error)}", "expected lines such as lr: 1e-4")) from None
+        raise UsageError(
+            lines(
+                f"config {str(path)!r} is no YAML: {cause(error)}",
+                "expected lines such as lr: 1e-4",
+            )
+        ) from None
     document = {} if document is None else document
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise UsageError(lines(f"config {str(path)!r} holds {shown(document)}", "expected keys with values, as lr: 1e-4"))
+        raise UsageError(
+            lines(
+                f"config {str(path)!r} holds {shown(document)}",
+                "expected keys with values, as lr: 1e-4",
+            )
+        )
     return document
 
 
@@ -266,14 +335,23 @@ def _value(key: str, text: str) -> Any:
     try:
         return _load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(lines(f"--{key} {shown(text)} cannot be read: {cause(error)}", "expected a value as in YAML")) from None
+        raise UsageError(
+            lines(
+                f"--{key} {shown(text)} cannot be read: {cause(error)}",
+                "expected a value as in YAML",
+            )
+        ) from None
 
 
 def _complaint(error: ValidationError) -> UsageError:
     """The first complaint of pydantic's, in our words."""
     # An unknown key first: a misspelt one is often missing, too.
     found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
-    path = ".".join(str(part) for part in found[0]["loc"] if part in keys() or part in LoraSettings.model_fields or isinstance(part, int))
+    path = ".".join(
+        str(part)
+        for part in found[0]["loc"]
+        if part in keys() or part in LoraSettings.model_fields or isinstance(part, int)
+    )
     first = found[0]
     name = str(first["loc"][-1])
     if first["type"] == "extra_forbidden":
@@ -281,14 +359,38 @@ def _complaint(error: ValidationError) -> UsageError:
         known = list(LoraSettings.model_fields) if inside else keys()
         near = difflib.get_close_matches(name, known, 1)
         full = ".".join([*(str(part) for part in inside if part in keys()), name])
-        return UsageError(lines(f"config key {full!r} is unknown", f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"))
+        return UsageError(
+            lines(
+                f"config key {full!r} is unknown",
+                f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}",
+            )
+        )
     if first["type"] == "missing":
         names = [str(entry["loc"][-1]) for entry in found if entry["type"] == "missing"]
-        return UsageError(lines(f"config key {listed(names)} is missing", "give it in the config file or as --key value"))
+        return UsageError(
+            lines(
+                f"config key {listed(names)} is missing",
+                "give it in the config file or as --key value",
+            )
+        )
     key = str(first["loc"][0])
-    expected = " or ".join(dict.fromkeys(entry["msg"].removeprefix("Input should be ") for entry in found if entry["loc"][0] == key))
-    description = TrainSettings.model_fields[key].description if key in TrainSettings.model_fields else ""
-    return UsageError(lines(f"config key {path or key!r} is {shown(first['input'])}", f"expected {expected}", f"{key}: {description}"))
+    expected = " or ".join(
+        dict.fromkeys(
+            entry["msg"].removeprefix("Input should be ")
+            for entry in found
+            if entry["loc"][0] == key
+        )
+    )
+    description = (
+        TrainSettings.model_fields[key].description if key in TrainSettings.model_fields else ""
+    )
+    return UsageError(
+        lines(
+            f"config key {path or key!r} is {shown(first['input'])}",
+            f"expected {expected}",
+            f"{key}: {description}",
+        )
+    )
 
 
 def _check(settings: TrainSettings) -> None:
@@ -302,14 +404,36 @@ def _check(settings: TrainSettings) -> None:
             )
         )
     if settings.warmup_steps > settings.steps:
-        raise UsageError(lines(f"warmup_steps is {settings.warmup_steps}, steps is {settings.steps}", "expected a warm-up within the run"))
+        raise UsageError(
+            lines(
+                f"warmup_steps is {settings.warmup_steps}, steps is {settings.steps}",
+                "expected a warm-up within the run",
+            )
+        )
     if not settings.sources or (settings.eval_data is not None and not settings.eval_sources):
-        raise UsageError(lines("config key 'data' is an empty list", "expected at least one file, folder or data set"))
+        raise UsageError(
+            lines(
+                "config key 'data' is an empty list",
+                "expected at least one file, folder or data set",
+            )
+        )
     if settings.eval_every and settings.eval_data is None:
-        raise UsageError(lines(f"eval_every is {settings.eval_every}, but there is no eval_data", "expected both, or neither"))
+        raise UsageError(
+            lines(
+                f"eval_every is {settings.eval_every}, but there is no eval_data",
+                "expected both, or neither",
+            )
+        )
     if settings.eval_data is not None and not settings.eval_every:
-        raise UsageError(lines("eval_data is given, but eval_every is 0", "expected both, or neither"))
+        raise UsageError(
+            lines("eval_data is given, but eval_every is 0", "expected both, or neither")
+        )
     if settings.sample_every and not settings.sample_prompts:
-        raise UsageError(lines(f"sample_every is {settings.sample_every}, but there are no sample_prompts", "expected both, or neither"))
+        raise UsageError(
+            lines(
+                f"sample_every is {settings.sample_every}, but there are no sample_prompts",
+                "expected both, or neither",
+            )
+        )
     if not settings.resume:
         raise UsageError(lines("resume is empty", "expected no, auto, or a checkpoint's folder"))

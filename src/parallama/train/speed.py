@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..cost import train_flops
-from ..spec import ModelSpec
+from ..model.spec import ModelSpec
+from ..plan.cost import train_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,16 @@ class Speed:
     @classmethod
     def of(cls, spec: ModelSpec, sequences: int, seq_len: int, backend: str) -> Speed:
         """For steps of so many sequences. Virtual devices share the host's cores: there the peak is what those reach in a large product."""
-        return cls(flops=train_flops(spec, sequences, seq_len), peak_flops_per_s=host_flops_per_s() if backend == "cpu" else None)
+        return cls(
+            flops=train_flops(spec, sequences, seq_len),
+            peak_flops_per_s=host_flops_per_s() if backend == "cpu" else None,
+        )
 
     def mfu(self, seconds: float) -> float | None:
         """Model FLOPs utilization (Chowdhery et al., 2022, "PaLM") of a step that took so long."""
-        return None if self.peak_flops_per_s is None else self.flops / seconds / self.peak_flops_per_s
+        return (
+            None if self.peak_flops_per_s is None else self.flops / seconds / self.peak_flops_per_s
+        )
 
 
 def host_flops_per_s(size: int = 1024) -> float:

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..chat_template import Renderer, renderer_of
 from ..errors import RunError, UsageError, cause, lines
+from ..files.chat_template import Renderer, renderer_of
 from .records import Chat, Completion, DataError, Record, Text, find_files, read_records
 
 VERSION = 1
@@ -108,8 +108,13 @@ def prepare(
         RunError: the cache can't be written.
     """
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
-        raise UsageError(lines("the model has no tokenizer.json", "expected one: training data are text"))
-    inputs = [_hugging_face(source) if source.startswith("hf:") else _FileInput(find_files(source)) for source in sources]
+        raise UsageError(
+            lines("the model has no tokenizer.json", "expected one: training data are text")
+        )
+    inputs = [
+        _hugging_face(source) if source.startswith("hf:") else _FileInput(find_files(source))
+        for source in sources
+    ]
     key = _fingerprint(inputs, tokenizer, seq_len, too_long)
     folder = cache.expanduser() / key
     if not (folder / "about.json").is_file():
@@ -140,16 +145,24 @@ def encode(record: Record, tokenizer: Any, renderer: Renderer | None = None) -> 
         return Encoded(ids=ids, trained=[True] * len(ids))
     if isinstance(record, Completion):
         encoded = _with_spans(
-            tokenizer, record.prompt + record.completion, [(len(record.prompt), len(record.prompt + record.completion))], special=True
+            tokenizer,
+            record.prompt + record.completion,
+            [(len(record.prompt), len(record.prompt + record.completion))],
+            special=True,
         )
         eos = _eos(tokenizer)
-        encoded = Encoded(ids=[*encoded.ids, *eos], trained=[*encoded.trained, *(True for _ in eos)])
+        encoded = Encoded(
+            ids=[*encoded.ids, *eos], trained=[*encoded.trained, *(True for _ in eos)]
+        )
     else:
         assert renderer is not None
         encoded = _chat(record, tokenizer, renderer)
     if not any(encoded.trained[1:]):
         raise DataError(
-            lines(f"data {record.where}: none of its {len(encoded.ids)} tokens is trained on", "expected an answer with text in it")
+            lines(
+                f"data {record.where}: none of its {len(encoded.ids)} tokens is trained on",
+                "expected an answer with text in it",
+            )
         )
     return encoded
 
@@ -162,7 +175,9 @@ def _chat(record: Chat, tokenizer: Any, renderer: Renderer) -> Encoded:
         spans = []
         for at, message in enumerate(messages):
             if message["role"] == "assistant":
-                before = renderer.render(messages[:at]) if at else _rendered_opening(renderer, message)
+                before = (
+                    renderer.render(messages[:at]) if at else _rendered_opening(renderer, message)
+                )
                 after = _rendered(renderer, messages[: at + 1])
                 if not (whole.startswith(after) and after.startswith(before)):
                     raise DataError(
@@ -179,7 +194,10 @@ def _chat(record: Chat, tokenizer: Any, renderer: Renderer) -> Encoded:
     except UsageError as error:
         refused = str(error).partition(" refuses the messages: ")[2]
         raise DataError(
-            lines(f"data {record.where}: the chat template refuses it: {refused}", "expected roles in an order that it takes")
+            lines(
+                f"data {record.where}: the chat template refuses it: {refused}",
+                "expected roles in an order that it takes",
+            )
         ) from None
     return _with_spans(tokenizer, whole, spans, special=False)
 
@@ -194,10 +212,17 @@ def _rendered_opening(renderer: Renderer, message: dict[str, str]) -> str:
     return whole[: whole.find(message["content"])] if message["content"] in whole else whole
 
 
-def _with_spans(tokenizer: Any, text: str, spans: list[tuple[int, int]], *, special: bool) -> Encoded:
+def _with_spans(
+    tokenizer: Any, text: str, spans: list[tuple[int, int]], *, special: bool
+) -> Encoded:
     """Tokens of a text; trained on are those that lie within the spans, whole."""
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    trained = [any(start <= first and last <= end for start, end in spans) and first < last for first, last in encoded["offset_mapping"]]
+    encoded = tokenizer(
+        text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
+    )
+    trained = [
+        any(start <= first and last <= end for start, end in spans) and first < last
+        for first, last in encoded["offset_mapping"]
+    ]
     return Encoded(ids=list(encoded["input_ids"]), trained=trained)
 
 
@@ -211,7 +236,9 @@ class _Counts:
     truncated: int = 0
 
 
-def _fitted(record: Record, encoded: Encoded, seq_len: int, too_long: TooLong, counts: _Counts) -> Iterator[Encoded]:
+def _fitted(
+    record: Record, encoded: Encoded, seq_len: int, too_long: TooLong, counts: _Counts
+) -> Iterator[Encoded]:
     """A document as one or more of at most `seq_len` tokens, or none."""
     length = len(encoded.ids)
     if length <= seq_len:
@@ -219,7 +246,10 @@ def _fitted(record: Record, encoded: Encoded, seq_len: int, too_long: TooLong, c
     elif isinstance(record, Text):
         # Each piece begins with the last token of the one before, so that every token but the first is predicted once.
         for start in range(0, length - 1, seq_len - 1):
-            yield Encoded(ids=encoded.ids[start : start + seq_len], trained=encoded.trained[start : start + seq_len])
+            yield Encoded(
+                ids=encoded.ids[start : start + seq_len],
+                trained=encoded.trained[start : start + seq_len],
+            )
     elif too_long == "truncate" and any(encoded.trained[1:seq_len]):
         counts.truncated += 1
         yield Encoded(ids=encoded.ids[:seq_len], trained=encoded.trained[:seq_len])
@@ -250,7 +280,12 @@ class _FileInput:
                 with path.open("rb") as stream:
                     hashed.update(hashlib.file_digest(stream, "sha256").digest())
             except OSError as error:
-                raise DataError(lines(f"data file {str(path)!r} cannot be read: {error.strerror}", "expected a readable file")) from None
+                raise DataError(
+                    lines(
+                        f"data file {str(path)!r} cannot be read: {error.strerror}",
+                        "expected a readable file",
+                    )
+                ) from None
 
     def __iter__(self) -> Iterator[tuple[Record, int]]:
         """Records, each with how many bytes were read when it came."""
@@ -286,23 +321,40 @@ def _hugging_face(source: str) -> _HubInput:
     try:
         import datasets
     except ImportError:
-        raise UsageError(lines(f"data {source!r} needs the package 'datasets'", "pip install 'parallama[datasets]'")) from None
+        raise UsageError(
+            lines(
+                f"data {source!r} needs the package 'datasets'", "pip install 'parallama[datasets]'"
+            )
+        ) from None
     name, _, split = source.removeprefix("hf:").partition(":")
     try:
         saved = Path(name, "state.json").is_file()
-        rows = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split or "train")
+        rows = (
+            datasets.load_from_disk(name)
+            if saved
+            else datasets.load_dataset(name, split=split or "train")
+        )
     except Exception as error:  # of many kinds, network ones among them
         raise DataError(
-            lines(f"data {source!r} cannot be had: {type(error).__name__}: {cause(error, 120)}", "expected hf:NAME:SPLIT, or a file")
+            lines(
+                f"data {source!r} cannot be had: {type(error).__name__}: {cause(error, 120)}",
+                "expected hf:NAME:SPLIT, or a file",
+            )
         ) from None
     if not hasattr(rows, "_fingerprint"):
-        raise DataError(lines(f"data {source!r} holds several splits", f"expected one of them, as {source}:train"))
+        raise DataError(
+            lines(
+                f"data {source!r} holds several splits", f"expected one of them, as {source}:train"
+            )
+        )
     if not len(rows):
         raise DataError(lines(f"data {source!r}: it is empty", "expected at least one record"))
     return _HubInput(rows, source)
 
 
-def _fingerprint(inputs: Sequence[_FileInput | _HubInput], tokenizer: Any, seq_len: int, too_long: TooLong) -> str:
+def _fingerprint(
+    inputs: Sequence[_FileInput | _HubInput], tokenizer: Any, seq_len: int, too_long: TooLong
+) -> str:
     hashed = hashlib.sha256()
     about = [
         VERSION,
@@ -319,7 +371,11 @@ def _fingerprint(inputs: Sequence[_FileInput | _HubInput], tokenizer: Any, seq_l
 
 
 def _encode_all(
-    inputs: Sequence[_FileInput | _HubInput], tokenizer: Any, seq_len: int, too_long: TooLong, progress: Progress | None
+    inputs: Sequence[_FileInput | _HubInput],
+    tokenizer: Any,
+    seq_len: int,
+    too_long: TooLong,
+    progress: Progress | None,
 ) -> tuple[dict[str, NDArray[Any]], _Counts]:
     counts = _Counts()
     total, before = sum(source.size for source in inputs), 0
@@ -336,7 +392,9 @@ def _encode_all(
                         "expected prompt and completion, or text",
                     )
                 )
-            for piece in _fitted(record, encode(record, tokenizer, renderer), seq_len, too_long, counts):
+            for piece in _fitted(
+                record, encode(record, tokenizer, renderer), seq_len, too_long, counts
+            ):
                 tokens.append(np.asarray(piece.ids, _FILES["tokens"]))
                 trained.append(np.asarray(piece.trained, _FILES["trained"]))
             if progress is not None:
@@ -346,10 +404,19 @@ def _encode_all(
         progress(total, total)
     if not any(mask[1:].any() for mask in trained):
         raise DataError(
-            lines(f"the data have no token to train on ({counts.dropped} records were dropped as too long)", "expected at least one")
+            lines(
+                f"the data have no token to train on ({counts.dropped} records were dropped as too long)",
+                "expected at least one",
+            )
         )
-    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])]).astype(_FILES["offsets"])
-    return {"tokens": np.concatenate(tokens), "trained": np.concatenate(trained), "offsets": offsets}, counts
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in tokens])]).astype(
+        _FILES["offsets"]
+    )
+    return {
+        "tokens": np.concatenate(tokens),
+        "trained": np.concatenate(trained),
+        "offsets": offsets,
+    }, counts
 
 
 def _write(folder: Path, encoded: tuple[dict[str, NDArray[Any]], _Counts]) -> None:
@@ -372,7 +439,9 @@ def _write(folder: Path, encoded: tuple[dict[str, NDArray[Any]], _Counts]) -> No
         try:
             made.rename(folder)
         except OSError:
-            if not (folder / "about.json").is_file():  # another run has made the same meanwhile: as good
+            if not (
+                folder / "about.json"
+            ).is_file():  # another run has made the same meanwhile: as good
                 raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -381,13 +450,30 @@ def _write(folder: Path, encoded: tuple[dict[str, NDArray[Any]], _Counts]) -> No
 def _open(folder: Path, key: str) -> Corpus:
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        arrays = {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in _FILES.items()}
-        sizes = (len(arrays["offsets"]) - 1, len(arrays["tokens"]), len(arrays["trained"]), int(arrays["offsets"][-1]))
+        arrays = {
+            name: np.memmap(folder / f"{name}.bin", dtype, "r") for name, dtype in _FILES.items()
+        }
+        sizes = (
+            len(arrays["offsets"]) - 1,
+            len(arrays["tokens"]),
+            len(arrays["trained"]),
+            int(arrays["offsets"][-1]),
+        )
         whole = sizes == (about["documents"], about["tokens"], about["tokens"], about["tokens"])
     except (OSError, ValueError, KeyError) as error:
-        raise RunError(lines(f"the tokenized data in {str(folder)!r} are damaged: {cause(error)}", "remove that folder")) from None
+        raise RunError(
+            lines(
+                f"the tokenized data in {str(folder)!r} are damaged: {cause(error)}",
+                "remove that folder",
+            )
+        ) from None
     if not whole:
-        raise RunError(lines(f"the tokenized data in {str(folder)!r} are damaged: files of the wrong length", "remove that folder"))
+        raise RunError(
+            lines(
+                f"the tokenized data in {str(folder)!r} are damaged: files of the wrong length",
+                "remove that folder",
+            )
+        )
     offsets = np.asarray(arrays["offsets"])
     return Corpus(
         lengths=np.diff(offsets),

@@ -1,0 +1,1 @@
+"""What is known of devices before any is started: plugins, versions, known faults. Pure."""

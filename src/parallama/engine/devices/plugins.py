@@ -1,0 +1,338 @@
+"""PJRT plugins: where they are, whether a file is one, and which version of the PJRT API it speaks. Pure.
+
+Nothing of a plugin is loaded into this process: the file is read, then `python -m parallama.engine.devices.plugins FILE` asks it for its version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ... import isolated_process
+from ...errors import BackendError, UsageError, cause, lines, listed, shown
+from . import elf
+from .versions import SHARDY
+
+ENTRY = "GetPjrtApi"
+OptionValue = bool | int | float | str
+_LIMIT_S = 60.0
+
+
+@dataclass(frozen=True, order=True)
+class ApiVersion:
+    """A version of the PJRT C API, as 0.75."""
+
+    major: int
+    minor: int
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}"
+
+
+# What torch_xla 2.9.0 speaks: it logs "The framework PJRT API version is 0.75" when it initializes a plugin. libtpu 0.0.21, which it pins, is 0.75 too.
+SPOKEN = ApiVersion(0, 75)
+# The API's rule (pjrt_c_api.h): another major version is another ABI; a minor version adds fields and functions at the end of structures, so each side
+# can see from `struct_size` what the other knows. Hence
+# - at least 0.57, which "rearranged fields in the PJRT_Api" (the API's changelog): in an older plugin's table torch_xla would call the wrong functions. It
+#   looks itself, but only for 0.29 ("older than the minimum supported version 0.29", XLA's pjrt_api.cc);
+# - at most its own: torch_xla doesn't look, and XLA's own implementation, which most plugins are built on, refuses a caller whose structures are shorter. 0.76
+#   and 0.78 lengthened PJRT_ExecuteOptions, so such a plugin starts, shows its devices, and fails at the first execution ("expected 112, got 80").
+OLDEST = ApiVersion(0, 57)
+
+PACKAGES: Mapping[str, tuple[str, str]] = {
+    "tpu": ("libtpu", "libtpu.so"),
+    "tt": ("pjrt_plugin_tt", "pjrt_plugin_tt.so"),
+}
+"""Backend -> (the package that carries its plugin, the file in it)."""
+# Tenstorrent writes its plugin by hand and builds it for its fork of torch_xla 2.9.0, with headers up to 0.113: it takes shorter structures.
+TAKES_OLDER_CALLERS = frozenset({"tt"})
+GROUPS = ("xla_plugins", "jax_plugins")
+"""Entry points and namespace packages by which PJRT plugins are found (OpenXLA's and JAX's)."""
+
+
+def is_path(backend: str) -> bool:
+    """Whether `--backend` names a file and not a backend."""
+    return os.sep in backend or backend.endswith((".so", ".dylib"))
+
+
+def name_of(library: Path) -> str:
+    """The backend that a plugin file is for: `tpu` and `tt` by their file names, else the file's own name."""
+    return next(
+        (name for name, (_, file) in PACKAGES.items() if file == library.name),
+        library.name.partition(".")[0],
+    )
+
+
+def installed() -> list[str]:
+    """Names of the plugins that installed packages announce in `GROUPS`."""
+    return sorted(
+        {point.name for group in GROUPS for point in importlib.metadata.entry_points(group=group)}
+    )
+
+
+def named_libraries(text: str) -> dict[str, str]:
+    """Backend -> plugin file, of `tt:/path/to/plugin.so,other:/path`."""
+    words = [word.partition(":") for word in text.split(",")]
+    return {name.strip(): path.strip() for name, _, path in words if path.strip()}
+
+
+def find(name: str) -> Path | None:
+    """The plugin of an installed package, or None.
+
+    Looked for: `libtpu` and `pjrt_plugin_tt`; modules that an entry point of `GROUPS` names; `pjrt_plugin_NAME`, `xla_plugins.NAME` and `jax_plugins.NAME`.
+
+    Raises:
+        BackendError: the package has several plugins.
+    """
+    if not re.fullmatch(r"\w+", name):
+        return None
+    if name in PACKAGES:
+        package, file = PACKAGES[name]
+        return next(
+            (folder / file for folder in _folders(package) if (folder / file).is_file()), None
+        )
+    points = [
+        point.module
+        for group in GROUPS
+        for point in importlib.metadata.entry_points(group=group, name=name)
+    ]
+    found: dict[Path, None] = {}
+    for module in (*points, f"pjrt_plugin_{name}", *(f"{group}.{name}" for group in GROUPS)):
+        for folder in _folders(module):
+            found |= dict.fromkeys(
+                file.resolve() for file in sorted(folder.glob("*.so")) if _exports(file)
+            )
+    if len(found) > 1:
+        files = [str(file) for file in found]
+        raise BackendError(
+            lines(
+                f"backend {name!r} has {len(found)} plugins: {listed(files, 2)}",
+                "expected one; give its path",
+            )
+        )
+    return next(iter(found), None)
+
+
+def _folders(module: str) -> Iterator[Path]:
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        return
+    if found is not None:
+        yield from (Path(folder) for folder in found.submodule_search_locations or [])
+
+
+def _exports(file: Path) -> bool:
+    try:
+        return elf.exports(file, ENTRY)
+    except (elf.ElfError, OSError):
+        return False
+
+
+def tt_environment(
+    library: Path, devices: int | None, grid: tuple[int, ...] | None, partitioner: str
+) -> dict[str, str]:
+    """Variables that Tenstorrent's plugin, its compiler and its fork of torch_xla read.
+
+    Args:
+        devices: device count; None for all there are.
+        grid: data x model.
+        partitioner: `shardy` if the installed torch_xla converts programs to it.
+    """
+    variables = {"XLA_STABLEHLO_COMPILE": "1"}
+    runtime = library.absolute().parent / "tt-metal"  # beside the plugin in its package
+    if runtime.is_dir():
+        variables["TT_METAL_RUNTIME_ROOT"] = str(runtime)
+    if devices == 1:
+        return variables
+    if partitioner == "shardy":
+        variables[SHARDY] = "1"
+    # Releases of 2025 read these two; later ones take the mesh from the program.
+    variables["ENABLE_AUTO_PARALLEL"] = "TRUE"
+    if grid is not None:
+        variables["MESH_SHAPE"] = f"{grid[0]},{grid[1]}"
+    return variables
+
+
+def check(library: Path, *, takes_older_callers: bool = False) -> ApiVersion:
+    """Make sure that a file is a plugin for this machine which torch-xla can talk to.
+
+    Args:
+        takes_older_callers: the plugin is known to serve callers older than itself.
+
+    Returns:
+        The PJRT API version that it speaks.
+
+    Raises:
+        BackendError: it isn't there, no shared library, for another machine, no plugin, can't be loaded, or speaks another version.
+    """
+    _check_file(library)
+    version = ask_version(library)
+    newest = version if takes_older_callers and version.major == SPOKEN.major else SPOKEN
+    if not OLDEST <= version <= newest:
+        if version.major != SPOKEN.major:
+            reason = "another major version is another interface"
+        elif version > SPOKEN:
+            reason = "a newer plugin refuses torch_xla's shorter structures at the first execution"
+        else:
+            reason = f"{OLDEST} rearranged the table of functions"
+        raise BackendError(
+            lines(
+                f"plugin {str(library)!r} speaks PJRT API {version}, torch_xla 2.9.0 speaks {SPOKEN}",
+                f"expected {OLDEST} to {SPOKEN}: {reason}",
+                "use a release of the plugin that was built for one of these",
+            )
+        )
+    return version
+
+
+def _check_file(library: Path) -> None:
+    shown_path = repr(str(library))
+    expected = f"expected the path of a PJRT plugin: a shared library that exports {ENTRY}"
+    try:
+        if not library.exists():
+            raise BackendError(lines(f"plugin {shown_path} is not there", expected))
+        if library.is_dir():
+            raise BackendError(lines(f"plugin {shown_path} is a folder", expected))
+        header, own = elf.read_header(library), elf.read_header(Path("/proc/self/exe"))
+        if (header.bits, header.little_endian, header.machine) != (
+            own.bits,
+            own.little_endian,
+            own.machine,
+        ):
+            raise BackendError(
+                lines(
+                    f"plugin {shown_path} is built for {header.platform}",
+                    f"expected {own.platform}, which this Python runs on",
+                )
+            )
+        if header.type != elf.SHARED:
+            raise BackendError(
+                lines(
+                    f"plugin {shown_path} is {elf.TYPES.get(header.type, f'of ELF type {header.type}')}",
+                    expected,
+                )
+            )
+        if not elf.exports(library, ENTRY):
+            raise BackendError(
+                lines(
+                    f"plugin {shown_path} exports no {ENTRY}",
+                    "expected a PJRT plugin; this is another kind of library",
+                )
+            )
+    except elf.ElfError as error:
+        raise BackendError(
+            lines(f"plugin {shown_path} is no shared library: {error}", expected)
+        ) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, BackendError):
+            raise
+        raise BackendError(
+            lines(
+                f"plugin {shown_path} cannot be read: {getattr(error, 'strerror', None) or error}",
+                expected,
+            )
+        ) from None
+
+
+def ask_version(library: Path, limit_s: float = _LIMIT_S) -> ApiVersion:
+    """Load a plugin in a process of its own and ask for its version.
+
+    Raises:
+        BackendError: it can't be loaded, crashes, takes longer than `limit_s`, or gives no answer.
+    """
+    ended = isolated_process.run_module(
+        "parallama.engine.devices.plugins", str(library.absolute()), limit_s=limit_s
+    )
+    answer = re.search(r"^PJRT (\d+) (\d+)$", ended.out, re.MULTILINE)
+    if ended.code == 0 and answer:
+        return ApiVersion(int(answer[1]), int(answer[2]))
+    if ended.code == 1 and ended.last_words:
+        raise BackendError(
+            lines(
+                f"plugin {str(library)!r} cannot be loaded: {cause(ValueError(ended.last_words))}"
+            )
+        )
+    limit = f" ({limit_s:g} s)" if ended.code is None else ""
+    raise BackendError(
+        lines(
+            f"plugin {str(library)!r}: the process that loaded it to ask for its version {ended.how}{limit}",
+            _indented(ended.last_words),
+        )
+    )
+
+
+def _indented(words: str) -> str:
+    return f"it said: {shown(words, 160)}" if words else ""
+
+
+def parse_options(given: Sequence[str]) -> dict[str, OptionValue]:
+    """`key=value` words as the options of a plugin's client: whole numbers, numbers, true and false, and all else text (in double quotes to force it).
+
+    Raises:
+        UsageError: no `=`, no key, a key twice, or a number beyond 64 bits.
+    """
+    options: dict[str, OptionValue] = {}
+    for word in given:
+        key, equals, text = word.partition("=")
+        if not equals or not re.fullmatch(r"[\w.-]+", key):
+            raise UsageError(
+                lines(
+                    f"backend option {word!r} cannot be read",
+                    "expected key=value, as cpu_device_count=8",
+                )
+            )
+        if key in options:
+            raise UsageError(lines(f"backend option {key!r} is given twice", "expected each once"))
+        options[key] = _value(key, text)
+    return options
+
+
+def _value(key: str, text: str) -> OptionValue:
+    if text in ("true", "True", "false", "False"):
+        return text in ("true", "True")
+    if re.fullmatch(r"[+-]?\d+", text):
+        number = int(text)
+        if not -(1 << 63) <= number < 1 << 63:
+            raise UsageError(
+                lines(f"backend option {key!r} is {text}", "expected a whole number of 64 bits")
+            )
+        return number
+    if re.fullmatch(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?", text):
+        return float(text)
+    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] == '"' else text
+
+
+def _answer(library: str) -> int:
+    """In the child: print the version that a plugin speaks. The places of `struct_size` and the version are the same in all versions since there is one."""
+    try:
+        get = getattr(ctypes.CDLL(library), ENTRY)
+    except (OSError, AttributeError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    get.restype = ctypes.c_void_p
+    api: int | None = get()
+    if api is None:
+        sys.stderr.write(f"{ENTRY} gave no table of functions\n")
+        return 1
+    # PJRT_Api: size_t struct_size, void* extension_start, then PJRT_Api_Version: size_t, void*, int major, int minor.
+    if ctypes.c_size_t.from_address(api).value < 40:
+        sys.stderr.write(f"{ENTRY} gave a table without a version\n")
+        return 1
+    major, minor = (ctypes.c_int.from_address(api + place).value for place in (32, 36))
+    sys.stdout.write(f"\nPJRT {major} {minor}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    code = _answer(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a plugin's own clean-up may crash, and has nothing to say

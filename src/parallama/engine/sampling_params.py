@@ -1,0 +1,120 @@
+"""How a row's tokens are chosen, and which parts of the sampler a step needs for that. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..errors import UsageError, lines
+
+_SEED_LIMIT = 1 << 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How a row's tokens are chosen; the names and meanings are transformers' and vLLM's.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: keep the so many best; 0 keeps all.
+        top_p: keep the smallest set of best tokens with at least this probability.
+        min_p: keep tokens with at least this share of the best one's probability.
+        repetition_penalty: above 1 makes tokens of the prompt and the text so far less likely.
+        seed: same seed, same text.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def check(name: str, good: bool, expected: str) -> None:
+            if not good:
+                raise UsageError(
+                    lines(f"{name} is {getattr(self, name)!r}", f"expected {expected}")
+                )
+
+        def number(value: object) -> bool:
+            return (
+                isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and math.isfinite(value)
+            )
+
+        check(
+            "temperature",
+            number(self.temperature) and 0 <= self.temperature <= 100,
+            "a number from 0 (greedy) to 100",
+        )
+        check(
+            "top_k",
+            isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and self.top_k >= 0,
+            "a whole number of at least 0 (0: all)",
+        )
+        check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1")
+        check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
+        check(
+            "repetition_penalty",
+            number(self.repetition_penalty) and self.repetition_penalty > 0,
+            "a number above 0",
+        )
+        check(
+            "seed",
+            isinstance(self.seed, int)
+            and not isinstance(self.seed, bool)
+            and 0 <= self.seed < _SEED_LIMIT,
+            "a whole number from 0 to 2^64 - 1",
+        )
+
+    @property
+    def seed_word(self) -> int:
+        """The seed as the devices take it: 32 bits, signed."""
+        return signed32(mix32(self.seed & 0xFFFFFFFF) ^ mix32((self.seed >> 32) + 0x5BD1E995))
+
+    @property
+    def mode(self) -> Mode:
+        sample = self.temperature > 0
+        return Mode(
+            sample=sample,
+            top_k=sample and self.top_k > 0,
+            top_p=sample and self.top_p < 1,
+            penalty=self.repetition_penalty != 1,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """Which parts of the sampler a program contains; rows that need less run through it unchanged."""
+
+    sample: bool = False
+    top_k: bool = False
+    top_p: bool = False
+    penalty: bool = False
+
+    def __or__(self, other: Mode) -> Mode:
+        return Mode(
+            sample=self.sample or other.sample,
+            top_k=self.top_k or other.top_k,
+            top_p=self.top_p or other.top_p,
+            penalty=self.penalty or other.penalty,
+        )
+
+
+GREEDY = Mode()
+
+
+def mix32(x: int) -> int:
+    """A 32-bit integer hash (C. Wellons' `triple32`), unsigned."""
+    x &= 0xFFFFFFFF
+    for shift, factor in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 14)
+
+
+def signed32(x: int) -> int:
+    """The same 32 bits as a signed number."""
+    x &= 0xFFFFFFFF
+    return x - (1 << 32) if x >= 1 << 31 else x

@@ -1,0 +1,86 @@
+"""The functional steps of inference by name: what goes in, what comes out, how each tensor is split. Pure.
+
+A step maps named device tensors to named device tensors. The state of a batch goes in and comes out
+under the same names:
+
+- `token` `[B]` int64, the last chosen token; `logprob` `[B]` fp32;
+- `position` `[B]` int32, where the next token will be written; `done` `[B]` bool;
+- `cache.key.L`, `cache.value.L` `[B, K, T, D]`, the KV cache of layer `L`;
+- `seen` `[B, V]` bool, only where a repetition penalty is used;
+- `span` `[1]` int32, positions of the longest row, only where rotary frequencies follow it;
+- `logits` `[B, V]` fp32, of a decode step, only where they are asked for.
+
+Texts that are there already are run at once, without a state: for their logits, or for how likely
+their tokens are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ..plan.mesh_shape import DATA, MODEL
+from .sampling_params import GREEDY, Mode
+
+SPAN = "span"
+"""Name of the argument that a step takes for it, `[1]` int32: one more than the largest position in the batch."""
+CACHE_AXES = (DATA, MODEL, None, None)
+STATE_AXES: dict[str, tuple[str | None, ...]] = {
+    "token": (DATA,),
+    "logprob": (DATA,),
+    "position": (DATA,),
+    "done": (DATA,),
+    "seen": (DATA, MODEL),
+    "logits": (DATA, MODEL),
+    "ids": (DATA, None),
+    "targets": (DATA, None),
+    "logprobs": (DATA, None),
+    "greedy": (DATA, None),
+    "start": (DATA,),
+    "count": (DATA,),
+    SPAN: (None,),
+    "final": (DATA,),
+    "eos": (None,),
+    "temperature": (DATA,),
+    "top_k": (DATA,),
+    "top_p": (DATA,),
+    "min_p": (DATA,),
+    "penalty": (DATA,),
+    "seed": (DATA,),
+}
+PARAMS = ("temperature", "top_k", "top_p", "min_p", "penalty", "seed")
+
+
+def cache_names(layers: int) -> list[str]:
+    """Names of a cache's tensors as program arguments."""
+    return [f"cache.{kind}.{layer}" for layer in range(layers) for kind in ("key", "value")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepKey:
+    """What makes a program of its own.
+
+    Attributes:
+        kind: the step.
+        batch: `B`, rows over all devices.
+        length: `T`, positions of the cache.
+        new: `S`, positions of a prefill; 1 for decode; for grow the cache length it ends with.
+        fresh: a prefill into an empty cache.
+        mode: parts of the sampler.
+        scored: a decode that also gives the logits it chose from, as `logits` `[B, V]` fp32.
+    """
+
+    kind: Literal["prefill", "decode", "grow", "logits", "score"]
+    batch: int
+    length: int
+    new: int = 1
+    fresh: bool = False
+    mode: Mode = GREEDY
+    scored: bool = False
+
+    def parts(self) -> Mapping[str, object]:
+        return {
+            name: getattr(self, name)
+            for name in ("kind", "batch", "length", "new", "fresh", "mode", "scored")
+        }

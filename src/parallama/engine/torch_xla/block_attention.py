@@ -1,0 +1,87 @@
+"""Attention over the written part of a cache, block by block, in a loop within the program.
+
+One program serves a prompt of any length, and yet a chunk of it costs what it sees, not what the buffer could hold. The softmax is kept running over the blocks
+(Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022).
+
+Shapes: `B` rows, `K` KV heads, `M` query rows of a KV head, group by group (`M = G * S`), `S` new positions, `T` cache length, `D` head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .mesh import DeviceMesh
+from .ops import stretch
+from .products import row_maximum
+from .while_loops import repeat
+
+BLOCK = 256
+"""Places of the cache that are read at a time."""
+HIDDEN = -1e30
+"""A score of what must not be seen."""
+
+
+def attend(
+    mesh: DeviceMesh,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: torch.Tensor,
+    *,
+    new: int,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention of new positions over the places of the cache before them. Where devices share the work: of each device's own part.
+
+    Args:
+        query: scaled, `[B, K, M, D]`.
+        keys, values: `[B, K, T, D]`.
+        starts: `[B]` int32; a row sees the places before its start.
+        new: `S`.
+        window: how far back a position sees, itself included.
+
+    Returns:
+        The mixture of values `[B, K, M, D]`, not divided yet, the highest score and the sum of weights, `[B, K, M, 1]` each; all fp32. A row that sees nothing has
+        `HIDDEN` as its highest score: what it is merged with takes its weight to zero.
+    """
+    length = keys.shape[2]
+    block = min(BLOCK, length)
+
+    def body(
+        number: torch.Tensor, given: Sequence[torch.Tensor], state: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        query, keys, values, starts = given
+        mixed, top, total = state
+        asked = number * block
+        first = torch.clamp(
+            asked, max=length - block
+        )  # the last block may begin earlier, and shows only what is left
+        place = first + torch.arange(block, dtype=torch.int32, device=query.device)
+        start = starts[:, None, None, None]
+        seen = (place >= asked) & (place < start)
+        if window is not None:
+            position = (
+                start
+                + torch.arange(query.shape[2], dtype=torch.int32, device=query.device)[:, None]
+                % new
+            )
+            seen = seen & (place > position - window)
+        raw = torch.einsum("bkmd,bktd->bkmt", query, stretch(keys, first, block)).float()
+        scores = torch.where(seen, raw, torch.full((), HIDDEN, device=raw.device))
+        higher = torch.maximum(top, row_maximum(mesh, scores))
+        weights = torch.exp(scores - higher)
+        kept = torch.exp(top - higher)
+        added = torch.einsum(
+            "bkmt,bktd->bkmd", weights.to(query.dtype), stretch(values, first, block)
+        )
+        return mixed * kept + added, higher, total * kept + weights.sum(-1, keepdim=True)
+
+    nothing = query.float() * 0
+    column = nothing[..., :1]
+    blocks = (starts.amax(0) + (block - 1)) // block
+    mixed, top, total = repeat(
+        mesh, blocks.int(), body, [query, keys, values, starts], [nothing, column + HIDDEN, column]
+    )
+    return mixed, top, total

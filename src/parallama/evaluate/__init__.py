@@ -1,0 +1,1 @@
+"""Texts scored, and the tasks of lm-evaluation-harness."""

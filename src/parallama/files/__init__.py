@@ -1,0 +1,1 @@
+"""Untrusted files in and out: configs, weights, tokenizers, chat templates, exports."""

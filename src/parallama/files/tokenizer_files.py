@@ -1,0 +1,148 @@
+"""The tokenizer of a model folder: its files, checked, are all that transformers gets to see, and of its config no key that names code or other files."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, cause, lines, shown
+from . import model_files
+
+_ANY_OF = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_PLAIN = (
+    *(
+        "tokenizer.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+    ),
+    *(
+        "vocab.json",
+        "merges.txt",
+        "vocab.txt",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "tekken.json",
+        "tiktoken.model",
+    ),
+)
+_CONFIG, _TEMPLATES = "tokenizer_config.json", model_files.TEMPLATES
+_LIMIT_BYTES = 256 << 20
+_CODE_KEYS = (
+    "auto_map",
+    "trust_remote_code",
+    "name_or_path",
+    "init_inputs",
+    "processor_class",
+    "fast_tokenizer_files",
+)
+
+
+def read(folder: Path, model_type: str) -> Any | None:
+    """transformers' tokenizer of a model folder, or None if there is none. Nothing outside of the folder is read.
+
+    Args:
+        model_type: the model's, which stands for a tokenizer's class where its config names none.
+
+    Raises:
+        CheckpointError: one of its files is not a regular file of the folder, or cannot be read.
+    """
+    found = files(folder)
+    if not any(name in found for name in _ANY_OF):
+        return None
+    with tempfile.TemporaryDirectory(prefix="parallama-tokenizer-") as staged:
+        stage = Path(staged)
+        (stage / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+        if _CONFIG in found:
+            (stage / _CONFIG).write_text(
+                json.dumps(_read_config(found.pop(_CONFIG))), encoding="utf-8"
+            )
+        for name, path in found.items():
+            (stage / name).parent.mkdir(exist_ok=True)
+            (stage / name).symlink_to(path.resolve())
+        tokenizer = _load(stage, folder)
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+def files(folder: Path) -> dict[str, Path]:
+    """A folder's files of its tokenizer and chat templates that are there, by their paths within it.
+
+    Raises:
+        CheckpointError: one of them is not a regular file of the folder, or too large.
+    """
+    found = {
+        name: path
+        for name in (*_PLAIN, _CONFIG)
+        if (path := model_files.find(folder, name)) is not None
+    }
+    found |= _templates(folder)
+    for name, path in found.items():
+        if path.stat().st_size > _LIMIT_BYTES:
+            raise CheckpointError(
+                lines(
+                    f"{name} has {path.stat().st_size} bytes",
+                    f"expected at most {_LIMIT_BYTES}, of a tokenizer's file",
+                )
+            )
+    return found
+
+
+def _load(stage: Path, folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(stage), local_files_only=True, trust_remote_code=False
+        )
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raise bare Exception, and panics that are none
+        text = cause(error).replace(str(stage), str(folder))
+        raise CheckpointError(
+            lines(f"the tokenizer in {str(folder)!r} cannot be read: {text}")
+        ) from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    document = model_files.read_json(path)
+    if not isinstance(document, dict):
+        raise CheckpointError(
+            lines(
+                f"{_CONFIG} holds a {type(document).__name__}",
+                "expected a JSON object, of a tokenizer",
+            )
+        )
+    code = document.get("auto_map")
+    if code is not None and not (isinstance(code, dict) and code.get("AutoTokenizer") is None):
+        raise CheckpointError(
+            lines(
+                f"the tokenizer in {str(path.parent)!r} cannot be read: {_CONFIG} names code of its own: {shown(code)}",
+                "expected a tokenizer of transformers: code of a checkpoint is never run",
+            )
+        )
+    return {
+        key: value
+        for key, value in document.items()
+        if key not in _CODE_KEYS and not key.endswith("_file") and not key.startswith("__")
+    }
+
+
+def _templates(folder: Path) -> dict[str, Path]:
+    """The chat templates beside the default one."""
+    inner = folder / _TEMPLATES
+    if not inner.is_dir():
+        return {}
+    if inner.is_symlink():
+        raise CheckpointError(
+            lines(f"{_TEMPLATES} is a link", "expected a folder of chat templates")
+        )
+    names = sorted(path.name for path in inner.iterdir() if path.name.endswith(".jinja"))
+    return {
+        f"{_TEMPLATES}/{name}": path
+        for name in names
+        if (path := model_files.find(folder, name, inside=_TEMPLATES)) is not None
+    }

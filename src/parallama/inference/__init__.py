@@ -1,0 +1,1 @@
+"""Texts continued: sessions, streams, the LLM, conversations."""

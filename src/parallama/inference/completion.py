@@ -1,0 +1,101 @@
+"""What comes of a prompt: whole, or token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .run_stats import Choice
+from .text_stream import TextStream
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What a prompt led to.
+
+    Attributes:
+        prompt: the prompt's text, or None if it was given as token ids.
+        prompt_ids: its tokens.
+        text: the new text, without special tokens and without a stop string.
+        token_ids: the new tokens, the end-of-text one included.
+        logprobs: log-probability of each under the model's own distribution.
+        finish_reason: `stop` (end-of-text token or stop string) or `length`.
+    """
+
+    prompt: str | None
+    prompt_ids: list[int]
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """One token of a stream.
+
+    Attributes:
+        text: text that is certain now; may be empty.
+        token: the token's id.
+        logprob: its log-probability.
+        finish_reason: None until the last chunk.
+        tokens_per_s: of decoding so far; 0 at the first token.
+    """
+
+    text: str
+    token: int
+    logprob: float
+    finish_reason: FinishReason | None
+    tokens_per_s: float
+
+
+@dataclass
+class Row:
+    """A row of a running batch, as the host sees it."""
+
+    stream: TextStream
+    limit: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+    def take(self, choice: Choice, eos: Collection[int], tokens_per_s: float) -> Chunk:
+        """Add a token, and end the row if it ends the text.
+
+        Args:
+            eos: ids that end a text.
+        """
+        self.token_ids.append(choice.token)
+        self.logprobs.append(choice.logprob)
+        text = self.stream.push(choice.token)
+        if choice.token in eos or self.stream.stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.limit:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            text += self.stream.finish()
+            if self.stream.stopped:
+                self.finish_reason = "stop"
+        self.text += text
+        return Chunk(
+            text=text,
+            token=choice.token,
+            logprob=choice.logprob,
+            finish_reason=self.finish_reason,
+            tokens_per_s=tokens_per_s,
+        )
+
+    def completion(self, prompt: str | None, prompt_ids: list[int]) -> Completion:
+        """What the row has come to."""
+        return Completion(
+            prompt=prompt,
+            prompt_ids=prompt_ids,
+            text=self.text,
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            finish_reason=self.finish_reason or "length",
+        )

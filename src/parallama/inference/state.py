@@ -1,0 +1,151 @@
+"""What a session puts on the devices: caches, the state of a batch, and the arguments of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..engine.interface import DeviceTensor, Steps
+from ..engine.sampling_params import Mode, SamplingParams
+from ..engine.steps import CACHE_AXES, SPAN, STATE_AXES, cache_names
+from ..errors import UsageError, lines
+from ..plan.placement import Plan
+from ..sharded.layout import Layout
+
+MOST_EOS = 16
+
+
+def put(steps: Steps, host: Mapping[str, torch.Tensor]) -> dict[str, DeviceTensor]:
+    """Named host tensors on the devices, each split as `STATE_AXES` says."""
+    return {name: steps.mesh.put(tensor, STATE_AXES[name]) for name, tensor in host.items()}
+
+
+def put_span(steps: Steps, longest: int) -> dict[str, DeviceTensor]:
+    """How many positions the longest row has, for steps that ask for it."""
+    if not steps.follows_span:
+        return {}
+    return put(steps, {SPAN: torch.tensor([longest], dtype=torch.int32)})
+
+
+def text_arguments(
+    steps: Steps, ids: torch.Tensor, targets: torch.Tensor | None, *, longest: int
+) -> dict[str, DeviceTensor]:
+    """Arguments of a step that runs texts at once: for their logits, or to score `targets`.
+
+    Args:
+        ids, targets: `[B, S]`.
+        longest: tokens of the longest row.
+    """
+    host = {"ids": ids, "start": torch.zeros(len(ids), dtype=torch.int32)}
+    if targets is not None:
+        host["targets"] = targets
+    return put(steps, host) | put_span(steps, longest)
+
+
+def empty_cache(steps: Steps, batch: int, length: int) -> dict[str, DeviceTensor]:
+    """Zeroed key and value buffers, `[B, K, T, D]` each, by name."""
+    plan, shape = steps.plan, steps.mesh.shape
+    local = (
+        batch // shape.data,
+        plan.head_layout.slots // shape.model,
+        length,
+        plan.model.head_dim,
+    )
+    return {
+        name: steps.mesh.put_shards(lambda _: torch.zeros(local, dtype=steps.dtype), CACHE_AXES)
+        for name in cache_names(plan.model.layers)
+    }
+
+
+def blank_state(steps: Steps, batch: int, live: int, mode: Mode) -> dict[str, DeviceTensor]:
+    """The state of a batch before its prefill; rows from `live` on are idle, and done."""
+    host = {
+        "token": torch.zeros(batch, dtype=torch.long),
+        "logprob": torch.zeros(batch),
+        "position": torch.zeros(batch, dtype=torch.int32),
+        "done": torch.arange(batch) >= live,
+    }
+    if mode.penalty:
+        host["seen"] = torch.zeros(batch, steps.plan.vocab, dtype=torch.bool)
+    return put(steps, host) | put_span(steps, 1)
+
+
+def constants(
+    steps: Steps, rows: Sequence[SamplingParams], mode: Mode, eos: Sequence[int]
+) -> dict[str, DeviceTensor]:
+    """What stays the same for a whole run: sampling parameters, and the ids that end a row.
+
+    Raises:
+        UsageError: there are more than `MOST_EOS` of these ids.
+    """
+    if len(eos) > MOST_EOS:
+        raise UsageError(lines(f"{len(eos)} end-of-text ids", f"expected at most {MOST_EOS}"))
+    host = host_params(rows)
+    if not mode.sample:
+        host = {name: value for name, value in host.items() if name == "penalty"}
+    if not mode.penalty:
+        del host["penalty"]
+    ends = torch.tensor([*eos, *[-1] * (MOST_EOS - len(eos))], dtype=torch.long)
+    return put(steps, host | {"eos": ends})
+
+
+def host_params(rows: Sequence[SamplingParams]) -> dict[str, torch.Tensor]:
+    """The rows' sampling parameters as `[B]` host tensors, by the names that steps know."""
+
+    def floats(name: str) -> torch.Tensor:
+        return torch.tensor([float(getattr(row, name)) for row in rows], dtype=torch.float32)
+
+    return {
+        "temperature": floats("temperature"),
+        "top_k": torch.tensor([min(row.top_k, 2**31 - 1) for row in rows], dtype=torch.int32),
+        "top_p": floats("top_p"),
+        "min_p": floats("min_p"),
+        "penalty": floats("repetition_penalty"),
+        "seed": torch.tensor([row.seed_word for row in rows], dtype=torch.int32),
+    }
+
+
+def prompt_chunk(
+    news: Sequence[Sequence[int]], starts: Sequence[int], size: int, index: int
+) -> dict[str, torch.Tensor]:
+    """Host arguments of one chunk of a prefill.
+
+    Rows are filled up with id 0, at positions that are written again before anything sees them.
+
+    Args:
+        news: each row's new tokens.
+        starts: the position of the first of them.
+        size: tokens of a chunk.
+        index: which chunk.
+    """
+    ids = torch.zeros(len(news), size, dtype=torch.long)
+    first, parts = index * size, [new[index * size : (index + 1) * size] for new in news]
+    begins, final = [], []
+    for row, (new, start, part) in enumerate(zip(news, starts, parts, strict=True)):
+        ids[row, : len(part)] = torch.tensor(part, dtype=torch.long)
+        begins.append(start + (first if part else len(new)))
+        final.append(bool(part) and len(new) <= first + size)
+    return {
+        "ids": ids,
+        "start": torch.tensor(begins, dtype=torch.int32),
+        "count": torch.tensor([len(part) for part in parts], dtype=torch.int32),
+        "final": torch.tensor(final),
+    }
+
+
+def layout_of(name: str, shape: tuple[int, ...], plan: Plan) -> Layout:
+    """How a tensor of the state is laid out; only heads and vocabulary depend on the plan.
+
+    Args:
+        shape: of the tensor on any mesh.
+    """
+    blocks = None
+    if name.startswith("cache."):
+        blocks = plan.cache_blocks()
+    elif name in ("seen", "logits"):
+        blocks = plan.vocab_blocks()
+    if blocks is not None:
+        shape = (shape[0], len(blocks.sources), *shape[2:])
+    axes = STATE_AXES.get(name, CACHE_AXES)
+    return Layout(mesh=plan.mesh, shape=shape, axes=axes, blocks=blocks)

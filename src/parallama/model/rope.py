@@ -1,0 +1,167 @@
+"""Rotary embedding as a config.json describes it, by transformers' names. Pure; the frequencies themselves are transformers' own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import CheckpointError, lines, shown
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+"""Rotary embeddings that are supported, by transformers' names."""
+FOLLOWING = ("dynamic", "longrope")
+"""Those whose frequencies follow the length of what is run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """A rotary embedding.
+
+    Attributes:
+        kind: one of `ROPE_TYPES`.
+        reach: positions that it was stretched to, where the config says that apart from `max_position_embeddings`.
+    """
+
+    kind: str
+    reach: int | None = None
+
+
+def read_rope(values: Mapping[str, Any], *, head_dim: int, positions: int, origin: str) -> Rope:
+    """The rotary embedding of a config.
+
+    Args:
+        values: the config.json.
+        positions: its `max_position_embeddings`.
+        origin: what to call it in a message.
+
+    Raises:
+        CheckpointError: it is not one of `ROPE_TYPES`, turns only a part of each head, differs between layers, or a number in it is missing or absurd.
+    """
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(
+            lines(
+                f"{origin}: rope type {shown(rope)} is not supported",
+                f"expected one of {', '.join(ROPE_TYPES)}",
+            )
+        )
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise CheckpointError(
+            lines(
+                f"{origin}: rope type {shown(kind)} is not supported",
+                f"expected one of {', '.join(ROPE_TYPES)}",
+            )
+        )
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise CheckpointError(
+            lines(
+                f"{origin}: rotary embedding differs between layers: {shown(sorted(rope))}",
+                "expected one for all",
+            )
+        )
+    if rope.get("mrope_section") is not None:
+        raise CheckpointError(
+            lines(
+                f"{origin}: mrope_section {shown(rope['mrope_section'])} is not supported",
+                "expected a text model",
+            )
+        )
+    for place in (values, rope):
+        part = place.get("partial_rotary_factor")
+        if part not in (None, 1) or isinstance(part, bool):
+            raise CheckpointError(
+                lines(
+                    f"{origin}: partial_rotary_factor {shown(part)} is not supported",
+                    "expected 1: every head is turned whole",
+                )
+            )
+    theta = rope if "rope_theta" in rope else {"rope_theta": values.get("rope_theta", 10000.0)}
+    _Numbers(theta, origin).number("rope_theta", above=1)
+    if kind == "default":
+        return Rope(kind=kind)
+    given = _Numbers(rope, origin)
+    factor = given.number("factor", least=1, optional=kind == "longrope")
+    original = None
+    if kind not in ("linear", "dynamic"):
+        # As transformers reads it: beside the rope's parameters it wins over within them.
+        outside = "original_max_position_embeddings" in values
+        original = (_Numbers(values, origin) if outside else given).number(
+            "original_max_position_embeddings", above=1, optional=not outside
+        )
+    if kind == "llama3":
+        low = given.number("low_freq_factor", above=0)
+        given.number("high_freq_factor", above=low or 0)
+    elif kind == "yarn":
+        for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+            given.number(name, least=0, optional=True)
+    elif kind == "longrope":
+        given.number("attention_factor", least=0, optional=True)
+        for name in ("short_factor", "long_factor"):
+            given.numbers(name, head_dim // 2)
+    elif kind == "dynamic" and head_dim <= 2:
+        raise CheckpointError(
+            lines(
+                f"{origin}: head_dim is {head_dim}", "expected more than 2 for rope type 'dynamic'"
+            )
+        )
+    # What vLLM takes for the longest sequence, too.
+    stretched = {"linear": positions, "dynamic": positions, "yarn": original or positions}.get(kind)
+    return Rope(
+        kind=kind, reach=None if stretched is None or factor is None else int(stretched * factor)
+    )
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Numbers of a rope's parameters, checked."""
+
+    rope: Mapping[str, Any]
+    origin: str
+
+    def number(
+        self,
+        name: str,
+        *,
+        least: float = -math.inf,
+        above: float = -math.inf,
+        optional: bool = False,
+    ) -> float | None:
+        value: Any = self.rope.get(name)
+        if value is None and optional:
+            return None
+        if not (_is_number(value) and value >= least and value > above):
+            bound = f"of at least {least:g}" if math.isfinite(least) else f"above {above:g}"
+            raise CheckpointError(
+                lines(
+                    f"{self.origin}: {name} is {shown(value)}",
+                    f"expected a number {bound}, for rotary embedding",
+                )
+            )
+        return float(value)
+
+    def numbers(self, name: str, count: int) -> None:
+        value = self.rope.get(name)
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
+            raise CheckpointError(
+                lines(
+                    f"{self.origin}: {name} is {shown(value)}",
+                    f"expected a list of {count} numbers, half of head_dim",
+                )
+            )
+        for each in value:
+            if not (_is_number(each) and each > 0):
+                raise CheckpointError(
+                    lines(f"{self.origin}: {name} holds {shown(each)}", "expected numbers above 0")
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and abs(value) < 1e18
+    )

@@ -1,0 +1,1 @@
+"""Programs and results held against the plan, the checkpoint and transformers."""

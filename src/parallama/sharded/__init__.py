@@ -1,0 +1,1 @@
+"""A plan put on a model: cut, transferred, loaded and re-sharded."""

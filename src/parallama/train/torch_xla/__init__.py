@@ -1,0 +1,1 @@
+"""The optimizer step on torch-xla, as one program; `train.trainer` is the way in."""

@@ -1,0 +1,59 @@
+"""Attention within the documents that are packed into a row, for training: no cache, no mask tensor of transformers' making.
+
+Shapes: `B` rows, `S` positions, `H` query heads, `K` KV heads, `G = H / K`, `M = G * S`, `D` head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+PACKED = "parallama_packed"
+_HIDDEN = -1e30
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    documents: torch.Tensor,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within documents: `[B, H, S, D]` over `[B, K, S, D]`.
+
+    Args:
+        attention_mask: always None here; what is visible follows from `documents`.
+        documents: `[B, S]`, which document a position belongs to.
+
+    Returns:
+        `[B, S, H, D]` and no weights.
+    """
+    assert attention_mask is None
+    batch, heads, length, dim = query.shape
+    kv_heads = key.shape[1]
+    rows = (query * scaling).reshape(batch, kv_heads, (heads // kv_heads) * length, dim)
+    places = torch.arange(length, device=query.device)
+    visible = (places[None, :] <= places[:, None])[None] & (
+        documents[:, :, None] == documents[:, None, :]
+    )
+    if sliding_window is not None:
+        visible = visible & (places[None, :] > places[:, None] - sliding_window)
+    raw = torch.matmul(rows, key.transpose(2, 3)).float().unflatten(2, (-1, length))
+    weights = torch.softmax(
+        torch.where(visible[:, None, None], raw, torch.full((), _HIDDEN, device=raw.device)), dim=-1
+    )
+    out = torch.matmul(weights.to(query.dtype).flatten(2, 3), value)
+    return out.reshape(batch, heads, length, dim).transpose(1, 2), None
+
+
+def register() -> None:
+    """Make it known to transformers, under `PACKED`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, packed_attention)

@@ -1,0 +1,126 @@
+"""A device's part of a weight, and what is computed with it, in the form that XLA:CPU does fast back and forth; docs/log.md has the figures.
+
+Gradients of matrices don't go through autograd but into a sink. Shapes: `N` rows, `E` in, `O` out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...engine.torch_xla.mesh import DeviceMesh
+from ...engine.torch_xla.ops import held_until, optimization_barrier, scope
+from ...plan.mesh_shape import DATA
+from ...plan.train_collectives import BACKWARD
+
+SUMMED = 8
+"""Rows of a product that stands for a sum; of one row XLA would make a sum again."""
+LEAST_NATURAL = 16
+"""From so many rows on, XLA:CPU multiplies `x @ W.T` as it stands. `(W @ x.T).T` is a faster product (`products`), but lies turned, and all that is computed from it, back and forth, reads across the grain.
+Below 256 rows it would be faster all the same. It is not used there since XLA:CPU made wrong numbers of it, which it doesn't any more (`flags.cpu_threads`)."""
+MOST_OUTPUTS = 4096
+"""A product with more outputs is done in parts: packing a whole vocabulary against the grain takes as long as multiplying with it."""
+
+
+class _Product(torch.autograd.Function):
+    """`x @ W.T`, `[N, E]` and `[O, E]`. A weight that is split over "data" is put together for the product, and again going back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: Weight, anchor: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(x)
+        return weight.times(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (x,), weight, (gradient,) = ctx.saved_tensors, ctx.weight, gradients
+        with scope(f"{weight.module}{BACKWARD}"):
+            if weight.sink is not None:
+                weight.sink(torch.einsum("no,ne->oe", gradient, x))
+            return (
+                (gradient @ weight.whole(gradient) if ctx.needs_input_grad[0] else None),
+                None,
+                None,
+            )
+
+
+class _Scaled(torch.autograd.Function):
+    """`weight * x`, `[E]` and `[..., E]`. XLA:CPU sums over rows by walking down each column; a product with ones goes along the rows, and is not fused into such a walk if it has several rows itself."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, x: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight, x, one)
+        return weight * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (weight, x, one), (gradient,) = ctx.saved_tensors, gradients
+        sums = None
+        if ctx.needs_input_grad[0]:
+            rows = (gradient * x).flatten(0, -2).float()
+            sums = (one.expand(SUMMED, rows.shape[0]) @ rows)[0].to(weight.dtype)
+        return sums, (gradient * weight if ctx.needs_input_grad[1] else None), None
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A device's part of a matrix.
+
+    Attributes:
+        module: whose it is.
+        part: as it is stored.
+        gather: the dim along which the parts of the "data" axis are put together, or None.
+        dtype: of products.
+        sink: where the gradient goes; None if there is none.
+        anchor: a leaf of autograd's graphs that stands for the weight: a product whose input needs no gradient is gone back through all the same.
+    """
+
+    module: str
+    mesh: DeviceMesh
+    part: torch.Tensor
+    gather: int | None
+    dtype: torch.dtype
+    sink: Callable[[torch.Tensor], None] | None
+    anchor: torch.Tensor
+
+    def whole(self, after: torch.Tensor) -> torch.Tensor:
+        """The weight put together over "data", not before `after` is there: XLA would find the same all-gather in every pass, and keep the first one's result through the step."""
+        part = self.part.to(self.dtype)
+        if self.gather is None or self.mesh.shape.size(DATA) == 1:
+            return part
+        return self.mesh.all_gather(held_until(part, after), DATA, self.gather)
+
+    def times(self, x: torch.Tensor) -> torch.Tensor:
+        """`[N, E]` -> `[N, O]`."""
+        weight = self.whole(x)
+        if not self.mesh.backend.weights_first:
+            return x @ weight.t()
+        if x.shape[0] < LEAST_NATURAL:
+            return optimization_barrier(torch.einsum("oe,ne->on", weight, x)).t()
+        return (
+            torch.cat([x @ part.t() for part in weight.split(MOST_OUTPUTS)], dim=-1)
+            if len(weight) > MOST_OUTPUTS
+            else x @ weight.t()
+        )
+
+
+def product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """`[..., E]` -> `[..., O]`."""
+    out = _Product.apply(
+        x.reshape(-1, x.shape[-1]), weight, weight.anchor if weight.sink is not None else None
+    )
+    return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def scaled(weight: torch.Tensor, x: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+    """`[E]` times `[..., E]`, where the weight's gradient is summed over rows by a product.
+
+    Args:
+        one: `[1]` fp32, the number 1, which XLA must not know: products with ones it turns back into sums.
+    """
+    return _Scaled.apply(weight, x, one)
