@@ -15,7 +15,8 @@ from ..errors import UsageError, lines
 from ..plan.mesh_shape import MeshShape
 
 if TYPE_CHECKING:
-    from ..inference.llm import LLM, Progress
+    from ..inference.llm import LLM
+    from ..inference.sharded_model import Progress
 
 Model = Annotated[
     str, typer.Argument(help="A folder, a .gguf file, a hub id, or a shipped name (smollm2).")
