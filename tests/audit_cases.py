@@ -23,8 +23,8 @@ from parallama.inference.programs import ProgramSet, make_programs
 from parallama.inference.session import Session
 from parallama.model.spec import ModelSpec
 from parallama.plan.collectives import expected
+from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import DATA, MODEL
-from parallama.plan.placement import make_plan
 from parallama.prove import hlo
 from parallama.prove.audit import audit, collectives_of, differences, step_key
 from parallama.sharded.loading import to_devices

@@ -9,8 +9,8 @@ from test_plan import MESHES, TINY, specs
 
 from parallama.errors import PlanError
 from parallama.plan.collectives import Collective, expected
+from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import DATA, MODEL, MeshShape
-from parallama.plan.placement import make_plan
 from parallama.plan.train_collectives import TrainStep, expected_in_training
 
 REDUCED = 3 * 5 * 24 * 4  # rows of one device, positions, hidden, bytes

@@ -17,8 +17,8 @@ from parallama.plan import cost
 from parallama.plan.forecast import MOST_DEVICES, Request, device_counts, forecast, largest
 from parallama.plan.hardware import HARDWARE, Hardware, named
 from parallama.plan.layer_patterns import kinds, ranges
+from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import MeshShape
-from parallama.plan.placement import make_plan
 from parallama.plan.program_shapes import CHUNK, cache_buckets, chunk_size, prompt_buckets
 from parallama.plan.train_collectives import TrainStep
 from parallama.plan.train_cost import train_memory

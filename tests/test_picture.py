@@ -16,6 +16,7 @@ from test_plan import MESHES, TINY
 from parallama.errors import UsageError
 from parallama.plan import picture
 from parallama.plan.layer_patterns import kinds
+from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import DATA, MODEL, MeshShape
 from parallama.plan.picture import (
     Panel,
@@ -28,7 +29,6 @@ from parallama.plan.picture import (
     svg,
     write,
 )
-from parallama.plan.placement import make_plan
 
 AXES = [
     tuple(axes)

@@ -13,8 +13,9 @@ from .files.find import find
 from .inference.llm import LLM, Progress
 from .model.config_checks import eos_ids
 from .model.spec import ModelSpec
+from .plan.make_plan import make_plan
 from .plan.mesh_shape import MeshShape
-from .plan.placement import make_plan, read_overrides
+from .plan.overrides import read_overrides
 from .sharded import loading
 
 

@@ -95,7 +95,8 @@ def plan(
     from ..plan import hardware as machines
     from ..plan import picture
     from ..plan.forecast import DEFAULT_PROMPT, Request, forecast
-    from ..plan.placement import make_plan, read_overrides
+    from ..plan.make_plan import make_plan
+    from ..plan.overrides import read_overrides
     from ..train.layout import train_step, training_plan
     from ..train.options import LoraOptions, StepOptions, slots
 

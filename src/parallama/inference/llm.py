@@ -21,8 +21,9 @@ from ..files.export import Exported, export_weights, resolve, stored_dtypes
 from ..files.skeleton import make_skeleton
 from ..files.weight_writer import SHARD_BYTES
 from ..model.config_checks import eos_ids
+from ..plan.make_plan import make_plan
 from ..plan.mesh_shape import DATA, MODEL, MeshShape
-from ..plan.placement import Overrides, make_plan, read_overrides
+from ..plan.overrides import Overrides, read_overrides
 from ..plan.program_shapes import CHUNK, chunk_size
 from ..sharded.device_weights import DeviceWeights
 from ..sharded.layout import Layout

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .layer_patterns import local_elements, ranges, without_layer
+from .make_plan import make_plan
 from .mesh_shape import DATA, MODEL
-from .placement import Plan, make_plan
+from .placement import Plan
 
 Phase = Literal["prefill", "decode", "train"]
 INFERENCE: tuple[Phase, ...] = ("prefill", "decode")

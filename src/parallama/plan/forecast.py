@@ -15,8 +15,9 @@ from .collectives import INFERENCE, Collective, Phase, expected
 from .cost import Memory, memory, parameter_count, shown_bytes
 from .hardware import Hardware
 from .layer_patterns import Kind, kinds, local_elements
+from .make_plan import make_plan
 from .mesh_shape import MeshShape
-from .placement import Plan, make_plan
+from .placement import Plan
 from .program_shapes import chunk_size
 from .train_collectives import TrainStep, expected_in_training
 from .train_cost import TrainMemory, train_memory

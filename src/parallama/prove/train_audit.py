@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ..plan.layer_patterns import without_layer
-from ..plan.placement import Plan, make_plan
+from ..plan.make_plan import make_plan
+from ..plan.placement import Plan
 from ..plan.train_collectives import expected_in_training
 from ..plan.train_cost import train_memory
 from ..train.layout import train_step, training_plan

@@ -9,8 +9,9 @@ import torch
 
 from ..engine.torch_xla.mesh import DeviceMesh
 from ..errors import FitError, UsageError, lines
+from ..plan.make_plan import make_plan
 from ..plan.mesh_shape import MeshShape
-from ..plan.placement import Plan, make_plan
+from ..plan.placement import Plan
 from .layout import Layout
 from .reshard import Mover, Resharding, another_mesh
 from .shard_model import settle

@@ -99,7 +99,8 @@ class _Run:
     def __init__(self, settings: TrainSettings, watch: Watch, disk: Disk | None) -> None:
         from ..engine.interface import start
         from ..model.spec import ModelSpec
-        from ..plan.placement import make_plan, read_overrides
+        from ..plan.make_plan import make_plan
+        from ..plan.overrides import read_overrides
         from . import checkpoints
         from .layout import check_fit, training_plan
         from .speed import Speed
@@ -320,7 +321,7 @@ class _Run:
 
         from ..files.skeleton import make_skeleton
         from ..inference.llm import LLM
-        from ..plan.placement import make_plan
+        from ..plan.make_plan import make_plan
         from ..sharded.device_weights import DeviceWeights, put_parameter
         from ..sharded.stream import StreamStats
 

@@ -21,8 +21,9 @@ from ...files.skeleton import make_skeleton
 from ...host import lean_host_memory
 from ...model.spec import ModelSpec
 from ...plan import heads
+from ...plan.make_plan import make_plan
 from ...plan.mesh_shape import AXES, DATA, MODEL
-from ...plan.placement import Axes, Blocks, Placement, Plan, make_plan
+from ...plan.placement import Axes, Blocks, Placement, Plan
 from ...plan.train_collectives import TOGETHER
 from ...sharded.device_weights import put_parameter
 from ...sharded.layout import take_off
