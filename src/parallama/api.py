@@ -22,7 +22,7 @@ from .sharded import loading
 def load(
     model: str | Path,
     *,
-    mesh: str | MeshShape | tuple[int, int] | Engine = "1x1",
+    mesh: str | MeshShape | tuple[int, ...] | Engine = "1x1",
     backend: str = "cpu",
     backend_options: Mapping[str, OptionValue] | None = None,
     devices: int | None = None,

@@ -325,7 +325,7 @@ class LLM:
 
     def reshard(
         self,
-        mesh: str | MeshShape | tuple[int, int] | Engine | None = None,
+        mesh: str | MeshShape | tuple[int, ...] | Engine | None = None,
         plan: str | Path | Overrides | None = None,
     ) -> Resharding:
         """Move the model to another mesh or plan, with the caches of everything that runs on it: chats, and streams that are half read, go on from there.

@@ -32,7 +32,7 @@ def render(
         contents: show these instead of the tables.
         findings: what is not as planned.
     """
-    mesh = MeshShape(**found.mesh)
+    mesh = MeshShape(found.mesh)
     head = Table.grid(padding=(0, 2))
     cache = f"{found.batch} row{'s' if found.batch > 1 else ''} of {found.positions} positions, made to be looked at (--batch, --max-model-len)"
     for name, value in (

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from ..engine.interface import Axes, Engine
-from ..plan.mesh_shape import AXES, MeshShape
+from ..plan.mesh_shape import MeshShape
 
 _Axes = tuple[str | None, ...]
 WORTH_BYTES = 1 << 22
@@ -22,11 +22,11 @@ WORTH_BYTES = 1 << 22
 def without_repeats(shape: tuple[int, ...], axes: Axes, mesh: MeshShape) -> _Axes:
     """How a tensor lies if axes that don't split it do so, as far as one of its dims divides; each dim takes one axis."""
     split = list(axes)
-    for axis in AXES:
-        if mesh.size(axis) == 1 or axis in split:
+    for axis, parts in mesh.items():
+        if parts == 1 or axis in split:
             continue
         for dim, (size, taken) in enumerate(zip(shape, split, strict=True)):
-            if (taken is None or mesh.size(taken) == 1) and size % mesh.size(axis) == 0:
+            if (taken is None or mesh.size(taken) == 1) and size % parts == 0:
                 split[dim] = axis
                 break
     return tuple(split)

@@ -189,7 +189,7 @@ class Mover:
         )
 
 
-def another_mesh(mesh: Engine, shape: Engine | MeshShape | str | tuple[int, int] | None) -> Engine:
+def another_mesh(mesh: Engine, shape: Engine | MeshShape | str | tuple[int, ...] | None) -> Engine:
     """A mesh of this shape over the devices of `mesh`.
 
     Raises:

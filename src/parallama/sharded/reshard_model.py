@@ -19,7 +19,7 @@ from .shard_model import settle
 
 def reshard_model(
     model: Any,
-    mesh: DeviceMesh | MeshShape | str | tuple[int, int] | None = None,
+    mesh: DeviceMesh | MeshShape | str | tuple[int, ...] | None = None,
     plan: Plan | Mapping[str, Any] | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,

@@ -139,7 +139,7 @@ class _Run:
             self.done, self.tokens = manifest.step, manifest.tokens
             position = Position(epoch=manifest.data.epoch, row=manifest.data.row)
             watch.say(
-                f"resumed from {resumed.path} after {self.done} steps on mesh {manifest.mesh.shape}"
+                f"resumed from {resumed.path} after {self.done} steps on mesh {manifest.mesh}"
             )
         held = self.trainer.bytes_per_device()
         self.bytes_per_device = [sum(each) for each in zip(*held.values(), strict=True)]

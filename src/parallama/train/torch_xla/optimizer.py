@@ -16,7 +16,7 @@ import torch
 from ...engine.torch_xla.mesh import DeviceMesh
 from ...engine.torch_xla.ops import barrier_together, scope
 from ...plan import heads
-from ...plan.mesh_shape import AXES, DATA, MODEL
+from ...plan.mesh_shape import DATA, MODEL
 from ...plan.placement import Placement
 from ...plan.train_collectives import (
     GRADIENT,
@@ -143,8 +143,8 @@ class Reduction:
                 )
             whole = tuple(
                 axis
-                for axis in AXES
-                if axis not in self._plan[name].axes and self._mesh.shape.size(axis) > 1
+                for axis, size in self._mesh.shape.items()
+                if axis not in self._plan[name].axes and size > 1
             )
             shares.setdefault(whole, []).append(squares.sum())
         total = torch.zeros(1, device=next(iter(gradients.values())).device)
