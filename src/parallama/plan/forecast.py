@@ -11,10 +11,10 @@ from ..errors import FitError, PlanError, UsageError, lines
 from ..model.known_configs import ITEMSIZES
 from ..model.spec import ModelSpec
 from . import heads
-from .collectives import INFERENCE, Collective, Phase, expected
+from .collectives import INFERENCE, Collective, Phase, expected_collectives
 from .cost import Memory, memory, parameter_count, shown_bytes
 from .hardware import Hardware
-from .layer_patterns import Kind, kinds, local_elements
+from .layer_patterns import LayerPattern, layer_patterns, local_elements
 from .make_plan import make_plan
 from .mesh_shape import MeshShape
 from .placement import Plan
@@ -37,7 +37,7 @@ class Request:
         dtype: of weights, cache and activations: a name of `configs.ITEMSIZES`.
         stored_dtype: of the checkpoint, if its config says so.
         train: forecast this training step too; its sizes are those of the request.
-        slots: numbers that the optimizer keeps of each that is trained.
+        optimizer_slots: numbers that the optimizer keeps of each that is trained.
         hardware: to say whether it fits.
     """
 
@@ -47,7 +47,7 @@ class Request:
     dtype: str
     stored_dtype: str | None = None
     train: TrainStep | None = None
-    slots: int = 2
+    optimizer_slots: int = 2
     hardware: Hardware | None = None
 
     @property
@@ -103,7 +103,7 @@ class Forecast:
     plan: Plan
     training_plan: Plan
     request: Request
-    kinds: tuple[Kind, ...]
+    patterns: tuple[LayerPattern, ...]
     memory: Memory
     train: TrainMemory | None
     collectives: Mapping[Phase, tuple[Collective, ...]]
@@ -228,7 +228,7 @@ def forecast(
     phases: dict[Phase, tuple[Collective, ...]] = {}
     for phase in INFERENCE:
         positions = chunk_size(request.seq) if phase == "prefill" else request.seq
-        phases[phase] = expected(
+        phases[phase] = expected_collectives(
             plan, phase, batch=request.batch, positions=positions, itemsize=request.itemsize
         )
     training_plan = training_plan or plan
@@ -238,11 +238,11 @@ def forecast(
         plan=plan,
         training_plan=training_plan,
         request=request,
-        kinds=kinds(plan),
+        patterns=layer_patterns(plan),
         memory=_memory(plan, request),
         train=None
         if request.train is None
-        else train_memory(training_plan, _step(request), slots=request.slots),
+        else train_memory(training_plan, _step(request), optimizer_slots=request.optimizer_slots),
         collectives=phases,
         device_counts=device_counts(
             plan.model, _suggested(plan.model, plan.mesh), request.itemsize
@@ -339,7 +339,9 @@ def _fit(plan: Plan, training_plan: Plan, request: Request, hardware: Hardware) 
     def needed(changed: Request) -> int:
         if changed.train is None:
             return _memory(plan, changed).total
-        return train_memory(training_plan, _step(changed), slots=changed.slots).total
+        return train_memory(
+            training_plan, _step(changed), optimizer_slots=changed.optimizer_slots
+        ).total
 
     def at_context(length: int) -> Request:
         if request.train is not None:

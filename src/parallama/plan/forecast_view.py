@@ -12,7 +12,7 @@ from rich.text import Text
 from .collectives import Collective
 from .cost import parameter_count, shown_bytes
 from .forecast import DeviceCount, Forecast
-from .layer_patterns import Kind, local_elements
+from .layer_patterns import LayerPattern, local_elements
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +36,7 @@ def render(forecast: Forecast, console: Console, *, explain: bool = False) -> No
         console,
         "Tensors, one line a kind",
         heads,
-        [_tensor(forecast, kind) for kind in forecast.kinds],
+        [_tensor(forecast, pattern) for pattern in forecast.patterns],
         left=4,
     )
     if explain:
@@ -72,8 +72,8 @@ def explanation(forecast: Forecast) -> Iterator[str]:
     """A sentence for every kind of tensor, and one for the heads."""
     mesh = forecast.plan.mesh
     yield f"Heads: {forecast.plan.head_layout.reason}."
-    for kind in forecast.kinds:
-        placement = kind.placement
+    for pattern in forecast.patterns:
+        placement = pattern.placement
         split = [
             f"dim {dim} over {axis!r}"
             for dim, axis in enumerate(placement.axes)
@@ -84,7 +84,7 @@ def explanation(forecast: Forecast) -> Iterator[str]:
             if split
             else "is whole on every device"
         )
-        yield f"{kind.title} {list(placement.shape)} {where}. Rule {placement.style!r}: {placement.reason}."
+        yield f"{pattern.title} {list(placement.shape)} {where}. Rule {placement.style!r}: {placement.reason}."
     cache = forecast.plan["cache.key"]
     yield f"The KV cache lies with its heads. Rule: {cache.reason}."
     yield f"The logits: {forecast.plan['output.logits'].reason}."
@@ -170,12 +170,12 @@ def _totals(forecast: Forecast) -> Iterator[tuple[str, str, str]]:
     yield row("total, remat", train.total_remat)
 
 
-def _tensor(forecast: Forecast, kind: Kind) -> tuple[str, ...]:
-    placement = kind.placement
-    each = kind.count * local_elements(forecast.plan, placement) * forecast.request.itemsize
+def _tensor(forecast: Forecast, pattern: LayerPattern) -> tuple[str, ...]:
+    placement = pattern.placement
+    each = pattern.count * local_elements(forecast.plan, placement) * forecast.request.itemsize
     shape = ", ".join(str(size) for size in placement.shape)
     axes = ", ".join(axis or "-" for axis in placement.axes)
-    return kind.title, f"[{shape}]", f"[{axes}]", placement.style, shown_bytes(each)
+    return pattern.title, f"[{shape}]", f"[{axes}]", placement.style, shown_bytes(each)
 
 
 def _collectives(console: Console, forecast: Forecast) -> None:

@@ -9,7 +9,7 @@ from .placement import Placement, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class LayerPattern:
     """Parameters that differ only in their layer.
 
     Attributes:
@@ -33,7 +33,7 @@ class Kind:
         return self.name.rpartition(".")[0]
 
 
-def kinds(plan: Plan) -> tuple[Kind, ...]:
+def layer_patterns(plan: Plan) -> tuple[LayerPattern, ...]:
     """The kinds of a plan's parameters, in the model's order; layers that lie differently stand below one another."""
     found: dict[str, dict[tuple[object, ...], list[tuple[int | None, Placement]]]] = {}
     for placement in plan.parameters:
@@ -47,7 +47,7 @@ def kinds(plan: Plan) -> tuple[Kind, ...]:
         )
         found.setdefault(name, {}).setdefault(how, []).append((layer, placement))
     return tuple(
-        Kind(
+        LayerPattern(
             name=_name(name, [layer for layer, _ in members], plan.model.layers),
             count=len(members),
             placement=members[0][1],

@@ -15,7 +15,7 @@ from ..model.spec import ModelSpec
 from . import heads
 from .mesh_shape import DATA, MODEL, MeshShape
 from .overrides import Overrides, matches
-from .placement import Axes, Kind, Placement, Plan
+from .placement import Axes, Placement, Plan, TensorKind
 from .styles import STYLES, TRANSFORMERS_STYLES, Style, axes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -176,7 +176,7 @@ def _run_placements(draft: Plan) -> Iterator[Placement]:
 
     def placed(
         name: str,
-        kind: Kind,
+        kind: TensorKind,
         shape: tuple[int | str, ...],
         axes: Axes,
         reason: str,

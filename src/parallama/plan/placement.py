@@ -16,7 +16,7 @@ from .heads import EMPTY, HeadLayout, padded
 from .mesh_shape import MeshShape
 
 Axes = tuple[str | None, ...]
-Kind = Literal["parameter", "buffer", "cache", "input", "output"]
+TensorKind = Literal["parameter", "buffer", "cache", "input", "output"]
 
 _QUERY, _KV, _INTERMEDIATE, _VOCAB = "query heads", "KV heads", "intermediate", "vocab"
 _LAID_OUT = {
@@ -75,7 +75,7 @@ class Placement:
     """
 
     name: str
-    kind: Kind
+    kind: TensorKind
     source_shape: tuple[int | str, ...]
     shape: tuple[int | str, ...]
     axes: Axes

@@ -73,7 +73,9 @@ def audit_training(trainer: Trainer, *, accept_plan: bool = False) -> Audit:
         cache_tensors=len(changing),
         param_bytes_per_device=tuple(trainer.bytes_per_device()["params"]),
         working_bytes=program.temp_bytes(),
-        predicted_working_bytes=train_memory(plan, step, slots=len(slots(options))).working,
+        predicted_working_bytes=train_memory(
+            plan, step, optimizer_slots=len(slots(options))
+        ).working,
     )
 
 

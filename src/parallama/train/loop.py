@@ -251,7 +251,7 @@ class _Run:
         memory = train_memory(
             plan,
             train_step(options, plan.model.layers, self.mesh.traits.sum_bytes),
-            slots=len(slots(options)),
+            optimizer_slots=len(slots(options)),
         )
         return f"predicted on each device: {shown_bytes(memory.activations)} of activations, {shown_bytes(memory.total)} in all"
 
