@@ -14,12 +14,15 @@ from parallama.errors import FitError, UsageError
 from parallama.model.known_configs import CONFIGS, spec_of
 from parallama.model.spec import ModelSpec
 from parallama.plan import cost
-from parallama.plan.forecast import MOST_DEVICES, Request, device_counts, forecast, largest
+from parallama.plan.device_counts import MOST_DEVICES, device_counts
+from parallama.plan.fit import largest
+from parallama.plan.forecast import forecast
 from parallama.plan.hardware import HARDWARE, Hardware, named
 from parallama.plan.layer_patterns import layer_patterns, ranges
 from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import MeshShape
 from parallama.plan.program_shapes import CHUNK, cache_buckets, chunk_size, prompt_buckets
+from parallama.plan.request import Request
 from parallama.plan.train_collectives import TrainStep
 from parallama.plan.train_cost import train_memory
 

@@ -94,9 +94,10 @@ def plan(
     from ..model import known_configs
     from ..plan import hardware as machines
     from ..plan import picture, picture_files
-    from ..plan.forecast import DEFAULT_PROMPT, Request, forecast
+    from ..plan.forecast import forecast
     from ..plan.make_plan import make_plan
     from ..plan.overrides import read_overrides
+    from ..plan.request import DEFAULT_PROMPT, Request
     from ..train.layout import train_step, training_plan
     from ..train.options import LoraOptions, StepOptions, slots
 
