@@ -119,7 +119,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
-    """Every import of a file, at any depth, with the absolute dotted name of what is imported (`parallama.plan.placement.make_plan`)."""
+    """Every import of a file, at any depth, with the absolute dotted name of what is imported (`parallama.plan.make_plan.make_plan`)."""
     package = ("parallama", *path.relative_to(SOURCE).parent.parts)
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):

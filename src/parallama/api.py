@@ -15,15 +15,16 @@ from .inference.llm import LLM
 from .inference.sharded_model import Progress
 from .model.config_checks import eos_ids
 from .model.spec import ModelSpec
+from .plan.make_plan import make_plan
 from .plan.mesh_shape import MeshShape
-from .plan.placement import make_plan, read_overrides
+from .plan.overrides import read_overrides
 from .sharded import loading
 
 
 def load(
     model: str | Path,
     *,
-    mesh: str | MeshShape | tuple[int, int] | Engine = "1x1",
+    mesh: str | MeshShape | tuple[int, ...] | Engine = "1x1",
     backend: str = "cpu",
     backend_options: Mapping[str, OptionValue] | None = None,
     devices: int | None = None,

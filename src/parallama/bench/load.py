@@ -190,7 +190,7 @@ def _ours(model: str, mesh: str, dtype: str, allow_nonfinite: bool) -> dict[str,
     from ..engine.interface import start
     from ..files.find import find
     from ..model.spec import ModelSpec
-    from ..plan.placement import make_plan
+    from ..plan.make_plan import make_plan
     from ..sharded import stream
     from ..sharded.loading import resolve_dtype
 

@@ -173,7 +173,7 @@ class _Starter:
         self._options, self._stack, self._progress = options, stack, progress
 
     def __call__(self, name: str, mesh: MeshShape | None = None) -> _Runner:
-        mesh = mesh or MeshShape(data=1, model=1)
+        mesh = mesh or MeshShape()
         processes = mesh.devices if name == "hf-tp" else 1
         runner = _Runner(name=name, mesh=str(mesh), processes=processes)
         self._progress(f"starting {name} {mesh}")

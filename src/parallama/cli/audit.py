@@ -177,7 +177,8 @@ def _train(
     from ..engine.interface import start
     from ..files.find import find
     from ..model.spec import ModelSpec
-    from ..plan.placement import make_plan, read_overrides
+    from ..plan.make_plan import make_plan
+    from ..plan.overrides import read_overrides
     from ..prove.train_audit import audit_training
     from ..train.options import StepOptions
     from ..train.trainer import make_trainer

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError, lines
+from ..plan.mesh_shape import MeshShape
 from . import options
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def _render(document: Mapping[str, Any], console: Console) -> None:
 
 
 def _figures(document: Mapping[str, Any], files: list[Path]) -> None:
-    mesh = f"{document['mesh']['data']}x{document['mesh']['model']}"
+    mesh = MeshShape(document["mesh"])
     speed = document["tokens"] / document["evaluation_s"]
     options.say(
         f"[{document['model']} on {mesh} {document['backend']}, {document['dtype']}; {document['requests']} requests, {speed:,.0f} tokens/s; "

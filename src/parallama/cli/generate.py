@@ -164,12 +164,12 @@ def _in_template(llm: LLM, prompt: str | list[int], system: str | None) -> list[
 def _document(llm: LLM, outputs: list[Completion]) -> dict[str, Any]:
     from ..host import peak_rss_bytes
 
-    stats, shape = llm.stats, llm.mesh.shape
+    stats = llm.stats
     new_tokens = sum(len(output.token_ids) - 1 for output in outputs)
     return {
         "model": llm.name,
         "backend": llm.mesh.backend.name,
-        "mesh": {"data": shape.data, "model": shape.model},
+        "mesh": dict(llm.mesh.shape),
         "dtype": str(llm.steps.dtype).removeprefix("torch."),
         "outputs": [
             {

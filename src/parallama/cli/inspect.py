@@ -11,7 +11,8 @@ import typer
 from ..errors import UsageError, lines
 from ..plan.collectives import Phase
 from ..plan.mesh_shape import MeshShape
-from ..plan.picture import check_target, draw, write
+from ..plan.picture import draw
+from ..plan.picture_files import check_target, write
 from . import options
 
 if TYPE_CHECKING:

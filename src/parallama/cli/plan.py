@@ -93,9 +93,11 @@ def plan(
     from ..files import config_json
     from ..model import known_configs
     from ..plan import hardware as machines
-    from ..plan import picture
-    from ..plan.forecast import DEFAULT_PROMPT, Request, forecast
-    from ..plan.placement import make_plan, read_overrides
+    from ..plan import picture, picture_files
+    from ..plan.forecast import forecast
+    from ..plan.make_plan import make_plan
+    from ..plan.overrides import read_overrides
+    from ..plan.request import DEFAULT_PROMPT, Request
     from ..train.layout import train_step, training_plan
     from ..train.options import LoraOptions, StepOptions, slots
 
@@ -113,7 +115,7 @@ def plan(
         raise UsageError(lines(f"{alone[0]} is about training", "expected --train beside it"))
     device = machines.named(hardware) if hardware is not None else None
     if plot is not None:
-        picture.check_target(plot)
+        picture_files.check_target(plot)
     document = config_json.read_config(model)
     spec = known_configs.spec_of(document, f"the config of {model}")
     length = spec.max_positions if max_model_len is None else max_model_len
@@ -144,7 +146,7 @@ def plan(
         dtype=known_configs.loaded_dtype(dtype, document),
         stored_dtype=known_configs.stored_dtype(document),
         train=train_step(how, spec.layers) if train else None,
-        slots=len(slots(how)),
+        optimizer_slots=len(slots(how)),
         hardware=device,
     )
     made = make_plan(spec, shape, None if overrides is None else read_overrides(overrides))
@@ -155,12 +157,14 @@ def plan(
         training_plan(made, fsdp=fsdp, lora=how.lora) if fsdp or how.lora is not None else None,
     )
     if plot is not None:
-        panels = [picture.planned(kind.placement, shape, title=kind.title) for kind in found.kinds]
+        panels = [
+            picture.planned(each.placement, shape, title=each.title) for each in found.patterns
+        ]
         panels += [
             picture.planned(made[name], shape, title=name)
             for name in ("cache.key", "output.logits")
         ]
-        picture.write(picture.draw(f"{model} on mesh {shape}", shape, panels), plot)
+        picture_files.write(picture.draw(f"{model} on mesh {shape}", shape, panels), plot)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:

@@ -15,7 +15,7 @@ from ..errors import UsageError, lines, shown
 from ..files.checkpoint import Checkpoint
 from ..model.config_checks import eos_ids
 from ..plan.mesh_shape import DATA, MODEL
-from ..plan.placement import Overrides
+from ..plan.overrides import Overrides
 from ..plan.program_shapes import CHUNK, chunk_size
 from ..sharded.device_weights import DeviceWeights
 from ..sharded.stream import StreamStats

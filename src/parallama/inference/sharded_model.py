@@ -17,8 +17,9 @@ from ..files.checkpoint import Checkpoint
 from ..files.export import Exported, export_weights, resolve, stored_dtypes
 from ..files.skeleton import make_skeleton
 from ..files.weight_writer import SHARD_BYTES
+from ..plan.make_plan import make_plan
 from ..plan.mesh_shape import MeshShape
-from ..plan.placement import Overrides, make_plan, read_overrides
+from ..plan.overrides import Overrides, read_overrides
 from ..sharded.device_weights import DeviceWeights
 from ..sharded.layout import Layout
 from ..sharded.reshard import Mover, Resharding, another_mesh

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .layer_patterns import local_elements, ranges, without_layer
+from .make_plan import make_plan
 from .mesh_shape import DATA, MODEL
-from .placement import Plan, make_plan
+from .placement import Plan
 
 Phase = Literal["prefill", "decode", "train"]
 INFERENCE: tuple[Phase, ...] = ("prefill", "decode")
@@ -42,7 +43,7 @@ class Collective:
     module: str
 
 
-def expected(
+def expected_collectives(
     plan: Plan,
     phase: Phase,
     *,
@@ -75,7 +76,7 @@ def expected(
     return grouped(needed, plan.model.layers)
 
 
-def least(
+def minimal_collectives(
     plan: Plan,
     phase: Phase,
     *,
@@ -86,7 +87,7 @@ def least(
 ) -> tuple[Collective, ...]:
     """What the same step needs at least on this mesh: two all-reduces a layer, one for the embedding, and the candidates of the pick."""
     own = make_plan(plan.model, plan.mesh)
-    return expected(
+    return expected_collectives(
         own, phase, batch=batch, positions=positions, itemsize=itemsize, sum_itemsize=sum_itemsize
     )
 

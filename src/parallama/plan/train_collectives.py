@@ -227,7 +227,7 @@ def _reduction(plan: Plan, sequence_parallel: bool) -> Iterator[Collective]:
     )
     copied = 0
     for placement in trained:
-        if copies(plan, placement) and MODEL in placement.axes:
+        if has_repeats(plan, placement) and MODEL in placement.axes:
             blocks = plan.blocks(placement.name)
             assert blocks is not None
             inside = math.prod(
@@ -310,7 +310,7 @@ def partial_over_model(plan: Plan, placement: Placement, *, sequence_parallel: b
     return len(placement.shape) == 1 and sequence_parallel
 
 
-def copies(plan: Plan, placement: Placement) -> bool:
+def has_repeats(plan: Plan, placement: Placement) -> bool:
     """Whether something of the checkpoint stands in several places of a parameter."""
     blocks = plan.blocks(placement.name)
     held = [] if blocks is None else [source for source in blocks.sources if source != heads.EMPTY]

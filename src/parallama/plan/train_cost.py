@@ -62,7 +62,7 @@ class TrainMemory:
         return self.copies + before + max(activations + self.logits, self.gradients + self.backward)
 
 
-def train_memory(plan: Plan, step: TrainStep, *, slots: int = 2) -> TrainMemory:
+def train_memory(plan: Plan, step: TrainStep, *, optimizer_slots: int = 2) -> TrainMemory:
     """Bytes on each device in an optimizer step.
 
     Kept for the backward pass are the inputs of every product and of every non-linear function, counted as in Korthikanti et al., "Reducing Activation
@@ -73,7 +73,7 @@ def train_memory(plan: Plan, step: TrainStep, *, slots: int = 2) -> TrainMemory:
 
     Args:
         plan: of the training run, as `train.layout.training_plan` makes it.
-        slots: numbers that the optimizer keeps of each that is trained: 2 for AdamW, 1 for SGD with momentum.
+        optimizer_slots: numbers that the optimizer keeps of each that is trained: 2 for AdamW, 1 for SGD with momentum.
     """
     model, split, itemsize = plan.model, plan.mesh.model, step.itemsize
     tokens = local_rows(plan, step.batch) * step.seq
@@ -107,7 +107,7 @@ def train_memory(plan: Plan, step: TrainStep, *, slots: int = 2) -> TrainMemory:
     trained = sum(local_elements(plan, placement) for placement in trained_parameters(plan))
     return TrainMemory(
         params=sum(local_elements(plan, placement) for placement in plan.parameters) * _FP32,
-        optimizer=trained * slots * _FP32 + _FP32,
+        optimizer=trained * optimizer_slots * _FP32 + _FP32,
         gradients=sum(
             _summed_elements(plan, placement, step.micro_steps)
             for placement in trained_parameters(plan)

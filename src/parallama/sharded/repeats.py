@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from ..engine.interface import Axes, Engine
-from ..plan.mesh_shape import AXES, MeshShape
+from ..plan.mesh_shape import MeshShape
 
 _Axes = tuple[str | None, ...]
 WORTH_BYTES = 1 << 22
@@ -26,11 +26,11 @@ def without_repeats(shape: tuple[int, ...], axes: Axes, mesh: MeshShape) -> _Axe
     An axis is used where a dim divides by it; each dim takes one axis.
     """
     split = list(axes)
-    for axis in AXES:
-        if mesh.size(axis) == 1 or axis in split:
+    for axis, parts in mesh.items():
+        if parts == 1 or axis in split:
             continue
         for dim, (size, taken) in enumerate(zip(shape, split, strict=True)):
-            if (taken is None or mesh.size(taken) == 1) and size % mesh.size(axis) == 0:
+            if (taken is None or mesh.size(taken) == 1) and size % parts == 0:
                 split[dim] = axis
                 break
     return tuple(split)

@@ -9,8 +9,9 @@ import torch
 
 from ..engine.torch_xla.mesh import DeviceMesh
 from ..errors import FitError, UsageError, lines
+from ..plan.make_plan import make_plan
 from ..plan.mesh_shape import MeshShape
-from ..plan.placement import Plan, make_plan
+from ..plan.placement import Plan
 from .layout import Layout
 from .reshard import Mover, Resharding, another_mesh
 from .shard_model import settle
@@ -18,7 +19,7 @@ from .shard_model import settle
 
 def reshard_model(
     model: Any,
-    mesh: DeviceMesh | MeshShape | str | tuple[int, int] | None = None,
+    mesh: DeviceMesh | MeshShape | str | tuple[int, ...] | None = None,
     plan: Plan | Mapping[str, Any] | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,

@@ -13,8 +13,9 @@ from ..engine.torch_xla.mesh import DeviceMesh
 from ..errors import FitError, UsageError, lines
 from ..model.spec import ModelSpec
 from ..model.token_ids import check_ids
+from ..plan.make_plan import make_plan
 from ..plan.mesh_shape import DATA, MeshShape
-from ..plan.placement import Plan, make_plan
+from ..plan.placement import Plan
 from .device_weights import put_parameter
 
 

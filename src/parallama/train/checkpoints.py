@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 
@@ -26,11 +26,10 @@ from ..errors import CheckpointError, RunError, cause, lines, shown
 from ..files.disk import Disk, remedy, sha256
 from ..plan.placement import Blocks
 from ..sharded.layout import correspondence
-from .manifest import NAME, BlockRuns, FileEntry, Manifest, Mesh, TensorEntry, read_manifest
+from .manifest import NAME, BlockRuns, FileEntry, Manifest, TensorEntry, read_manifest
 
 LATEST = "latest"
 _TEMPORARY, _OLD = ".saving-", ".old-"
-_AXES: dict[str, Literal["data", "model"]] = {"data": "data", "model": "model"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +65,14 @@ def take(
         entry = TensorEntry(
             dtype=str(tensor.dtype).removeprefix("torch."),
             shape=list(tensor.shape),
-            axes=[axis if axis is None else _AXES[axis] for axis in axes],
+            axes=list(axes),
             blocks=BlockRuns.of(blocks) if blocks is not None else None,
         )
         entries[name] = entry
         shards = mesh.shards(tensor)
         for device in entry.holders(mesh.shape):
             parts[device][name] = shards[device].contiguous()
-    manifest = Manifest(
-        tensors=entries, files={}, mesh=Mesh(data=mesh.shape.data, model=mesh.shape.model), **about
-    )
+    manifest = Manifest(tensors=entries, files={}, mesh=mesh.shape, **about)
     return Snapshot(
         manifest=manifest, parts={device: held for device, held in parts.items() if held}
     )
@@ -247,7 +244,7 @@ def read_tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Te
 
     from safetensors import SafetensorError, safe_open
 
-    mesh = manifest.mesh.shape
+    mesh = manifest.mesh
     with ExitStack() as opened:
         try:
             files = {

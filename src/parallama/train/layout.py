@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ..errors import FitError, lines, listed
-from ..model.rope import FOLLOWING, ROPE_TYPES
+from ..model.rope import LENGTH_DEPENDENT, ROPE_TYPES
 from ..plan.mesh_shape import DATA, MODEL
 from ..plan.placement import Blocks, Placement, Plan
 from ..plan.train_collectives import ADAPTER, TrainStep, check_trainable, trained_parameters
@@ -109,11 +109,11 @@ def train_step(options: StepOptions, layers: int, sum_bytes: int = 1) -> TrainSt
 def check_fit(options: StepOptions, plan: TrainingPlan) -> None:
     """Raise `FitError` unless a batch divides over the mesh, and the model is one that a step can train."""
     mesh = plan.mesh
-    if plan.model.rope in FOLLOWING:
+    if plan.model.rope in LENGTH_DEPENDENT:
         raise FitError(
             lines(
                 f"rope type {plan.model.rope!r} is not supported in training: its frequencies follow the length of what is run",
-                f"expected one of {', '.join(kind for kind in ROPE_TYPES if kind not in FOLLOWING)}",
+                f"expected one of {', '.join(kind for kind in ROPE_TYPES if kind not in LENGTH_DEPENDENT)}",
             )
         )
     if options.batch_size % mesh.data:

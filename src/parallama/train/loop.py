@@ -99,7 +99,8 @@ class _Run:
     def __init__(self, settings: TrainSettings, watch: Watch, disk: Disk | None) -> None:
         from ..engine.interface import start
         from ..model.spec import ModelSpec
-        from ..plan.placement import make_plan, read_overrides
+        from ..plan.make_plan import make_plan
+        from ..plan.overrides import read_overrides
         from . import checkpoints
         from .layout import check_fit, training_plan
         from .speed import Speed
@@ -138,7 +139,7 @@ class _Run:
             self.done, self.tokens = manifest.step, manifest.tokens
             position = Position(epoch=manifest.data.epoch, row=manifest.data.row)
             watch.say(
-                f"resumed from {resumed.path} after {self.done} steps on mesh {manifest.mesh.shape}"
+                f"resumed from {resumed.path} after {self.done} steps on mesh {manifest.mesh}"
             )
         held = self.trainer.bytes_per_device()
         self.bytes_per_device = [sum(each) for each in zip(*held.values(), strict=True)]
@@ -250,7 +251,7 @@ class _Run:
         memory = train_memory(
             plan,
             train_step(options, plan.model.layers, self.mesh.traits.sum_bytes),
-            slots=len(slots(options)),
+            optimizer_slots=len(slots(options)),
         )
         return f"predicted on each device: {shown_bytes(memory.activations)} of activations, {shown_bytes(memory.total)} in all"
 
@@ -320,7 +321,7 @@ class _Run:
 
         from ..files.skeleton import make_skeleton
         from ..inference.llm import LLM
-        from ..plan.placement import make_plan
+        from ..plan.make_plan import make_plan
         from ..sharded.device_weights import DeviceWeights, put_parameter
         from ..sharded.stream import StreamStats
 

@@ -16,12 +16,12 @@ import torch
 from ...engine.torch_xla.mesh import DeviceMesh
 from ...engine.torch_xla.ops import barrier_together, scope
 from ...plan import heads
-from ...plan.mesh_shape import AXES, DATA, MODEL
+from ...plan.mesh_shape import DATA, MODEL
 from ...plan.placement import Placement
 from ...plan.train_collectives import (
     GRADIENT,
     TOGETHER,
-    copies,
+    has_repeats,
     partial_over_model,
     summed_together,
 )
@@ -92,7 +92,7 @@ class Reduction:
                 real = (self._index[name] != heads.EMPTY).reshape(-1, *(1,) * (parts.dim() - 1))
                 parts = torch.where(real, parts, torch.zeros((), device=parts.device))
                 found[name] = parts.movedim(0, blocks.dim).flatten(blocks.dim, blocks.dim + 1)
-            if copies(self._plan, placement):
+            if has_repeats(self._plan, placement):
                 # `[sources, block, ...]`: the sum of the device's copies of each.
                 copied[name] = torch.stack(
                     [
@@ -132,7 +132,7 @@ class Reduction:
         shares: dict[tuple[str, ...], list[torch.Tensor]] = {}
         for name, gradient in gradients.items():
             blocks, squares = self._plan.blocks(name), gradient.square()
-            if blocks is not None and copies(self._plan, self._plan[name]):
+            if blocks is not None and has_repeats(self._plan, self._plan[name]):
                 counted = first[name].reshape(
                     *(1,) * blocks.dim, -1, 1, *(1,) * (gradient.dim() - blocks.dim - 1)
                 )
@@ -143,8 +143,8 @@ class Reduction:
                 )
             whole = tuple(
                 axis
-                for axis in AXES
-                if axis not in self._plan[name].axes and self._mesh.shape.size(axis) > 1
+                for axis, size in self._mesh.shape.items()
+                if axis not in self._plan[name].axes and size > 1
             )
             shares.setdefault(whole, []).append(squares.sum())
         total = torch.zeros(1, device=next(iter(gradients.values())).device)

@@ -21,8 +21,9 @@ from ...files.skeleton import make_skeleton
 from ...host import lean_host_memory
 from ...model.spec import ModelSpec
 from ...plan import heads
-from ...plan.mesh_shape import AXES, DATA, MODEL
-from ...plan.placement import Axes, Blocks, Placement, Plan, make_plan
+from ...plan.make_plan import make_plan
+from ...plan.mesh_shape import DATA
+from ...plan.placement import Axes, Blocks, Placement, Plan
 from ...plan.train_collectives import TOGETHER
 from ...sharded.device_weights import put_parameter
 from ...sharded.layout import take_off
@@ -96,18 +97,10 @@ class Trainer:
             self.state[name] = mesh.put_shards(partial(_zero_part, placement, mesh), placement.axes)
         inverse = self._base.rotary_emb.inv_freq
         self._constants = {"inv_freq": mesh.put(inverse, (None,))}
-        ranks = torch.arange(mesh.shape.devices).reshape(mesh.shape.data, mesh.shape.model)
-        self._constants["rank.data"] = mesh.put(
-            (ranks // mesh.shape.model)[:, 0].contiguous(), (DATA,)
-        )
-        self._constants["rank.model"] = mesh.put(
-            (ranks % mesh.shape.model)[0].contiguous(), (MODEL,)
-        )
-        self._constant_axes: dict[str, Axes] = {
-            "inv_freq": (None,),
-            "rank.data": (DATA,),
-            "rank.model": (MODEL,),
-        }
+        self._constant_axes: dict[str, Axes] = {"inv_freq": (None,)}
+        for axis, size in mesh.shape.items():
+            self._constants[f"rank.{axis}"] = mesh.put(torch.arange(size), (axis,))
+            self._constant_axes[f"rank.{axis}"] = (axis,)
         self._heads: dict[str, str] = {}
         for placement in self.plan.trained:
             self._put_heads(placement, self.plan.blocks(placement.name))
@@ -381,9 +374,12 @@ class Trainer:
                 {name: own[f"first.{key}"] for name, key in self._heads.items()},
                 self._ranks(own),
             )
-            only_once = torch.where(own["rank.model"] == 0, losses, torch.zeros_like(losses))
+            only_once = losses
+            for axis, rank in self._ranks(own).items():
+                if axis != DATA:
+                    only_once = torch.where(rank == 0, only_once, torch.zeros_like(losses))
             everywhere = self.mesh.all_reduce(
-                torch.cat([only_once * own["scalars"][1], square]), *AXES
+                torch.cat([only_once * own["scalars"][1], square]), *self.mesh.shape
             )
         loss, norm = everywhere[:1], everywhere[1:].sqrt()
         # `Program` puts outputs in the order in which the graph reads the donated buffers. An output that stands first and reads them all fixes that order, last one first.
@@ -448,7 +444,7 @@ class Trainer:
         )
 
     def _ranks(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {DATA: own["rank.data"], MODEL: own["rank.model"]}
+        return {axis: own[f"rank.{axis}"] for axis in self.mesh.shape}
 
     def _leave(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         placement = None if name in ("report", "order") else self.layout(name)
