@@ -1,18 +1,18 @@
-"""`parallama plan`: where everything would lie and what it would take, without devices or weights."""
+"""`parallama plan`: where tensors would be placed and what that takes, without any device."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import FitError, UsageError, lines
-from . import options
+from . import options, output
 
 
 def plan(
+    *,
     model: Annotated[
         str,
         typer.Argument(
@@ -79,17 +79,17 @@ def plan(
     explain: Annotated[
         bool,
         typer.Option(
-            "--explain", help="Say in sentences why every kind of tensor lies as it does."
+            "--explain", help="Say in sentences why every kind of tensor is placed as it is."
         ),
     ] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw who holds what into this SVG or PNG file.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on standard output.")
-    ] = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Show where every tensor would lie on a mesh, and what that takes. Needs no device and no weights; all figures are predicted."""
+    """Show where every tensor would be placed on a mesh, and what that takes. Needs no device and
+    no weights; all figures are predicted.
+    """
     from ..files import config_json
     from ..model import known_configs
     from ..plan import hardware as machines
@@ -136,7 +136,8 @@ def plan(
         raise FitError(
             lines(
                 f"--seq is {tokens}",
-                f"expected a multiple of {shape.model}, the devices along 'model', for sequence parallelism",
+                f"expected a multiple of {shape.model}, the devices along 'model',"
+                " for sequence parallelism",
             )
         )
     request = Request(
@@ -166,14 +167,9 @@ def plan(
         ]
         picture_files.write(picture.draw(f"{model} on mesh {shape}", shape, panels), plot)
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+        output.print_json(found.to_dict())
     else:
-        from rich.console import Console
-
         from ..plan import forecast_view
 
-        console = Console()
-        if not console.is_terminal:
-            console.width = max(console.width, 100)
-        forecast_view.render(found, console, explain=explain)
+        forecast_view.render(found, output.wide_console(), explain=explain)
     found.check()
