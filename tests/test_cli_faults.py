@@ -121,6 +121,9 @@ OUT_OF_RANGE: list[list[str]] = [
     ["validate", "{}", "--seed", str(1 << 64)],
     ["audit", "{}", "--batch", "0"],
     ["inspect", "{}", "--batch", "0"],
+    ["audit", "{}", "--batch", str(10**30)],
+    ["inspect", "{}", "--batch", str(10**30)],
+    [*EVAL, "--batch-size", str(10**30)],
     ["doctor", "--limit", "inf"],
     # Over what the model has, by its config.
     [*GENERATE, "--max-new-tokens", str(POSITIONS)],
@@ -156,6 +159,13 @@ def test_a_number_out_of_its_range_is_refused_before_anything_is_loaded(
     assert option.removeprefix("--").replace("-", "_") in first, "the option is named"
     assert value.replace("-", "_") in first, "and its value"
     assert len(err.splitlines()) <= 3 and "fault of parallama" not in err
+
+
+def test_a_cache_that_memory_cannot_hold_is_exit_code_4(models: TinyModels) -> None:
+    folder = models(positions=1 << 20).folder
+    done = parallama("inspect", folder, "--batch", "1048576", "--max-model-len", "1048576")
+    assert (done.returncode, done.stdout) == (4, ""), done.stderr
+    assert "memory" in done.stderr and len(done.stderr.splitlines()) <= 3
 
 
 def test_every_command_says_its_own_default_of_new_tokens() -> None:
