@@ -90,7 +90,8 @@ PURE_FILES = {
     *("engine/torch_xla/onednn", "engine/torch_xla/flags", "inference/session_shapes"),
     *("inference/run_stats", "inference/sampling_defaults"),
     *("bench/keeper", "bench/profile", "bench/rows", "bench/train_rows", "bench/markdown_table"),
-    *("bench/report_text", "bench/report_markdown", "cli/option_groups", "cli/output"),
+    *("bench/report_text", "bench/report_markdown", "cli/option_groups", "cli/input"),
+    "cli/output",
 }
 XLA_FILES = {"engine/torch_xla/*", "bench/recipe"}  # the last is what torch-xla's users write
 ENVIRONMENT_FILES = {"environment", "engine/devices/discovery", "engine/torch_xla/backends"}

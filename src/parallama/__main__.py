@@ -67,10 +67,10 @@ def _run(arguments: list[str]) -> int:
         return 2
     except BrokenPipeError:
         raise
-    except MemoryError:
-        _complain("host memory ran out\nuse fewer or shorter prompts, or a smaller model")
-        return 4
     except Exception as error:
+        if _is_of_memory(error):
+            _complain("host memory ran out\nuse fewer or shorter prompts, or a smaller model")
+            return 4
         if debug:
             raise
         said = str(error).strip().splitlines()
@@ -89,6 +89,11 @@ def _wrong_usage(error: typer.TyperException, arguments: list[str]) -> str:
     options = getattr(getattr(error, "param", None), "opts", [])
     given = [f" (got {value!r})" for option, value in pairwise(arguments) if option in options]
     return f"{' '.join(message.split())}{''.join(given[:1])}\nsee: {command} --help"
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether host memory ran out; torch has no kind of error for that."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _complain(message: str) -> None:

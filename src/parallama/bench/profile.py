@@ -151,9 +151,11 @@ def _ended(command: list[str], log: IO[str]) -> Iterator[subprocess.Popen[bytes]
     try:
         yield perf
     finally:
+        perf.send_signal(signal.SIGINT)
         try:
-            perf.send_signal(signal.SIGINT)
             perf.wait(_WRITE_S)
+        except subprocess.TimeoutExpired:
+            raise RunError(lines(f"perf did not end within {_WRITE_S:.0f} s")) from None
         finally:
             perf.kill()
             perf.wait()

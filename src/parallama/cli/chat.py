@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UsageError, lines
+from ..errors import UsageError
 from . import options, output
+from .input import text_of
 
 CHAT_LENGTH = 2048
 """`inference.chat.DEFAULT_CHAT_LENGTH`; to import that takes torch."""
@@ -65,12 +66,7 @@ def _said() -> Iterator[str]:
     while True:
         if terminal:
             typer.echo("> ", nl=False, err=True)
-        try:
-            line = sys.stdin.readline()
-        except UnicodeDecodeError:
-            raise UsageError(
-                lines("standard input cannot be read: it is not UTF-8 text", "expected a text")
-            ) from None
+        line = text_of(sys.stdin.readline)
         if not line or line.strip() == "/exit":
             return
         if line.strip():

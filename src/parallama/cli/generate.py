@@ -11,6 +11,7 @@ import typer
 
 from ..errors import UsageError, lines
 from . import options, output
+from .input import text_of
 
 if TYPE_CHECKING:
     from ..inference.completion import Completion
@@ -121,12 +122,7 @@ def _prompts(
                     "expected --prompt, --prompt-ids, --prompt-file, or text on standard input",
                 )
             )
-        try:
-            prompts.append(sys.stdin.read())
-        except UnicodeDecodeError:
-            raise UsageError(
-                lines("standard input cannot be read: it is not UTF-8 text", "expected a text")
-            ) from None
+        prompts.append(text_of(sys.stdin.read))
     if any(len(prompt) == 0 for prompt in prompts):
         raise UsageError(lines("a prompt is empty", "expected some text, or token ids"))
     return prompts

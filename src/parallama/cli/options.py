@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ..inference.llm import LLM
     from ..inference.sharded_model import Progress
 
+MOST_ROWS = 1 << 20
+"""What `parallama plan` takes at most, too."""
+
 # -- checks, made while the command line is read: nothing is loaded before
 
 
@@ -57,10 +60,12 @@ def rows(batch: int | None, shape: MeshShape, *, option: str = "--batch") -> int
     """Rows of `option` over all devices; without it one on each device along "data".
 
     Raises:
-        UsageError: the rows do not divide over the axis "data".
+        UsageError: the rows do not divide over the axis "data", or are too many.
     """
     if batch is None:
         return shape.data
+    if batch > MOST_ROWS:
+        raise UsageError(lines(f"{option} is {batch}", f"expected at most {MOST_ROWS}"))
     if batch < 1 or batch % shape.data:
         raise UsageError(
             lines(
