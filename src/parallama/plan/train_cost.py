@@ -11,7 +11,8 @@ from .cost import activation_bytes, local_rows
 from .layer_patterns import local_elements
 from .mesh_shape import DATA
 from .placement import Placement, Plan
-from .train_collectives import ADAPTER, TrainStep, trained_parameters
+from .train_collectives import TrainStep
+from .trainable import ADAPTER, trained_parameters
 
 _FP32 = 4
 
