@@ -67,7 +67,7 @@ def expected_collectives(
         everywhere: the last layer gives every position's state, not only those that next tokens
             follow (see `last_positions`).
     """
-    rows = -(-batch // plan.mesh.data)
+    rows = plan.local_rows(batch)
     tokens = rows * (1 if phase == "decode" else positions)
     sizes = _Sizes(
         rows=rows,

@@ -85,7 +85,7 @@ class _MicroStep:
     def __init__(self, plan: Plan, step: TrainStep) -> None:
         self._plan, self._step = plan, step
         self._sequence_parallel = step.sequence_parallel and plan.mesh.model > 1
-        self._tokens = -(-step.batch // plan.mesh.data) * step.seq
+        self._tokens = plan.local_rows(step.batch) * step.seq
         self._adapters = any(each.style == ADAPTER for each in plan.parameters)
 
     def collectives(self) -> Iterator[Collective]:
