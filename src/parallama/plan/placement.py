@@ -155,6 +155,10 @@ class Plan:
         """How the vocabulary of logits and the like, `[B, V]`, is made from the model's."""
         return _padded_blocks(1, self.model.vocab, self.vocab)
 
+    def local_rows(self, batch: int) -> int:
+        """Rows on each device; `batch` is filled up to a multiple of the "data" axis."""
+        return math.ceil(batch / self.mesh.data)
+
     def parameter_bytes(self, itemsize: int) -> list[int]:
         """Bytes of parameters on each device (every device holds as many)."""
         elements = sum(math.prod(each.local_shape(self.mesh)) for each in self.parameters)
@@ -166,10 +170,9 @@ class Plan:
         Args:
             length: positions that the cache holds for every row.
         """
-        rows = math.ceil(batch / self.mesh.data)
         slots = self.head_layout.slots // self.mesh.model
-        each = 2 * self.model.layers * rows * slots * length * self.model.head_dim * itemsize
-        return [each] * self.mesh.devices
+        row = 2 * self.model.layers * slots * length * self.model.head_dim
+        return [self.local_rows(batch) * row * itemsize] * self.mesh.devices
 
     def to_json(self) -> str:
         """The plan as JSON; `Plan.from_json` gives an equal plan back."""

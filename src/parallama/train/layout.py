@@ -12,7 +12,8 @@ from ..errors import FitError, lines, listed
 from ..model.rope import LENGTH_DEPENDENT, ROPE_TYPES
 from ..plan.mesh_shape import DATA, MODEL
 from ..plan.placement import Blocks, Placement, Plan
-from ..plan.train_collectives import ADAPTER, TrainStep, check_trainable, trained_parameters
+from ..plan.train_collectives import TrainStep
+from ..plan.trainable import ADAPTER, check_trainable, trained_parameters
 from .options import LoraOptions, StepOptions
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
