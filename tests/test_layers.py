@@ -86,7 +86,9 @@ PURE_FILES = {
     *(f"train/{name}" for name in ("packing", "manifest", "logs", "report")),
     *("files/disk", "files/model_files", "files/manifest", "files/safetensors_header"),
     *("files/weight_files", "files/gguf_header", "inference/text_stream"),
-    *("prove/hlo", "prove/tolerance", "prove/shipped_text"),
+    *("prove/hlo", "prove/tolerance", "prove/shipped_text", "prove/doctor", "prove/self_test"),
+    *("prove/findings", "prove/compiled_collectives", "prove/inspection"),
+    "evaluate/harness_logs",
     *("engine/torch_xla/onednn", "engine/torch_xla/flags", "inference/session_shapes"),
     *("inference/run_stats", "inference/sampling_defaults"),
 }

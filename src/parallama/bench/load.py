@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import isolated_process
-from ..errors import ParallamaError, RunError, UsageError, from_reply, lines, to_reply
+from ..errors import ParallamaError, RunError, UsageError, from_reply, lines, shown, to_reply
 from ..host import peak_rss_bytes, rss_bytes
 
 READERS = ("parallama", "safetensors", "safetensors-pread")
@@ -146,11 +146,7 @@ def _measure(
                 }
             )
             ended = isolated_process.run_module("parallama.bench.load", given, limit_s=_LIMIT_S)
-            if ended.code != 0:
-                raise RunError(lines(f"{reader} {ended.how}", ended.last_words))
-            answer = json.loads(ended.out.splitlines()[-1])
-            if "refused" in answer:
-                raise from_reply(answer)
+            answer = _figures(ended.reply(reader), reader)
             if turn:
                 taken[reader].append(answer)
     medians = {
@@ -173,6 +169,24 @@ def _measure(
             for reader in READERS
         ),
     )
+
+
+def _figures(answer: dict[str, Any], reader: str) -> dict[str, Any]:
+    """What `read` gave in a process of its own.
+
+    Raises:
+        ParallamaError: what it refused with, or that a figure is missing.
+    """
+    if "refused" in answer:
+        raise from_reply(answer)
+    names = ["seconds", "bytes", "growth_bytes"]
+    if reader == "parallama":
+        names.append("device_bytes")
+    if any(type(answer.get(name)) not in (int, float) for name in names):
+        raise RunError(
+            lines(f"{reader} measured {shown(answer, 160)}", f"expected {', '.join(names)}")
+        )
+    return answer
 
 
 def read(reader: str, model: str, mesh: str, dtype: str, allow_nonfinite: bool) -> dict[str, Any]:

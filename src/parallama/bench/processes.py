@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import ParallamaError, RunError, from_reply, lines
+from ..errors import ParallamaError, RunError, from_reply, lines, shown
 
 START_LIMIT_S, ASK_LIMIT_S = 600.0, 1200.0
 REST_S = 0.25
@@ -120,7 +120,17 @@ class EngineProcess:
             line = ""
         if not line:
             raise RunError(lines(f"{self.name} has died: {self._last_words()}"))
-        reply: dict[str, Any] = json.loads(line)
+        try:
+            reply = json.loads(line)
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict):
+            raise RunError(
+                lines(
+                    f"{self.name} answered {shown(line, 160)}",
+                    "expected a JSON object in one line",
+                )
+            )
         if "refused" in reply:
             raise from_reply(reply)
         if "error" in reply:

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from ..errors import RunError, UsageError, lines
+from ..errors import RunError, UsageError, lines, shown
+from ..isolated_process import how_ended
 from .rows import Profile
 
 Kind = Literal[
@@ -166,13 +167,22 @@ def _report(data: Path) -> str:
         "0",
         *fields,
     ]
-    return subprocess.run(
+    ended = subprocess.run(
         [*command, "--input", str(data)],
         capture_output=True,
         text=True,
         check=False,
         stdin=subprocess.DEVNULL,
-    ).stdout
+    )
+    if ended.returncode != 0 or not count(ended.stdout):
+        said = shown(" ".join((ended.stderr or ended.stdout).split()), 200)
+        raise RunError(
+            lines(
+                f"perf report gave no samples: it {how_ended(ended.returncode)} and said {said}",
+                "expected lines of samples, object and symbol",
+            )
+        )
+    return ended.stdout
 
 
 def _family(pid: int) -> str:

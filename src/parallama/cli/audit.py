@@ -15,7 +15,7 @@ from ..plan.mesh_shape import MeshShape
 from . import options
 
 if TYPE_CHECKING:
-    from ..prove.audit import Audit
+    from ..prove.findings import Audit
 
 _PHASES: tuple[Phase, ...] = ("prefill", "decode", "train")
 

@@ -119,9 +119,11 @@ def evaluate(
                 "expected a folder to write them to",
             )
         )
-    from ..evaluate.evaluation import EvalOptions, find_tasks, write
-    from ..evaluate.evaluation import as_json as dumped
+    from ..evaluate.evaluation import EvalOptions
     from ..evaluate.evaluation import evaluate as run
+    from ..evaluate.results import as_json as dumped
+    from ..evaluate.results import write
+    from ..evaluate.tasks import find_tasks
 
     chosen = EvalOptions(
         num_fewshot=num_fewshot,
