@@ -65,10 +65,13 @@ def to_reply(error: ParallamaError) -> dict[str, str]:
     return {"refused": type(error).__name__, "message": str(error)}
 
 
-def from_reply(reply: Mapping[str, str]) -> ParallamaError:
-    """The error of `to_reply`."""
-    found: ParallamaError = globals()[reply["refused"]](reply["message"])
-    return found
+def from_reply(reply: Mapping[str, object]) -> ParallamaError:
+    """The error of `to_reply`; of what is none, a `RunError` that says so."""
+    kind, message = globals().get(str(reply.get("refused"))), reply.get("message")
+    if isinstance(kind, type) and issubclass(kind, ParallamaError) and isinstance(message, str):
+        return kind(message)
+    came = f"a process of ours refused, and said {shown(dict(reply), 160)}"
+    return RunError(lines(came, "expected the name of an error, and its message"))
 
 
 def listed(names: list[str], limit: int = 4) -> str:

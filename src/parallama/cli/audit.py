@@ -14,7 +14,7 @@ from . import options, output
 
 if TYPE_CHECKING:
     from ..inference.sharded_model import Progress
-    from ..prove.audit import Audit
+    from ..prove.findings import Audit
 
 _PHASES: tuple[Phase, ...] = ("prefill", "decode", "train")
 
