@@ -1,4 +1,7 @@
-"""One of our modules in a process of its own, with a time limit: what crashes or hangs there is told here. Pure."""
+"""Run one of our modules in a process of its own, with a time limit. Pure.
+
+What crashes or hangs there is told here.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ class Ended:
     """How a process ended.
 
     Attributes:
-        code: exit code, negative for the signal that ended it, None if it took longer than the limit.
+        code: exit code; negative for the signal that ended it, None if it took longer than the
+            limit.
         out: its standard output.
         err: its standard error.
         limit_s: the limit.
@@ -90,8 +94,13 @@ def _object(text: str) -> dict[str, Any] | None:
 
 
 def run_module(module: str, *arguments: str, limit_s: float) -> Ended:
-    """Run `python -m module`, at most `limit_s` seconds long; then it and what it started are killed."""
-    # Files, not pipes: a process that the child left behind would keep a pipe open. -P: the folder we stand in is no place to import from.
+    """Run `python -m module` for at most `limit_s` seconds; then it and what it started are killed.
+
+    Args:
+        *arguments: of its command line.
+    """
+    # Files, not pipes: a process that the module left behind would keep a pipe open.
+    # -P: nothing is imported from the folder we stand in.
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, *arguments],

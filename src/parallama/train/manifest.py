@@ -25,8 +25,6 @@ NAME = "manifest.json"
 FORMAT = "parallama-train"
 VERSION = 1
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
 _MOST_DEVICES = 1 << 20
 """No mesh of ours has more: what a manifest says must not keep a reader busy."""
 
