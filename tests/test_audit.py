@@ -12,7 +12,7 @@ import pytest
 
 from parallama.engine.devices import versions
 from parallama.plan.mesh_shape import MeshShape
-from parallama.prove.audit import axis_of
+from parallama.prove.compiled_collectives import axis_of
 
 LAYER = "model.layers.*."
 DIVIDES = {"heads": 8, "kv_heads": 4, "intermediate": 48, "vocab": 96}
