@@ -84,6 +84,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 PURE_FILES = {
     *(f"train/{name}" for name in ("options", "layout", "schedule", "settings", "records")),
     *(f"train/{name}" for name in ("packing", "manifest", "logs", "report")),
+    *(f"train/{name}" for name in ("declared", "yaml_config")),
     *("files/disk", "files/model_files", "files/manifest", "files/safetensors_header"),
     *("files/weight_files", "files/gguf_header", "inference/text_stream"),
     *("prove/hlo", "prove/tolerance", "prove/shipped_text"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,9 @@ from ..engine.devices.plugins import parse_options
 from ..errors import UsageError, lines
 from ..plan.collectives import INFERENCE, Phase
 from ..plan.mesh_shape import MeshShape
-from . import options
+from ..train.options import StepOptions
+from . import options, train_options
+from .stated import refuse
 
 if TYPE_CHECKING:
     from ..prove.audit import Audit
@@ -21,6 +23,7 @@ _PHASES: tuple[Phase, ...] = ("prefill", "decode", "train")
 
 
 def audit(
+    context: typer.Context,
     model: options.Model,
     phase: Annotated[
         str, typer.Option("--phase", help="prefill, decode, train or all (the first two).")
@@ -35,21 +38,10 @@ def audit(
             help="Tokens of each prompt or training row; for decode, tokens already cached.",
         ),
     ] = 64,
-    fsdp: Annotated[
-        bool, typer.Option("--fsdp", help="train: weights and their state split over data, too.")
-    ] = False,
-    sequence_parallel: Annotated[
-        bool,
-        typer.Option(
-            "--sequence-parallel", help="train: norms and residuals split along the sequence."
-        ),
-    ] = False,
-    grad_accum: Annotated[
-        int, typer.Option("--grad-accum", help="train: micro-steps of a step.")
-    ] = 1,
-    remat: Annotated[
-        str, typer.Option("--remat", help="train: none, full, or n for every n-th layer.")
-    ] = "none",
+    fsdp: train_options.Fsdp = StepOptions.fsdp,
+    sequence_parallel: train_options.SequenceParallel = StepOptions.sequence_parallel,
+    grad_accum: train_options.GradAccum = StepOptions.grad_accum,
+    remat: train_options.RematText = train_options.REMAT,
     accept_plan: Annotated[
         bool,
         typer.Option(
@@ -75,6 +67,10 @@ def audit(
         raise UsageError(
             lines(f"--phase {phase!r} is unknown", f"expected one of {', '.join(_PHASES)}, all")
         )
+    if phase != "train":
+        refuse(
+            context, train_options.NAMES, "is about training", "expected --phase train beside it"
+        )
     shape = options.mesh_shape(mesh, tensor_parallel_size)
     batch = batch or shape.data
     if batch < 1 or batch % shape.data:
@@ -87,17 +83,15 @@ def audit(
     if seq < 1:
         raise UsageError(lines(f"--seq is {seq}", "expected at least 1"))
     if phase == "train":
-        step: dict[str, Any] = {
-            "batch_size": batch,
-            "seq_len": seq,
-            "fsdp": fsdp,
-            "sequence_parallel": sequence_parallel,
-            "grad_accum": grad_accum,
-        }
-        step |= {
-            "remat": int(remat) if remat.isdigit() else remat,
-            "dtype": "float32" if dtype == "auto" else dtype,
-        }
+        step = StepOptions(
+            batch_size=batch,
+            seq_len=seq,
+            grad_accum=grad_accum,
+            remat=train_options.read_remat(remat),
+            fsdp=fsdp,
+            sequence_parallel=sequence_parallel,
+            dtype=StepOptions.dtype if dtype == "auto" else dtype,  # type: ignore[arg-type]
+        )
         chosen = (
             options.mesh_shape(mesh, tensor_parallel_size),
             devices,
@@ -105,7 +99,14 @@ def audit(
             backend_option,
             plan,
         )
-        found = _train(model, step, *chosen, accept_plan=accept_plan, quiet=quiet)
+        found = _train(
+            model,
+            step,
+            *chosen,
+            accept_plan=accept_plan,
+            allow_nonfinite=allow_nonfinite,
+            quiet=quiet,
+        )
         typer.echo(json.dumps(found.to_dict())) if as_json else _show(
             found, f"{model} on {shape}, batch {batch}, {seq} tokens"
         )
@@ -163,7 +164,7 @@ def audit(
 
 def _train(
     model: str,
-    step: dict[str, Any],
+    step: StepOptions,
     shape: MeshShape,
     devices: int | None,
     backend: str,
@@ -171,6 +172,7 @@ def _train(
     plan: Path | None,
     *,
     accept_plan: bool,
+    allow_nonfinite: bool,
     quiet: bool,
 ) -> Audit:
     """Audit a training step."""
@@ -179,10 +181,8 @@ def _train(
     from ..model.spec import ModelSpec
     from ..plan.placement import make_plan, read_overrides
     from ..prove.train_audit import audit_training
-    from ..train.options import StepOptions
     from ..train.trainer import make_trainer
 
-    chosen = StepOptions(**step)
     with options.progress(quiet) as progress:
         # First, as in `load`: the devices start before transformers, which may import torch_xla.
         mesh = start(
@@ -200,7 +200,14 @@ def _train(
         )
         report = None if progress is None else lambda done, of: progress("loading", done, of)
         return audit_training(
-            make_trainer(checkpoint, mesh, chosen, plan=made, progress=report),
+            make_trainer(
+                checkpoint,
+                mesh,
+                step,
+                plan=made,
+                progress=report,
+                allow_nonfinite=allow_nonfinite,
+            ),
             accept_plan=accept_plan,
         )
 

@@ -8,11 +8,14 @@ from typing import Annotated
 
 import typer
 
-from ..errors import FitError, UsageError, lines
-from . import options
+from ..errors import FitError, lines
+from ..train.options import LoraOptions, StepOptions, slots
+from . import options, train_options
+from .stated import refuse, stated
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -45,29 +48,13 @@ def plan(
         bool,
         typer.Option("--train", help="An optimizer step, too; --hardware then asks about that."),
     ] = False,
-    fsdp: Annotated[
-        bool, typer.Option("--fsdp", help="train: weights and their state split over data, too.")
-    ] = False,
-    sequence_parallel: Annotated[
-        bool,
-        typer.Option(
-            "--sequence-parallel", help="train: norms and residuals split along the sequence."
-        ),
-    ] = False,
-    grad_accum: Annotated[
-        int, typer.Option("--grad-accum", help="train: micro-steps of a step.")
-    ] = 1,
-    remat: Annotated[
-        str, typer.Option("--remat", help="train: none, full, or n for every n-th layer.")
-    ] = "none",
-    optimizer: Annotated[str, typer.Option("--optimizer", help="train: adamw or sgd.")] = "adamw",
-    lora_rank: Annotated[
-        int | None,
-        typer.Option("--lora.rank", help="train: adapters of this rank, and nothing else."),
-    ] = None,
-    lora_targets: Annotated[
-        str, typer.Option("--lora.targets", help="train: modules that get an adapter, with commas.")
-    ] = "q_proj,v_proj",
+    fsdp: train_options.Fsdp = StepOptions.fsdp,
+    sequence_parallel: train_options.SequenceParallel = StepOptions.sequence_parallel,
+    grad_accum: train_options.GradAccum = StepOptions.grad_accum,
+    remat: train_options.RematText = train_options.REMAT,
+    optimizer: train_options.Optimizer = StepOptions.optimizer,
+    lora_rank: train_options.LoraRank = LoraOptions.rank,
+    lora_targets: train_options.LoraTargets = train_options.TARGETS,
     overrides: options.PlanFile = None,
     hardware: Annotated[
         str | None,
@@ -97,20 +84,12 @@ def plan(
     from ..plan.forecast import DEFAULT_PROMPT, Request, forecast
     from ..plan.placement import make_plan, read_overrides
     from ..train.layout import train_step, training_plan
-    from ..train.options import LoraOptions, StepOptions, slots
 
     shape = options.mesh_shape(mesh, tensor_parallel_size)
-    given = {
-        "--fsdp": fsdp,
-        "--sequence-parallel": sequence_parallel,
-        "--grad-accum": grad_accum != 1,
-        "--remat": remat != "none",
-        "--optimizer": optimizer != "adamw",
-        "--lora.rank": lora_rank is not None,
-    }
-    alone = [name for name, was in given.items() if was]
-    if alone and not train:
-        raise UsageError(lines(f"{alone[0]} is about training", "expected --train beside it"))
+    training = {*train_options.NAMES, *train_options.LORA_NAMES}
+    if not train:
+        refuse(context, training, "is about training", "expected --train beside it")
+    adapted = not train_options.LORA_NAMES.isdisjoint(stated(context))
     device = machines.named(hardware) if hardware is not None else None
     if plot is not None:
         picture.check_target(plot)
@@ -122,13 +101,13 @@ def plan(
         batch_size=max(batch, 1),  # of these `forecast` speaks
         seq_len=max(tokens, 2),
         grad_accum=grad_accum,
-        remat=int(remat) if remat.isdigit() else remat,  # type: ignore[arg-type]
+        remat=train_options.read_remat(remat),
         fsdp=fsdp,
         sequence_parallel=sequence_parallel,
         optimizer=optimizer,  # type: ignore[arg-type]
-        lora=None
-        if lora_rank is None
-        else LoraOptions(rank=lora_rank, targets=tuple(lora_targets.split(","))),
+        lora=LoraOptions(rank=lora_rank, targets=tuple(lora_targets.split(",")))
+        if adapted
+        else None,
     )
     if sequence_parallel and tokens % shape.model:
         raise FitError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from ..errors import FitError, lines, listed
 from ..model.rope import FOLLOWING, ROPE_TYPES
-from ..plan.mesh_shape import DATA, MODEL
+from ..plan.mesh_shape import DATA, MODEL, MeshShape
 from ..plan.placement import Blocks, Placement, Plan
 from ..plan.train_collectives import ADAPTER, TrainStep, check_trainable, trained_parameters
 from .options import LoraOptions, StepOptions
@@ -106,6 +106,19 @@ def train_step(options: StepOptions, layers: int, sum_bytes: int = 1) -> TrainSt
     )
 
 
+def check_batch(batch_size: int, mesh: MeshShape) -> None:
+    """Raise `FitError` unless a micro-step's sequences divide over the mesh."""
+    if batch_size % mesh.data:
+        raise FitError(
+            lines(
+                f"batch_size {batch_size} does not divide over {mesh.data} devices along 'data' "
+                f"(mesh {mesh})",
+                f"expected a multiple of {mesh.data}; batch_size counts the sequences of one "
+                "micro-step over all devices",
+            )
+        )
+
+
 def check_fit(options: StepOptions, plan: TrainingPlan) -> None:
     """Raise `FitError` unless a batch divides over the mesh, and the model is one that a step can train."""
     mesh = plan.mesh
@@ -116,13 +129,7 @@ def check_fit(options: StepOptions, plan: TrainingPlan) -> None:
                 f"expected one of {', '.join(kind for kind in ROPE_TYPES if kind not in FOLLOWING)}",
             )
         )
-    if options.batch_size % mesh.data:
-        raise FitError(
-            lines(
-                f"batch_size is {options.batch_size}",
-                f"expected a multiple of {mesh.data}, the devices along 'data': each takes as many sequences of a micro-step",
-            )
-        )
+    check_batch(options.batch_size, mesh)
     if options.sequence_parallel and options.seq_len % mesh.model:
         raise FitError(
             lines(

@@ -204,7 +204,7 @@ class _Run:
             if "tensorboard" in settings.report_to:
                 sinks.append(TensorBoard(self.folder, self.done))
             if "wandb" in settings.report_to:
-                sinks.append(WandB(self.folder, settings.model_dump()))
+                sinks.append(WandB(self.folder, settings.to_dict()))
             if self.done < settings.steps:
                 began = time.perf_counter()
                 self.trainer.compile(evaluate=bool(self.eval_rows))
@@ -381,7 +381,7 @@ class _Run:
                 },
                 rng={"seed": settings.seed, "step": self.done},
                 schedule=asdict(settings.learning_rate),
-                settings=settings.model_dump(),
+                settings=settings.to_dict(),
                 plan=json.loads(self.trainer.plan.to_json()),
                 versions={
                     package: version_of(package) or ""

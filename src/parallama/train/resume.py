@@ -77,7 +77,7 @@ def find(settings: TrainSettings, folder: Path, say: Callable[[str], None]) -> R
                 "expected as many at least",
             )
         )
-    now = settings.model_dump()
+    now = settings.to_dict()
     # Beside adapters the model's own weights are not in the checkpoint.
     for key in (*_SAME, *(("model",) if now["lora"] is not None else ())):
         if manifest.settings.get(key) != now[key]:
