@@ -16,8 +16,8 @@ from ..errors import UsageError, lines
 from . import options
 
 if TYPE_CHECKING:
-    from ..train.loop import Watch
     from ..train.settings import TrainSettings
+    from ..train.watch import Watch
 
 PLAIN_LINES = 20
 """Without a terminal, so many steps of a run get a line, and every validation."""
@@ -99,7 +99,7 @@ def train(
 @contextmanager
 def _watch(settings: TrainSettings, quiet: bool) -> Iterator[Watch]:
     """Progress on standard error: a bar on a terminal, lines elsewhere."""
-    from ..train.loop import Watch
+    from ..train.watch import Watch
 
     if quiet:
         yield Watch()

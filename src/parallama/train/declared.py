@@ -1,6 +1,7 @@
-"""Options declared once: a field of a frozen dataclass has a kind, a default, a help text and a range.
+"""Options that are declared once, as fields of a frozen dataclass. Pure.
 
-Pure. The settings of a run, the checks and the command line's `--help` are made from it.
+A declaration has a kind, a default, a help text and a range. The settings of a run, the checks of
+values and the command line's `--help` are made from it.
 """
 
 from __future__ import annotations

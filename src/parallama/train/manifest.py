@@ -28,7 +28,10 @@ class FileEntry(BaseModel):
 
 
 class BlockRuns(BaseModel):
-    """`plan.Blocks`, its sources as runs of (first source, count); a first of `EMPTY` is that many empty blocks."""
+    """`plan.Blocks`, its sources as runs of (first source, count).
+
+    A first of `EMPTY` is a run of empty blocks.
+    """
 
     model_config = _STRICT
 
@@ -41,10 +44,7 @@ class BlockRuns(BaseModel):
         """Runs of neighbouring sources."""
         runs: list[tuple[int, int]] = []
         for source in blocks.sources:
-            if runs and (
-                source == EMPTY == runs[-1][0]
-                or (source != EMPTY != runs[-1][0] and source == sum(runs[-1]))
-            ):
+            if runs and _follows(source, *runs[-1]):
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:
                 runs.append((source, 1))
@@ -59,14 +59,31 @@ class BlockRuns(BaseModel):
         ]
         return Blocks(dim=self.dim, block=self.block, sources=tuple(sources))
 
+    def fits(self, shape: list[int]) -> bool:
+        """Whether the placed dim is made of these blocks, each source from the first on in it."""
+        if any(count < 1 or (first < 0 and first != EMPTY) for first, count in self.runs):
+            return False
+        count = sum(count for _, count in self.runs)
+        if self.dim >= len(shape) or self.block * count != shape[self.dim]:
+            return False
+        sources = {source for source in self.blocks.sources if source != EMPTY}
+        return sources == set(range(len(sources)))
+
+
+def _follows(source: int, first: int, count: int) -> bool:
+    """Whether a source goes on with a run."""
+    if EMPTY in (source, first):
+        return source == first
+    return source == first + count
+
 
 class TensorEntry(BaseModel):
-    """One tensor, as it lies over the mesh.
+    """One tensor, as it is placed on the mesh.
 
     Attributes:
-        shape: over all devices, laid out.
+        shape: over all devices, as placed.
         axes: the mesh axis of every dim.
-        blocks: how the laid-out dim is made from the model's own, where it isn't that.
+        blocks: how the placed dim is made from the model's own, if it isn't the same.
     """
 
     model_config = _STRICT
@@ -78,20 +95,15 @@ class TensorEntry(BaseModel):
 
     def fits(self, mesh: MeshShape) -> bool:
         """Whether shape, axes and blocks can be of one tensor on the mesh."""
-        blocks = self.blocks.blocks if self.blocks is not None else None
+        used = [axis for axis in self.axes if axis is not None]
         return (
             len(self.axes) == len(self.shape)
+            and len(set(used)) == len(used)
             and all(
                 size >= 0 and size % mesh.size(axis) == 0
                 for size, axis in zip(self.shape, self.axes, strict=True)
             )
-            and (
-                blocks is None
-                or (
-                    blocks.dim < len(self.shape)
-                    and blocks.block * len(blocks.sources) == self.shape[blocks.dim]
-                )
-            )
+            and (self.blocks is None or self.blocks.fits(self.shape))
         )
 
     def holders(self, mesh: MeshShape) -> list[int]:
@@ -107,7 +119,7 @@ class TensorEntry(BaseModel):
         ]
 
     def part(self, mesh: MeshShape, device: int) -> tuple[slice, ...]:
-        """What of the tensor is a device's."""
+        """Which part of the tensor is a device's."""
         coordinates = mesh.coordinates(device)
         slices = []
         for size, axis in zip(self.shape, self.axes, strict=True):
@@ -141,7 +153,10 @@ class DataState(BaseModel):
 
 
 class Rng(BaseModel):
-    """The state of every draw: they are functions of the seed and of the step (or epoch) that is to come, and have no other state."""
+    """The state of every draw.
+
+    Draws are functions of the seed and of the step (or epoch) to come, and have no other state.
+    """
 
     model_config = _STRICT
 
@@ -179,7 +194,7 @@ class Manifest(BaseModel):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """A checkpoint's manifest; its files' sizes agree with it, and their names are such as we write.
+    """A checkpoint's manifest, held against the names and sizes of its files.
 
     Raises:
         CheckpointError: there is none, it can't be read, or a file is missing or of another size.
@@ -203,15 +218,16 @@ def read_manifest(folder: Path) -> Manifest:
                 f"expected {FORMAT}, version {VERSION}",
             )
         ) from None
+    mesh = manifest.mesh.shape
     for name, tensor in manifest.tensors.items():
-        if not tensor.fits(manifest.mesh.shape) or any(
-            f"device-{device}.safetensors" not in manifest.files
-            for device in tensor.holders(manifest.mesh.shape)
+        if not tensor.fits(mesh) or any(
+            f"device-{device}.safetensors" not in manifest.files for device in tensor.holders(mesh)
         ):
             raise CheckpointError(
                 lines(
-                    f"checkpoint {str(folder)!r}: {NAME} has {name!r} of shape {tensor.shape} over {tensor.axes}",
-                    f"expected one that lies on mesh {manifest.mesh.shape}",
+                    f"checkpoint {str(folder)!r}: {NAME} has {name!r} of shape {tensor.shape} "
+                    f"over {tensor.axes}",
+                    f"expected one that is placed on mesh {mesh}",
                 )
             )
     for name, entry in manifest.files.items():
@@ -223,10 +239,11 @@ def read_manifest(folder: Path) -> Manifest:
                     "expected every file that the manifest lists",
                 )
             )
-        if file.stat().st_size != entry.bytes:
+        size = file.stat().st_size
+        if size != entry.bytes:
             raise CheckpointError(
                 lines(
-                    f"checkpoint {str(folder)!r}: file {name!r} has {file.stat().st_size} bytes",
+                    f"checkpoint {str(folder)!r}: file {name!r} has {size} bytes",
                     f"expected {entry.bytes}, by the manifest",
                 )
             )

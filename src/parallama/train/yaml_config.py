@@ -1,4 +1,4 @@
-"""YAML of a run's config: read by the rules of YAML 1.2, written so that any reader agrees. Pure."""
+"""A run's config as YAML: read by YAML 1.2, written so that any reader agrees. Pure."""
 
 from __future__ import annotations
 
