@@ -85,6 +85,7 @@ PURE_FILES = {
     *(f"train/{name}" for name in ("options", "layout", "schedule", "settings", "records")),
     *(f"train/{name}" for name in ("packing", "manifest", "logs", "report")),
     *(f"train/{name}" for name in ("declared", "yaml_config", "watch", "signals")),
+    "train/torch_xla/state_layout",
     *(f"train/{name}" for name in ("batch", "encoding", "data_sources", "corpus", "resume")),
     *("files/disk", "files/model_files", "files/manifest", "files/safetensors_header"),
     *("files/weight_files", "files/gguf_header", "inference/text_stream"),
