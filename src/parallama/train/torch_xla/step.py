@@ -74,8 +74,7 @@ class Trainer:
         )
         check_fit(options, self.plan)
         packed.register()
-        self.skeleton = make_skeleton(checkpoint.config)
-        base = self.skeleton.model
+        base = make_skeleton(checkpoint.config).model
         base.config._attn_implementation = packed.PACKED
         name_scopes(base, "model")
         self._layout = StateLayout(self.plan, options)
