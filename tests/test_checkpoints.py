@@ -23,8 +23,9 @@ from kill_cases import Killer, counting
 
 from parallama.errors import ParallamaError, RunError
 from parallama.files.disk import RunLock
+from parallama.plan import heads
 from parallama.plan.mesh_shape import MeshShape
-from parallama.plan.placement import Blocks, heads
+from parallama.plan.placement import Blocks
 from parallama.train import checkpoints
 from parallama.train.manifest import BlockRuns
 from parallama.train.saver import Saver

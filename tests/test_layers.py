@@ -92,6 +92,9 @@ PURE_FILES = {
     *("prove/hlo", "prove/tolerance", "prove/shipped_text"),
     *("engine/torch_xla/onednn", "engine/torch_xla/flags", "inference/session_shapes"),
     *("inference/run_stats", "inference/sampling_defaults"),
+    *("bench/keeper", "bench/profile", "bench/rows", "bench/train_rows", "bench/markdown_table"),
+    *("bench/report_text", "bench/report_markdown", "cli/option_groups", "cli/input"),
+    "cli/output",
 }
 XLA_FILES = {"engine/torch_xla/*", "bench/recipe"}  # the last is what torch-xla's users write
 ENVIRONMENT_FILES = {"environment", "engine/devices/discovery", "engine/torch_xla/backends"}
@@ -122,7 +125,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
-    """Every import of a file, at any depth, with the absolute dotted name of what is imported (`parallama.plan.placement.make_plan`)."""
+    """Every import of a file, at any depth, with the absolute dotted name of what is imported (`parallama.plan.make_plan.make_plan`)."""
     package = ("parallama", *path.relative_to(SOURCE).parent.parts)
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):

@@ -16,7 +16,7 @@ from parallama.engine.torch_xla.program import Program
 from parallama.files.find import find
 from parallama.host import rss_bytes
 from parallama.model.spec import ModelSpec
-from parallama.plan.placement import make_plan
+from parallama.plan.make_plan import make_plan
 from parallama.plan.train_cost import train_memory
 from parallama.train.batch import Batch
 from parallama.train.layout import train_step

@@ -234,7 +234,7 @@ def evaluate(
     return dict(document) | {
         "model": llm.name,
         "backend": llm.mesh.backend.name,
-        "mesh": {"data": data, "model": llm.mesh.shape.model},
+        "mesh": dict(llm.mesh.shape),
         "dtype": str(llm.steps.dtype).removeprefix("torch."),
         "batch_size": harness.batch_size,
         "max_model_len": llm.max_model_len,

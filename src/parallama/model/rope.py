@@ -11,8 +11,8 @@ from ..errors import CheckpointError, lines, shown
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """Rotary embeddings that are supported, by transformers' names."""
-FOLLOWING = ("dynamic", "longrope")
-"""Those whose frequencies follow the length of what is run."""
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Those whose frequencies depend on the length of the text that is run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from ..errors import CheckpointError, lines, shown
 from .families import FAMILIES, REASONS, Family
 
 PLAIN_WEIGHTS = "expected plain weights: float32, bfloat16 or float16"
-KINDS = ("full_attention", "sliding_attention")
+ATTENTION_TYPES = ("full_attention", "sliding_attention")
 """The kinds of attention a layer can have, by transformers' names."""
 
 # Keys of a config.json, any of which says more than Llama's module tree can hold, with the reason. Null, false and a count of 0 or 1 say nothing.
@@ -45,7 +45,11 @@ def read_family(values: Mapping[str, Any], origin: str) -> Family:
     model_type = values.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        reason = REASONS.get(model_type, feature(values)) if isinstance(model_type, str) else None
+        reason = (
+            REASONS.get(model_type, unsupported_feature(values))
+            if isinstance(model_type, str)
+            else None
+        )
         raise CheckpointError(
             lines(
                 f"model_type {shown(model_type)} is not supported"
@@ -56,7 +60,7 @@ def read_family(values: Mapping[str, Any], origin: str) -> Family:
     for key in ("quantization_config", "quantization", "compression_config"):
         if values.get(key) is not None:
             raise CheckpointError(lines(f"{origin} has a {key}", PLAIN_WEIGHTS))
-    reason = feature(values)
+    reason = unsupported_feature(values)
     if reason is not None:
         key = next(key for key in _FEATURES[reason] if _says(values.get(key)))
         raise CheckpointError(
@@ -75,7 +79,7 @@ def read_family(values: Mapping[str, Any], origin: str) -> Family:
     return family
 
 
-def feature(values: Mapping[str, Any]) -> str | None:
+def unsupported_feature(values: Mapping[str, Any]) -> str | None:
     """The first feature that a config asks for and no family here has."""
     return next(
         (
@@ -107,7 +111,7 @@ def check_layers(values: Mapping[str, Any], family: Family, layers: int, origin:
         )
     kinds = values.get("layer_types")
     if kinds is not None:
-        _check_list(kinds, "layer_types", KINDS, layers, origin)
+        _check_list(kinds, "layer_types", ATTENTION_TYPES, layers, origin)
         if family.windows == "every layer":
             allowed: tuple[str, ...] = (
                 ("full_attention",) if window is None else ("sliding_attention",)
@@ -115,7 +119,7 @@ def check_layers(values: Mapping[str, Any], family: Family, layers: int, origin:
         elif family.windows == "none" or window is None:
             allowed = ("full_attention",)
         else:
-            allowed = KINDS
+            allowed = ATTENTION_TYPES
         wrong = next((kind for kind in kinds[:layers] if kind not in allowed), None)
         if wrong is not None:
             raise CheckpointError(

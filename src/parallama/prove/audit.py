@@ -16,7 +16,7 @@ from typing import Any
 from ..engine.interface import Compiled, Steps
 from ..engine.steps import StepKey
 from ..inference.programs import ProgramSet
-from ..plan.collectives import Collective, Phase, expected, grouped, least
+from ..plan.collectives import Collective, Phase, expected_collectives, grouped, minimal_collectives
 from ..plan.layer_patterns import ranges, without_layer
 from ..plan.mesh_shape import MeshShape
 from ..plan.placement import Plan
@@ -126,7 +126,7 @@ def audit(
         if mesh.backend.name == "cpu"
         else None,  # XLA:CPU sums 16-bit numbers as fp32
     }
-    wanted = expected(plan, phase, **sizes)
+    wanted = expected_collectives(plan, phase, **sizes)
     layers = plan.model.layers
     found = collectives_of(modules, plan)
     findings = [*differences(wanted, found)]
@@ -148,7 +148,7 @@ def audit(
             )
         )
     if not accept_plan:
-        findings += over_the_least(wanted, least(plan, phase, **sizes))
+        findings += over_the_least(wanted, minimal_collectives(plan, phase, **sizes))
     return Audit(
         phase=phase,
         expected=wanted,

@@ -15,7 +15,8 @@ from ..inference.llm import LLM
 from ..plan.collectives import Phase
 from ..plan.layer_patterns import ranges, without_layer
 from ..plan.mesh_shape import MeshShape
-from ..plan.placement import Axes, Blocks, matches
+from ..plan.overrides import matches
+from ..plan.placement import Axes, Blocks
 from ..plan.program_shapes import cache_buckets
 from .audit import compiled, step_key
 from .source_slices import Content, Slices, content, faults, shown_slices

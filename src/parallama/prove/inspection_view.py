@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..plan.cost import shown_bytes
 from ..plan.mesh_shape import MeshShape
-from ..plan.picture import Panel, Part, colour, devices_text
+from ..plan.picture import Panel, Part, colour, device_rows, devices_text, directions
 from .inspection import Inspection, alike
 from .source_slices import Content, Stretch, shown_slices
 
@@ -32,14 +32,14 @@ def render(
         contents: show these instead of the tables.
         findings: what is not as planned.
     """
-    mesh = MeshShape(**found.mesh)
+    mesh = MeshShape(found.mesh)
     head = Table.grid(padding=(0, 2))
     cache = f"{found.batch} row{'s' if found.batch > 1 else ''} of {found.positions} positions, made to be looked at (--batch, --max-model-len)"
     for name, value in (
         ("model", found.model),
         (
             "mesh",
-            f"{mesh} (data x model), {mesh.devices} {found.backend} device{'s' if mesh.devices > 1 else ''}",
+            f"{mesh} ({' x '.join(mesh)}), {mesh.devices} {found.backend} device{'s' if mesh.devices > 1 else ''}",
         ),
         ("dtype", found.dtype),
         ("heads", heads),
@@ -80,13 +80,11 @@ def _tables(found: Inspection, mesh: MeshShape, console: Console) -> None:
     sums = []
     for device, name in enumerate(found.device_names):
         params, cached = (found.bytes_on(device, cached=which) for which in (False, True))
-        place = mesh.coordinates(device)
         sums.append(
             (
                 str(device),
                 name,
-                str(place["data"]),
-                str(place["model"]),
+                *(str(each) for each in mesh.coordinates(device).values()),
                 f"{params:,}",
                 f"{cached:,}",
                 f"{params + cached:,}",
@@ -95,7 +93,7 @@ def _tables(found: Inspection, mesh: MeshShape, console: Console) -> None:
     _table(
         console,
         "Bytes on each device (measured)",
-        ("device", "name", "data", "model", "parameters", "KV cache", "together"),
+        ("device", "name", *mesh, "parameters", "KV cache", "together"),
         sums,
         left=2,
     )
@@ -145,10 +143,9 @@ def _picture(panels: Sequence[Panel], mesh: MeshShape, console: Console) -> None
             "\nWho holds what (measured): device numbers, in the order of the slices", style="bold"
         )
     )
-    console.print(Text(f"mesh {mesh}: data down, model across"))
-    for row in range(mesh.data):
-        numbers = [(row * mesh.model + column,) for column in range(mesh.model)]
-        _cells([(devices_text(number), colour(number, mesh)) for number in numbers], console)
+    console.print(Text(f"mesh {mesh}: {directions(mesh)}"))
+    for row in device_rows(mesh):
+        _cells([(str(device), colour([device], mesh)) for device in row], console)
     for panel in panels:
         split = [
             dim

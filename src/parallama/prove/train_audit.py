@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from ..plan.layer_patterns import without_layer
-from ..plan.placement import Plan, make_plan
+from ..plan.make_plan import make_plan
+from ..plan.placement import Plan
 from ..plan.train_collectives import expected_in_training
 from ..plan.train_cost import train_memory
 from ..train.layout import train_step, training_plan
@@ -72,7 +73,9 @@ def audit_training(trainer: Trainer, *, accept_plan: bool = False) -> Audit:
         cache_tensors=len(changing),
         param_bytes_per_device=tuple(trainer.bytes_per_device()["params"]),
         working_bytes=program.temp_bytes(),
-        predicted_working_bytes=train_memory(plan, step, slots=len(slots(options))).working,
+        predicted_working_bytes=train_memory(
+            plan, step, optimizer_slots=len(slots(options))
+        ).working,
     )
 
 

@@ -252,7 +252,7 @@ def read_tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Te
 
     from safetensors import SafetensorError, safe_open
 
-    mesh = manifest.mesh.shape
+    mesh = manifest.mesh
     with ExitStack() as opened:
         try:
             files = {

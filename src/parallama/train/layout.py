@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ..errors import FitError, lines, listed
-from ..model.rope import FOLLOWING, ROPE_TYPES
+from ..model.rope import LENGTH_DEPENDENT, ROPE_TYPES
 from ..plan.mesh_shape import DATA, MODEL, MeshShape
 from ..plan.placement import Blocks, Placement, Plan
-from ..plan.train_collectives import ADAPTER, TrainStep, check_trainable, trained_parameters
+from ..plan.train_collectives import TrainStep
+from ..plan.trainable import ADAPTER, check_trainable, trained_parameters
 from .options import LoraOptions, StepOptions
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -121,8 +122,8 @@ def check_batch(batch_size: int, mesh: MeshShape) -> None:
 def check_fit(options: StepOptions, plan: TrainingPlan) -> None:
     """Raise `FitError` unless a batch divides over the mesh, and a step can train the model."""
     mesh = plan.mesh
-    if plan.model.rope in FOLLOWING:
-        trainable = [kind for kind in ROPE_TYPES if kind not in FOLLOWING]
+    if plan.model.rope in LENGTH_DEPENDENT:
+        trainable = [kind for kind in ROPE_TYPES if kind not in LENGTH_DEPENDENT]
         raise FitError(
             lines(
                 f"rope type {plan.model.rope!r} is not supported in training: "

@@ -75,7 +75,8 @@ class _Run:
     def __init__(self, settings: TrainSettings, watch: Watch, disk: Disk) -> None:
         from ..engine.interface import start
         from ..model.spec import ModelSpec
-        from ..plan.placement import make_plan, read_overrides
+        from ..plan.make_plan import make_plan
+        from ..plan.overrides import read_overrides
         from . import checkpoints
         from .layout import check_fit, training_plan
         from .run_data import prepare_data
@@ -136,7 +137,7 @@ class _Run:
         self.trainer.load(checkpoints.read_tensors(resumed.path, manifest))
         self.done, self.tokens = manifest.step, manifest.tokens
         self.watch.say(
-            f"resumed from {resumed.path} after {self.done} steps on mesh {manifest.mesh.shape}"
+            f"resumed from {resumed.path} after {self.done} steps on mesh {manifest.mesh}"
         )
         return Position(epoch=manifest.data.epoch, row=manifest.data.row)
 
@@ -196,7 +197,7 @@ class _Run:
 
         options, plan = self.trainer.options, self.trainer.plan
         step = train_step(options, plan.model.layers, self.mesh.traits.sum_bytes)
-        memory = train_memory(plan, step, slots=len(slots(options)))
+        memory = train_memory(plan, step, optimizer_slots=len(slots(options)))
         return (
             f"predicted on each device: {shown_bytes(memory.activations)} of activations, "
             f"{shown_bytes(memory.total)} in all"

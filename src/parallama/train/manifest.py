@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+)
 
-from ..errors import CheckpointError, lines
+from ..errors import CheckpointError, UsageError, lines
 from ..plan.heads import EMPTY
 from ..plan.mesh_shape import MeshShape
 from ..plan.placement import Blocks
@@ -16,6 +25,33 @@ NAME = "manifest.json"
 FORMAT = "parallama-train"
 VERSION = 1
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
+_MOST_DEVICES = 1 << 20
+"""No mesh of ours has more: what a manifest says must not keep a reader busy."""
+
+
+def _mesh(sizes: object) -> MeshShape:
+    """Every axis by its own name, with a size."""
+    axes = [*MeshShape()]
+    if not isinstance(sizes, dict) or sizes.keys() != set(axes):
+        raise ValueError(f"expected a size for each of {', '.join(axes)}")
+    try:
+        mesh = MeshShape(sizes)
+    except UsageError as error:
+        raise ValueError(str(error).replace("\n", ", ")) from None
+    if mesh.devices > _MOST_DEVICES:
+        raise ValueError(f"mesh {mesh} has {mesh.devices} devices, more than {_MOST_DEVICES}")
+    return mesh
+
+
+def _axis(name: str) -> str:
+    """An axis by its own name."""
+    if name not in MeshShape():
+        raise ValueError(f"expected one of {', '.join(MeshShape())}")
+    return name
+
+
+Mesh = Annotated[MeshShape, PlainValidator(_mesh), PlainSerializer(dict)]
+Axis = Annotated[str, AfterValidator(_axis)]
 
 
 class FileEntry(BaseModel):
@@ -28,9 +64,9 @@ class FileEntry(BaseModel):
 
 
 class BlockRuns(BaseModel):
-    """`plan.Blocks`, its sources as runs of (first source, count).
+    """`placement.Blocks`, its sources as runs of (first source, count).
 
-    A first of `EMPTY` is a run of empty blocks.
+    A run whose first source is `EMPTY` is that many empty blocks.
     """
 
     model_config = _STRICT
@@ -52,22 +88,24 @@ class BlockRuns(BaseModel):
 
     @property
     def blocks(self) -> Blocks:
-        sources = [
-            source
-            for first, count in self.runs
-            for source in ([EMPTY] * count if first == EMPTY else range(first, first + count))
-        ]
+        sources: list[int] = []
+        for first, count in self.runs:
+            sources += [EMPTY] * count if first == EMPTY else range(first, first + count)
         return Blocks(dim=self.dim, block=self.block, sources=tuple(sources))
 
     def fits(self, shape: list[int]) -> bool:
-        """Whether the placed dim is made of these blocks, each source from the first on in it."""
-        if any(count < 1 or (first < 0 and first != EMPTY) for first, count in self.runs):
-            return False
-        count = sum(count for _, count in self.runs)
-        if self.dim >= len(shape) or self.block * count != shape[self.dim]:
-            return False
-        sources = {source for source in self.blocks.sources if source != EMPTY}
-        return sources == set(range(len(sources)))
+        """Whether they can make a dim of this shape, and hold every block of the model's own dim.
+
+        The runs are not spelled out for this: a manifest may claim any number of blocks.
+        """
+        held = 0  # blocks of the model's own dim, from the first on
+        for first, count in sorted(self.runs):
+            if first < EMPTY or first > held or count < 1:
+                return False
+            if first != EMPTY:
+                held = max(held, first + count)
+        size = self.block * sum(count for _, count in self.runs)
+        return held > 0 and self.dim < len(shape) and size == shape[self.dim]
 
 
 def _follows(source: int, first: int, count: int) -> bool:
@@ -78,7 +116,7 @@ def _follows(source: int, first: int, count: int) -> bool:
 
 
 class TensorEntry(BaseModel):
-    """One tensor, as it is placed on the mesh.
+    """One tensor, as it is split over the mesh.
 
     Attributes:
         shape: over all devices, as placed.
@@ -90,56 +128,27 @@ class TensorEntry(BaseModel):
 
     dtype: str
     shape: list[int]
-    axes: list[Literal["data", "model"] | None]
+    axes: list[Axis | None]
     blocks: BlockRuns | None
 
     def fits(self, mesh: MeshShape) -> bool:
         """Whether shape, axes and blocks can be of one tensor on the mesh."""
-        used = [axis for axis in self.axes if axis is not None]
-        return (
-            len(self.axes) == len(self.shape)
-            and len(set(used)) == len(used)
-            and all(
-                size >= 0 and size % mesh.size(axis) == 0
-                for size, axis in zip(self.shape, self.axes, strict=True)
-            )
-            and (self.blocks is None or self.blocks.fits(self.shape))
+        split = [axis for axis in self.axes if axis is not None]
+        if len(self.axes) != len(self.shape) or len(split) != len(set(split)):
+            return False
+        divides = all(
+            size >= 0 and size % mesh.size(axis) == 0
+            for size, axis in zip(self.shape, self.axes, strict=True)
         )
+        return divides and (self.blocks is None or self.blocks.fits(self.shape))
 
-    def holders(self, mesh: MeshShape) -> list[int]:
+    def holders(self, mesh: MeshShape) -> Iterable[int]:
         """The devices whose files hold the parts: of those with the same part, the first."""
-        return [
-            device
-            for device in range(mesh.devices)
-            if all(
-                place == 0
-                for axis, place in mesh.coordinates(device).items()
-                if axis not in self.axes
-            )
-        ]
+        return mesh.first_holders(self.axes)
 
     def part(self, mesh: MeshShape, device: int) -> tuple[slice, ...]:
         """Which part of the tensor is a device's."""
-        coordinates = mesh.coordinates(device)
-        slices = []
-        for size, axis in zip(self.shape, self.axes, strict=True):
-            step = size // mesh.size(axis)
-            first = step * coordinates[axis] if axis is not None else 0
-            slices.append(slice(first, first + step))
-        return tuple(slices)
-
-
-class Mesh(BaseModel):
-    """The mesh it was written on."""
-
-    model_config = _STRICT
-
-    data: int = Field(ge=1)
-    model: int = Field(ge=1)
-
-    @property
-    def shape(self) -> MeshShape:
-        return MeshShape(data=self.data, model=self.model)
+        return mesh.local_slices(self.shape, self.axes, device)
 
 
 class DataState(BaseModel):
@@ -218,7 +227,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"expected {FORMAT}, version {VERSION}",
             )
         ) from None
-    mesh = manifest.mesh.shape
+    mesh = manifest.mesh
     for name, tensor in manifest.tensors.items():
         if not tensor.fits(mesh) or any(
             f"device-{device}.safetensors" not in manifest.files for device in tensor.holders(mesh)

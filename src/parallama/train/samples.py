@@ -9,7 +9,7 @@ import torch
 from ..files.checkpoint import Checkpoint
 from ..files.skeleton import make_skeleton
 from ..inference.llm import LLM
-from ..plan.placement import make_plan
+from ..plan.make_plan import make_plan
 from ..sharded.device_weights import DeviceWeights, put_parameter
 from ..sharded.stream import StreamStats
 from .settings import TrainSettings

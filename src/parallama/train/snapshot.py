@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..engine.interface import Engine
 from ..plan.placement import Blocks
-from .manifest import BlockRuns, Manifest, Mesh, TensorEntry
-
-_AXES: dict[str, Literal["data", "model"]] = {"data": "data", "model": "model"}
+from .manifest import BlockRuns, Manifest, TensorEntry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +46,14 @@ def take(
         entry = TensorEntry(
             dtype=str(tensor.dtype).removeprefix("torch."),
             shape=list(tensor.shape),
-            axes=[axis if axis is None else _AXES[axis] for axis in axes],
+            axes=list(axes),
             blocks=BlockRuns.of(blocks) if blocks is not None else None,
         )
         entries[name] = entry
         shards = mesh.shards(tensor)
         for device in entry.holders(mesh.shape):
             parts[device][name] = shards[device].contiguous()
-    manifest = Manifest(
-        tensors=entries, files={}, mesh=Mesh(data=mesh.shape.data, model=mesh.shape.model), **about
-    )
+    manifest = Manifest(tensors=entries, files={}, mesh=mesh.shape, **about)
     return Snapshot(
         manifest=manifest, parts={device: held for device, held in parts.items() if held}
     )

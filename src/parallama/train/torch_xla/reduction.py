@@ -14,12 +14,12 @@ import torch
 from ...engine.torch_xla.mesh import DeviceMesh
 from ...engine.torch_xla.ops import scope
 from ...plan import heads
-from ...plan.mesh_shape import AXES, DATA, MODEL
+from ...plan.mesh_shape import DATA, MODEL
 from ...plan.placement import Blocks
 from ...plan.train_collectives import (
     GRADIENT,
     TOGETHER,
-    copies,
+    has_repeats,
     partial_over_model,
     summed_together,
 )
@@ -90,7 +90,7 @@ class Reduction:
                 empty = self._holds(name, heads.EMPTY, parts)
                 parts = torch.where(empty, nothing, parts)
                 found[name] = _placed(parts, blocks)
-            if copies(self._plan, placement):
+            if has_repeats(self._plan, placement):
                 # `[sources, block, ...]`: the sum of the device's copies of each.
                 of_each = [
                     torch.where(self._holds(name, source, parts), parts, nothing).sum(0)
@@ -133,7 +133,7 @@ class Reduction:
                 self._plan.blocks(name),
                 gradient.square(),
             )
-            if blocks is not None and copies(self._plan, placement):
+            if blocks is not None and has_repeats(self._plan, placement):
                 behind = gradient.dim() - blocks.dim - 1
                 squares = torch.where(
                     first[name].reshape(*(1,) * blocks.dim, -1, 1, *(1,) * behind),
@@ -142,8 +142,8 @@ class Reduction:
                 )
             replicated = tuple(
                 axis
-                for axis in AXES
-                if axis not in placement.axes and self._mesh.shape.size(axis) > 1
+                for axis, size in self._mesh.shape.items()
+                if axis not in placement.axes and size > 1
             )
             shares.setdefault(replicated, []).append(squares.sum())
         total = torch.zeros(1, device=next(iter(gradients.values())).device)

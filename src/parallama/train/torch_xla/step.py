@@ -21,7 +21,8 @@ from ...files.nonfinite import finite_only
 from ...files.skeleton import make_skeleton
 from ...host import lean_host_memory
 from ...model.spec import ModelSpec
-from ...plan.placement import Blocks, Placement, Plan, make_plan
+from ...plan.make_plan import make_plan
+from ...plan.placement import Blocks, Placement, Plan
 from ...sharded.device_weights import put_parameter
 from ...sharded.layout import take_off
 from ..batch import Batch

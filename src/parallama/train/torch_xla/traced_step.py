@@ -15,7 +15,7 @@ import torch
 from ...engine.torch_xla.mesh import DeviceMesh
 from ...engine.torch_xla.ops import scope
 from ...plan import heads
-from ...plan.mesh_shape import AXES, DATA, MODEL
+from ...plan.mesh_shape import DATA
 from ...plan.placement import Axes
 from ...plan.train_collectives import TOGETHER
 from ..options import StepOptions
@@ -40,7 +40,7 @@ class TracedStep:
         seed: of dropout.
 
     Attributes:
-        constants: on the devices: rotary frequencies, each device's place along both axes, and
+        constants: on the devices: rotary frequencies, each device's place along every axis, and
             which of the checkpoint's heads its blocks are.
     """
 
@@ -57,8 +57,8 @@ class TracedStep:
         self.constants: dict[str, torch.Tensor] = {}
         self._constant_axes: dict[str, Axes] = {}
         self._put("inv_freq", base.rotary_emb.inv_freq, (None,))
-        self._put("rank.data", torch.arange(mesh.shape.data), (DATA,))
-        self._put("rank.model", torch.arange(mesh.shape.model), (MODEL,))
+        for axis, size in mesh.shape.items():
+            self._put(f"rank.{axis}", torch.arange(size), (axis,))
         self._heads = self._put_heads()
 
     def _put(self, name: str, tensor: torch.Tensor, axes: Axes) -> None:
@@ -101,11 +101,14 @@ class TracedStep:
             reduction = self._reduction(own)
             gradients = reduction(sums)
             first = {name: own[f"first.{key}"] for name, key in self._heads.items()}
-            ranks = {DATA: own["rank.data"], MODEL: own["rank.model"]}
+            ranks = {axis: own[f"rank.{axis}"] for axis in self._mesh.shape}
             square = reduction.square_norm(gradients, first, ranks)
-            only_once = torch.where(own["rank.model"] == 0, losses, torch.zeros_like(losses))
+            only_once = losses
+            for axis, rank in ranks.items():
+                if axis != DATA:
+                    only_once = torch.where(rank == 0, only_once, torch.zeros_like(losses))
             loss_and_square = torch.cat([only_once * own["scalars"][1], square])
-            everywhere = self._mesh.all_reduce(loss_and_square, *AXES)
+            everywhere = self._mesh.all_reduce(loss_and_square, *self._mesh.shape)
         loss, norm = everywhere[:1], everywhere[1:].sqrt()
         # `Program` puts outputs in the order in which the graph reads the donated buffers. An
         # output that stands first and reads them all fixes that order, last one first. The update
