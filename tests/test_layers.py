@@ -77,7 +77,6 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("train/trained_model", "train/torch_xla/lora"): "adapters are saved as PEFT has them",
     ("prove/module_parity", "engine/torch_xla/*"): "hooks look into transformers' own forward",
     ("prove/gradient_parity", "engine/torch_xla/*"): "a backward of torch, through `shard_model`",
-    ("prove/train_audit", "train/torch_xla/step"): "the audited program is the trainer's",
     ("bench/recipe", "engine/torch_xla/backends"): "a peer, as torch-xla's users write it",
 }
 # Files of other rooms that are pure, too.

@@ -19,7 +19,7 @@ from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import AXES, DATA, MODEL, MeshShape
 from parallama.plan.picture import colour, device_rows, directions, draw, parts, planned
 from parallama.plan.placement import Plan
-from parallama.prove.audit import axis_of
+from parallama.prove.compiled_collectives import axis_of
 from parallama.train.manifest import Manifest, TensorEntry
 
 STAGE = "stage"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ..plan.layer_patterns import without_layer
 from ..plan.make_plan import make_plan
@@ -15,11 +16,13 @@ from ..plan.train_collectives import expected_in_training
 from ..plan.train_cost import train_memory
 from ..train.layout import train_step, training_plan
 from ..train.options import slots
-from ..train.torch_xla.step import Trainer
 from . import hlo
 from .audit import one_program
 from .compiled_collectives import collectives_of, differences, over_the_least
 from .findings import Audit, Finding
+
+if TYPE_CHECKING:
+    from ..train.trainer import Trainer
 
 _SCALAR_BYTES = 64
 """Copies of a few numbers cost nothing."""
