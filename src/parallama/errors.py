@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import reprlib
 from collections.abc import Mapping
 
@@ -89,17 +90,32 @@ def shown(value: object, limit: int = 80) -> str:
     It takes little time whatever the value is: a YAML file of a few lines can stand for a list of
     millions.
     """
-    brief = reprlib.Repr()
-    brief.maxlevel = 4
-    brief.maxlist = brief.maxtuple = brief.maxdict = brief.maxset = brief.maxfrozenset = (
-        limit // 3 + 1
-    )
-    brief.maxstring = brief.maxlong = brief.maxother = 4 * limit
     try:
-        text = brief.repr(value)
+        text = _Brief(limit).repr(value)
     except ValueError:  # Python writes no whole number of more than 4300 digits
         text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+class _Brief(reprlib.Repr):
+    """`repr` of the first few levels and members, with at least `limit` characters of it."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        members = limit // 3 + 1  # each takes three characters or more
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = members
+        self.maxstring = self.maxlong = self.maxother = 4 * limit
+
+    def repr_dict(self, x: Mapping[object, object], level: int) -> str:
+        """In the order of the mapping, unlike reprlib's own."""
+        if level <= 0 and x:
+            return "{...}"
+        items = list(itertools.islice(x.items(), self.maxdict))
+        pairs = [
+            f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}" for key, value in items
+        ]
+        return f"{{{', '.join(pairs)}}}"
 
 
 def cause(error: BaseException, limit: int = 200) -> str:
