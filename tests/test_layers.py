@@ -74,7 +74,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("sharded/reshard_model", "engine/torch_xla/mesh"): "the same model, moved",
     ("train/trainer", "engine/torch_xla/mesh"): "training is torch-xla's for now",
     ("train/trainer", "train/torch_xla/step"): "the one way to its steps",
-    ("train/loop", "train/torch_xla/lora"): "adapters are saved as PEFT has them",
+    ("train/trained_model", "train/torch_xla/lora"): "adapters are saved as PEFT has them",
     ("prove/module_parity", "engine/torch_xla/*"): "hooks look into transformers' own forward",
     ("prove/gradient_parity", "engine/torch_xla/*"): "a backward of torch, through `shard_model`",
     ("prove/train_audit", "train/torch_xla/step"): "the audited program is the trainer's",
@@ -84,9 +84,14 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 PURE_FILES = {
     *(f"train/{name}" for name in ("options", "layout", "schedule", "settings", "records")),
     *(f"train/{name}" for name in ("packing", "manifest", "logs", "report")),
+    *(f"train/{name}" for name in ("declared", "yaml_config", "watch", "signals")),
+    "train/torch_xla/state_layout",
+    *(f"train/{name}" for name in ("batch", "encoding", "data_sources", "corpus", "resume")),
     *("files/disk", "files/model_files", "files/manifest", "files/safetensors_header"),
     *("files/weight_files", "files/gguf_header", "inference/text_stream"),
-    *("prove/hlo", "prove/tolerance", "prove/shipped_text"),
+    *("prove/hlo", "prove/tolerance", "prove/shipped_text", "prove/doctor", "prove/self_test"),
+    *("prove/findings", "prove/compiled_collectives", "prove/inspection"),
+    "evaluate/harness_logs",
     *("engine/torch_xla/onednn", "engine/torch_xla/flags", "inference/session_shapes"),
     *("inference/run_stats", "inference/sampling_defaults"),
     *("bench/keeper", "bench/profile", "bench/rows", "bench/train_rows", "bench/markdown_table"),
@@ -122,7 +127,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
-    """Every import of a file, at any depth, with the absolute dotted name of what is imported (`parallama.plan.placement.make_plan`)."""
+    """Every import of a file, at any depth, with the absolute dotted name of what is imported (`parallama.plan.make_plan.make_plan`)."""
     package = ("parallama", *path.relative_to(SOURCE).parent.parts)
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError, lines
+from ..plan.mesh_shape import MeshShape
 from . import options, output
 
 if TYPE_CHECKING:
@@ -120,9 +121,11 @@ def evaluate(
     if batch_size is not None:
         options.rows(batch_size, chosen.shape, option="--batch-size")
     chosen.check_lengths(max_model_len)
-    from ..evaluate.evaluation import EvalOptions, find_tasks, write
-    from ..evaluate.evaluation import as_json as dumped
+    from ..evaluate.evaluation import EvalOptions
     from ..evaluate.evaluation import evaluate as run
+    from ..evaluate.results import as_json as dumped
+    from ..evaluate.results import write
+    from ..evaluate.tasks import find_tasks
 
     how = EvalOptions(
         num_fewshot=num_fewshot,
@@ -175,7 +178,7 @@ def _render(document: Mapping[str, Any], console: Console) -> None:
 
 
 def _figures(document: Mapping[str, Any], files: list[Path]) -> None:
-    mesh = f"{document['mesh']['data']}x{document['mesh']['model']}"
+    mesh = MeshShape(document["mesh"])
     speed = document["tokens"] / document["evaluation_s"]
     output.say(
         f"[{document['model']} on {mesh} {document['backend']}, {document['dtype']};"

@@ -142,11 +142,10 @@ def _in_template(llm: LLM, prompt: str | list[int], system: str | None) -> list[
 
 def _document(llm: LLM, outputs: list[Completion]) -> dict[str, Any]:
     """The document of `--json`."""
-    shape = llm.mesh.shape
     return {
         "model": llm.name,
         "backend": llm.mesh.backend.name,
-        "mesh": {"data": shape.data, "model": shape.model},
+        "mesh": dict(llm.mesh.shape),
         "dtype": str(llm.steps.dtype).removeprefix("torch."),
         "outputs": [
             {

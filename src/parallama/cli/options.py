@@ -15,7 +15,8 @@ from ..errors import ParallamaError, UsageError, lines
 from ..plan.mesh_shape import MeshShape
 
 if TYPE_CHECKING:
-    from ..inference.llm import LLM, Progress
+    from ..inference.llm import LLM
+    from ..inference.sharded_model import Progress
 
 MOST_ROWS = 1 << 20
 """What `parallama plan` takes at most, too."""

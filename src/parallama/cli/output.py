@@ -16,7 +16,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..inference.llm import Progress
+    from ..inference.sharded_model import Progress
 
 _STDOUT, _STDERR = 1, 2
 _IN_BYTES = ("loading", "writing", "moving")  # progress that counts bytes; other counts pieces

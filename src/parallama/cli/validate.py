@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError, cause, lines
+from ..plan.mesh_shape import MeshShape
 from . import options, output
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _ids(
 def _render(found: Validation, tokens_from: str, console: Console) -> None:
     from rich.text import Text
 
-    mesh = f"{found.mesh['data']}x{found.mesh['model']}"
+    mesh = MeshShape(found.mesh)
     verdict = Text("passed", style="bold green")
     if not found.passed:
         verdict = Text(f"FAILED: {', '.join(found.faults)}", style="bold red")

@@ -20,14 +20,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import CheckpointError, RunError, UsageError, cause, lines
+from ..errors import CheckpointError, RunError, UsageError, cause, lines, shown
+from ..isolated_process import how_ended
 
 LIMIT_S = 5.0
 """How long one conversation may take to render."""
 LIMIT_BYTES = 16 << 20
 """How long the text may become, in UTF-8, beyond four times the conversation's own length."""
 _MEMORY_BYTES = 512 << 20
-_START_LIMIT_S = 120.0
+_START_LIMIT_S, _END_LIMIT_S = 120.0, 10.0
+_REPLIES = ("text", "refused", "broken")
 
 
 class Renderer:
@@ -71,14 +73,14 @@ class Renderer:
         with self._lock:
             process = self._running()
             try:
-                reply = json.loads(
-                    _ask(process, line, LIMIT_S, 6 * limit)
-                )  # JSON may take six bytes for one
-            except (_Ended, ValueError) as error:
+                # JSON may take six bytes for one.
+                reply = _read(_ask(process, line, LIMIT_S, 6 * limit), *_REPLIES)
+            except _Ended as error:
                 self.close()
+                how = f"broke its renderer, which {error}" if isinstance(error, _Broken) else error
                 raise CheckpointError(
                     lines(
-                        f"the chat template of {self._origin} {error if isinstance(error, _Ended) else 'broke its renderer'}",
+                        f"the chat template of {self._origin} {how}",
                         f"expected a text within {LIMIT_S:g} s, in at most {_MEMORY_BYTES >> 20} MB",
                     )
                 ) from None
@@ -121,11 +123,14 @@ class Renderer:
             )
             weakref.finalize(self, _end, self._process)
             try:
-                _ask(self._process, b"", _START_LIMIT_S, 100)
+                _read(_ask(self._process, b"", _START_LIMIT_S, 10_000), "ready")
             except _Ended as error:
                 self.close()
                 raise RunError(
-                    lines(f"the process that renders chat templates {error} while it started")
+                    lines(
+                        f"the process that renders chat templates {error}",
+                        f"expected it to say that it is ready, within {_START_LIMIT_S:g} s",
+                    )
                 ) from None
         return self._process
 
@@ -147,6 +152,10 @@ def renderer_of(tokenizer: Any, origin: str) -> Renderer:
 
 class _Ended(Exception):
     """The process did not answer; the text says why."""
+
+
+class _Broken(_Ended):
+    """The process ended, or answered something that is no reply."""
 
 
 def _ask(process: subprocess.Popen[bytes], line: bytes, limit_s: float, limit_bytes: int) -> bytes:
@@ -171,16 +180,38 @@ def _ask(process: subprocess.Popen[bytes], line: bytes, limit_s: float, limit_by
             if outward in ready:
                 part = os.read(outward, 1 << 20)
                 if not part:
-                    raise _Ended("ended its process: it took too much memory or time")
+                    raise _Broken(_how(process))
                 found += part
         except BlockingIOError:
             continue
         except BrokenPipeError:
-            raise _Ended("ended its process: it took too much memory or time") from None
+            raise _Broken(_how(process)) from None
         if len(found) > limit_bytes:
             raise _Ended(f"makes a text of more than {len(found)} bytes")
         if found.endswith(b"\n"):
             return bytes(found)
+
+
+def _read(line: bytes, *keys: str) -> dict[str, str]:
+    """A reply: a JSON object with one of these keys, and a text."""
+    try:
+        reply = json.loads(line)
+    except (ValueError, RecursionError):
+        reply = None
+    if isinstance(reply, dict) and len(reply) == 1:
+        ((key, text),) = reply.items()
+        if key in keys and isinstance(text, str):
+            return reply
+    raise _Broken(f"answered {shown(line[:200], 160)}")
+
+
+def _how(process: subprocess.Popen[bytes]) -> str:
+    """How a process ended that has closed its output."""
+    try:
+        code: int | None = process.wait(_END_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return "closed its output"
+    return how_ended(code)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -194,10 +225,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     """Render what comes in, line by line, until the input ends."""
+    # What is printed by others must not stand between the replies.
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     from transformers.utils.chat_template_utils import render_jinja_template
 
     os.chdir("/")
-    out = sys.stdout.buffer
     for template in (
         "{{ messages | tojson }}{{ strftime_now('%Y') }}",
         "{{ raise_exception('') }}",
@@ -210,7 +243,7 @@ def main() -> None:
             json.dumps({"template": template, "variables": {}, "messages": [{}]}).encode(),
         )
     _limit()
-    _say(out, {})
+    _say(out, {"ready": ""})
     for line in sys.stdin.buffer:
         # Should this process be left behind while it renders, it ends by itself.
         used = resource.getrusage(resource.RUSAGE_SELF)

@@ -1,4 +1,7 @@
-"""Rotary embedding as a config.json describes it, by transformers' names. Pure; the frequencies themselves are transformers' own."""
+"""Rotary embedding as a config.json describes it, by transformers' names. Pure.
+
+The frequencies themselves are transformers' own.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from ..errors import CheckpointError, lines, shown
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """Rotary embeddings that are supported, by transformers' names."""
-FOLLOWING = ("dynamic", "longrope")
-"""Those whose frequencies follow the length of what is run."""
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Those whose frequencies depend on the length of the text that is run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +24,8 @@ class Rope:
 
     Attributes:
         kind: one of `ROPE_TYPES`.
-        reach: positions that it was stretched to, where the config says that apart from `max_position_embeddings`.
+        reach: positions that it was stretched to, where the config says that apart from
+            `max_position_embeddings`.
     """
 
     kind: str
@@ -37,7 +41,8 @@ def read_rope(values: Mapping[str, Any], *, head_dim: int, positions: int, origi
         origin: what to call it in a message.
 
     Raises:
-        CheckpointError: it is not one of `ROPE_TYPES`, turns only a part of each head, differs between layers, or a number in it is missing or absurd.
+        CheckpointError: it is not one of `ROPE_TYPES`, rotates only a part of each head, differs
+            between layers, or a number in it is missing or absurd.
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):
@@ -75,7 +80,7 @@ def read_rope(values: Mapping[str, Any], *, head_dim: int, positions: int, origi
             raise CheckpointError(
                 lines(
                     f"{origin}: partial_rotary_factor {shown(part)} is not supported",
-                    "expected 1: every head is turned whole",
+                    "expected 1: every head is rotated whole",
                 )
             )
     theta = rope if "rope_theta" in rope else {"rope_theta": values.get("rope_theta", 10000.0)}
@@ -159,9 +164,5 @@ class _Numbers:
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and abs(value) < 1e18
-    )
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) < 1e18  # not so for NaN, too
