@@ -15,7 +15,7 @@ from ..sharded.stream import StreamStats
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
-    from .torch_xla.step import Trainer
+    from .trainer import Trainer
 
 _NOT_READ = StreamStats(
     seconds=0.0, bytes_read=0, largest_tensor_bytes=0, baseline_rss_bytes=0, peak_rss_bytes=0

@@ -14,7 +14,7 @@ from ..files.export import export_weights
 from .torch_xla.lora import save_adapter
 
 if TYPE_CHECKING:
-    from .torch_xla.step import Trainer
+    from .trainer import Trainer
 
 MODEL, ADAPTER = "model", "adapter"
 

@@ -12,7 +12,7 @@ from ..plan.placement import Plan
 from .options import StepOptions
 
 if TYPE_CHECKING:
-    from .torch_xla.step import Trainer
+    from .torch_xla.step import Trainer as Trainer
 
 
 def make_trainer(
