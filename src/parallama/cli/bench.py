@@ -14,7 +14,7 @@ from ..engine.devices.plugins import parse_options
 from ..errors import UsageError, lines
 from ..plan.mesh_shape import MeshShape
 from . import options, output
-from .stated import refuse
+from .unused_options import refuse
 
 _ALWAYS = {"model", "as_json", "quiet"}
 _MEANT = {

@@ -9,7 +9,7 @@ import typer
 
 from ..train.declared import declaration
 from ..train.options import LoraOptions, StepOptions
-from .stated import refuse
+from .unused_options import refuse
 
 
 def _option(spelling: str, show_default: str | bool = True) -> Any:

@@ -111,9 +111,9 @@ def _write_new(folder: Path, snapshot: Snapshot, disk: Disk) -> None:
     from safetensors.torch import save
 
     target = folder / name_of(snapshot.manifest.step)
-    temporary = folder / f"{_TEMPORARY}{target.name}"
+    temporary, damaged = folder / f"{_TEMPORARY}{target.name}", folder / f"{_OLD}{target.name}"
     if target.exists():
-        disk.rename(target, folder / f"{_OLD}{target.name}")
+        disk.rename(target, damaged)
     disk.make_folder(temporary)
     files = {}
     for device, held in snapshot.parts.items():
@@ -124,6 +124,8 @@ def _write_new(folder: Path, snapshot: Snapshot, disk: Disk) -> None:
     disk.sync_folder(temporary)
     disk.rename(temporary, target)
     disk.sync_folder(folder)
+    if damaged.exists():
+        disk.remove(damaged)
 
 
 def _too_old(folder: Path, target: Path, keep_last: int, verified: Verified) -> Iterator[Path]:
