@@ -69,9 +69,11 @@ class JsonLog:
                     if entry["step"] <= steps_done
                 )
                 new = folder / f".{NAME}"
-                new.write_text(kept, encoding="utf-8")
-                new.replace(self._path)
+                self._disk.remove(new)
+                self._disk.write(new, kept.encode())
+                self._disk.rename(new, self._path)
             self._stream = self._path.open("a", encoding="utf-8")
+            self._disk.sync_folder(folder)
         except OSError as error:
             raise _unwritable(self._path, error) from None
 
