@@ -80,6 +80,37 @@ def test_a_gguf_file_that_is_cut_while_it_is_loaded_is_an_error(tmp_path):
     assert code == 3 and said.startswith("tiny.gguf is damaged: it was cut"), said
 
 
+CUT_RUN = """
+import os, sys
+from pathlib import Path
+from checkpoint_cases import snapshot
+from parallama.errors import CheckpointError
+from parallama.train import checkpoints
+
+path = checkpoints.write(Path(sys.argv[1]), snapshot(3), keep_last=1)
+tensors = checkpoints.read_tensors(path, checkpoints.verify(path))
+next(tensors)
+for file in path.glob("*.safetensors"):
+    os.truncate(file, 0)
+try:
+    list(tensors)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_checkpoint_of_a_run_that_is_cut_while_it_is_read_is_an_error(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_RUN, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parent,
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    assert f"checkpoint {str(tmp_path / 'step-00000003')!r} cannot be read" in done.stdout
+
+
 def test_a_file_that_grew_or_was_replaced_after_it_was_opened_is_read_as_it_was(tmp_path):
     folder = make_good(tmp_path / "model")
     file = folder / "model.safetensors"
@@ -313,7 +344,7 @@ def test_a_log_that_is_cut_back_is_at_every_moment_the_old_or_the_new_one(tmp_pa
     old = "".join(json.dumps(entry) + "\n" for entry in entries)
     new = "".join(json.dumps(entry) + "\n" for entry in entries[:3])
     path.write_text(old + '{"step": 6, "lo')
-    (tmp_path / ".log.jsonl").write_text("what a run that was killed has left")
+    (tmp_path / ".log.jsonl.part").write_text("what a run that was killed has left")
 
     def look() -> None:
         assert path.read_text() in (old + '{"step": 6, "lo', new)

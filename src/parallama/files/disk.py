@@ -78,6 +78,14 @@ class Disk:
             os.fsync(stream.fileno())
         return hashed.hexdigest()
 
+    def replace(self, path: Path, content: bytes) -> None:
+        """Give a file, new or old, its content whole or not at all."""
+        unfinished = path.with_name(f".{path.name}.part")
+        self.remove(unfinished)
+        self.write(unfinished, content)
+        self.rename(unfinished, path)
+        self.sync_folder(path.parent)
+
     def copy(self, source: Path, path: Path) -> None:
         """A new file with another's content, through to the disk."""
         with source.open("rb") as read, self.create(path) as stream:

@@ -51,12 +51,8 @@ def write(folder: Path, names: Iterable[str], disk: Disk | None = None) -> Path:
         entry = measure(path)
         files[name] = {"bytes": entry.bytes, "sha256": entry.sha256}
     text = json.dumps({"format": _FORMAT, "version": _VERSION, "files": files}, indent=2) + "\n"
-    disk = disk or Disk()
-    path, unfinished = folder / NAME, folder / f".{NAME}.part"
-    disk.remove(unfinished)
-    disk.write(unfinished, text.encode())
-    disk.rename(unfinished, path)
-    disk.sync_folder(folder)
+    path = folder / NAME
+    (disk or Disk()).replace(path, text.encode())
     return path
 
 

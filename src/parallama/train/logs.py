@@ -68,10 +68,7 @@ class JsonLog:
                     for entry in _whole_entries(self._path)
                     if entry["step"] <= steps_done
                 )
-                new = folder / f".{NAME}"
-                self._disk.remove(new)
-                self._disk.write(new, kept.encode())
-                self._disk.rename(new, self._path)
+                self._disk.replace(self._path, kept.encode())
             self._stream = self._path.open("a", encoding="utf-8")
             self._disk.sync_folder(folder)
         except OSError as error:

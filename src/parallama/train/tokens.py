@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import RunError, UsageError, cause, lines
 from ..files.chat_template import Renderer, renderer_of
+from ..files.disk import Disk
 from .records import Chat, Completion, DataError, Record, Text, find_files, read_records
 
 VERSION = 1
@@ -424,20 +424,20 @@ def _write(folder: Path, encoded: tuple[dict[str, NDArray[Any]], _Counts]) -> No
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     try:
+        disk = Disk()
         for name, array in arrays.items():
-            with (made / f"{name}.bin").open("wb") as stream:
-                stream.write(array.tobytes())
-                stream.flush()
-                os.fsync(stream.fileno())
+            disk.write(made / f"{name}.bin", array.tobytes())
         about = {
             "documents": len(arrays["offsets"]) - 1,
             "tokens": len(arrays["tokens"]),
             "dropped": counts.dropped,
             "truncated": counts.truncated,
         }
-        (made / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        disk.write(made / "about.json", json.dumps(about).encode())
+        disk.sync_folder(made)
         try:
-            made.rename(folder)
+            disk.rename(made, folder)
+            disk.sync_folder(folder.parent)
         except OSError:
             if not (
                 folder / "about.json"
