@@ -234,7 +234,7 @@ def test_a_third_axis_is_planned_drawn_and_saved(three_axes):
 
 
 def test_a_collective_along_a_third_axis_has_its_name(three_axes):
-    from parallama.prove.audit import axis_of  # imports torch
+    from parallama.prove.compiled_collectives import axis_of  # imports torch
 
     mesh = three_axes
     assert [axis_of(mesh.groups(*axes), mesh) for axes in ((STAGE,), (DATA, STAGE), AXES)] == [
