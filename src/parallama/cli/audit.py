@@ -16,7 +16,7 @@ from .train_options import AuditedStep
 
 if TYPE_CHECKING:
     from ..inference.sharded_model import Progress
-    from ..prove.audit import Audit
+    from ..prove.findings import Audit
 
 _PHASES: tuple[Phase, ...] = ("prefill", "decode", "train")
 

@@ -258,7 +258,10 @@ def read_tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Te
     with ExitStack() as opened:
         try:
             files = {
-                name: opened.enter_context(safe_open(str(path / name), framework="pt"))
+                # Read, not mapped: a mapped file that is cut ends the process.
+                name: opened.enter_context(
+                    safe_open(str(path / name), framework="pt", backend="pread")
+                )
                 for name in manifest.files
             }
             for name, entry in manifest.tensors.items():

@@ -7,7 +7,6 @@ checked all the same: every document has a token to train on, and fits into a se
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RunError, UsageError, cause, lines
+from ..files.disk import Disk
 from .encoding import Counts, Encoded
 
 _ABOUT = "about.json"
@@ -105,16 +105,15 @@ def write_corpus(folder: Path, draft: Draft, counts: Counts) -> None:
         "truncated": counts.truncated,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    made, disk = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent)), Disk()
     try:
         for name, array in arrays.items():
-            with (made / f"{name}.bin").open("wb") as stream:
-                stream.write(array.astype(_DTYPES[name]).tobytes())
-                stream.flush()
-                os.fsync(stream.fileno())
-        (made / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
+            disk.write(made / f"{name}.bin", array.astype(_DTYPES[name]).tobytes())
+        disk.write(made / _ABOUT, json.dumps(about).encode())
+        disk.sync_folder(made)
         try:
-            made.rename(folder)
+            disk.rename(made, folder)
+            disk.sync_folder(folder.parent)
         except OSError:
             if not is_written(folder):
                 raise

@@ -74,10 +74,9 @@ class JsonLog:
                     each for each in _whole_entries(self._path) if each["step"] <= steps_done
                 ]
                 kept = "".join(json.dumps(entry) + "\n" for entry in entries)
-                new = folder / f".{NAME}"
-                new.write_text(kept, encoding="utf-8")
-                new.replace(self._path)
+                self._disk.replace(self._path, kept.encode())
             self._stream = self._path.open("a", encoding="utf-8")
+            self._disk.sync_folder(folder)
         except OSError as error:
             raise _unwritable(self._path, error) from None
 

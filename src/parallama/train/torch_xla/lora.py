@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ...files.disk import Disk
 from ...plan.mesh_shape import MODEL
 from ...plan.placement import Blocks
 from ..layout import TrainingPlan
@@ -65,14 +66,12 @@ def save_adapter(
         adapters: from `Trainer.adapters`.
         base_model: name of the model that they belong to.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    disk = Disk()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {_PREFIX + name: tensor.contiguous() for name, tensor in adapters},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    tensors = {_PREFIX + name: tensor.contiguous() for name, tensor in adapters}
+    disk.replace(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -85,9 +84,7 @@ def save_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )
+    disk.replace(folder / "adapter_config.json", json.dumps(config, indent=2).encode() + b"\n")
 
 
 class Dropout:
