@@ -22,9 +22,9 @@ from parallama.files.checkpoint import SafetensorsFolder
 from parallama.inference.programs import ProgramSet, make_programs
 from parallama.inference.session import Session
 from parallama.model.spec import ModelSpec
-from parallama.plan.collectives import expected
+from parallama.plan.collectives import expected_collectives
+from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import DATA, MODEL
-from parallama.plan.placement import make_plan
 from parallama.prove import hlo
 from parallama.prove.audit import audit, collectives_of, differences, step_key
 from parallama.sharded.loading import to_devices
@@ -293,7 +293,7 @@ def recipe(folder: str, mesh: str, batch: int = 2, positions: int = 16) -> list[
     axes = {"ids": (DATA, None), "mask": (None,) * 4, "places": (None, None)}
     given = {name: device_mesh.put(tensor, axes[name]) for name, tensor in host.items()}
     (text,) = Program("recipe", device_mesh, step, given).hlo()
-    wanted = expected(
+    wanted = expected_collectives(
         plan, "prefill", batch=batch, positions=positions, itemsize=4, everywhere=True
     )
     return [

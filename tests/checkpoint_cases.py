@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from parallama.plan import heads
 from parallama.plan.mesh_shape import MeshShape
-from parallama.plan.placement import Blocks, heads
+from parallama.plan.placement import Blocks
 from parallama.train.checkpoints import Snapshot
 from parallama.train.manifest import BlockRuns, Manifest, TensorEntry
 

@@ -24,7 +24,7 @@ from parallama.inference.programs import ProgramSet, make_programs
 from parallama.inference.session import Session
 from parallama.inference.state import host_params
 from parallama.model.spec import ModelSpec
-from parallama.plan.placement import make_plan
+from parallama.plan.make_plan import make_plan
 from parallama.sharded.device_weights import DeviceWeights, bytes_per_device
 from parallama.sharded.loading import to_devices
 from parallama.sharded.shard_model import shard_model

@@ -12,7 +12,7 @@ import parallama
 from parallama.engine.sampling_params import SamplingParams
 from parallama.engine.torch_xla.mesh import DeviceMesh
 from parallama.model.spec import ModelSpec
-from parallama.plan.placement import make_plan
+from parallama.plan.make_plan import make_plan
 from parallama.sharded.device_weights import put_parameter
 from parallama.sharded.layout import Layout, undo
 from parallama.sharded.reshard import Mover

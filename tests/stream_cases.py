@@ -18,7 +18,7 @@ from parallama.engine.torch_xla.mesh import DeviceMesh
 from parallama.engine.torch_xla.program import Program
 from parallama.files.checkpoint import SafetensorsFolder
 from parallama.host import rss_bytes
-from parallama.plan.placement import make_plan
+from parallama.plan.make_plan import make_plan
 from parallama.sharded.loading import to_devices
 
 

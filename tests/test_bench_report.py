@@ -18,7 +18,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from parallama.bench import profile
-from parallama.bench.report import markdown, plot, render
+from parallama.bench.plot import plot
+from parallama.bench.report_markdown import markdown
+from parallama.bench.report_view import render
 from parallama.bench.rows import Machine, PeerResult, Profile, Report, Row, Speed, Start, What
 from parallama.errors import RunError, UsageError
 
@@ -543,7 +545,7 @@ def test_a_plot_without_matplotlib_says_how_to_get_it(
 
 
 def test_reporting_imports_neither_torch_nor_matplotlib() -> None:
-    code = "import sys, parallama.bench.report; print({'torch', 'torch_xla', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, parallama.bench.report_view, parallama.bench.plot; print({'torch', 'torch_xla', 'matplotlib'} & set(sys.modules))"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -547,7 +547,7 @@ def test_a_reader_that_leaves_is_no_fault(folders: Folders) -> None:
         process.stdout.close()
         err = process.stderr.read()
         process.wait(60)
-    assert process.returncode == 1
+    assert process.returncode == 141
     assert b"Traceback" not in err and b"Exception" not in err
 
 

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 from test_plan import MESHES, TINY, specs
 
 from parallama.errors import PlanError
-from parallama.plan.collectives import Collective, expected
+from parallama.plan.collectives import Collective, expected_collectives
+from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import DATA, MODEL, MeshShape
-from parallama.plan.placement import make_plan
 from parallama.plan.train_collectives import TrainStep, expected_in_training
 
 REDUCED = 3 * 5 * 24 * 4  # rows of one device, positions, hidden, bytes
 
 
 def found(mesh: MeshShape, phase="prefill", overrides=None, spec=TINY) -> list[Collective]:
-    return list(expected(make_plan(spec, mesh, overrides), phase, batch=6, positions=5, itemsize=4))
+    return list(expected_collectives(make_plan(spec, mesh, overrides), phase, batch=6, positions=5, itemsize=4))
 
 
 def item(kind: str, axis: str, count: int, size: int, module: str) -> Collective:

@@ -17,7 +17,7 @@ from parallama.model.known_configs import (
 )
 from parallama.model.spec import ModelSpec
 from parallama.plan.cost import parameter_count
-from parallama.plan.placement import _TRANSFORMERS_STYLES
+from parallama.plan.styles import TRANSFORMERS_STYLES
 
 # As the hub counts the tensors in each repository's safetensors files.
 PUBLISHED = {
@@ -56,7 +56,7 @@ def by_transformers(document: Any) -> ModelSpec:
     """The spec of transformers' config object, its plan's styles by our names."""
     config = CONFIG_MAPPING[document["model_type"]].from_dict(dict(document))
     config.base_model_tp_plan = {
-        name: _TRANSFORMERS_STYLES.get(style, style)
+        name: TRANSFORMERS_STYLES.get(style, style)
         for name, style in config.base_model_tp_plan.items()
     }
     return ModelSpec.from_config(config)

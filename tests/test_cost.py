@@ -14,12 +14,15 @@ from parallama.errors import FitError, UsageError
 from parallama.model.known_configs import CONFIGS, spec_of
 from parallama.model.spec import ModelSpec
 from parallama.plan import cost
-from parallama.plan.forecast import MOST_DEVICES, Request, device_counts, forecast, largest
+from parallama.plan.device_counts import MOST_DEVICES, device_counts
+from parallama.plan.fit import largest
+from parallama.plan.forecast import forecast
 from parallama.plan.hardware import HARDWARE, Hardware, named
-from parallama.plan.layer_patterns import kinds, ranges
+from parallama.plan.layer_patterns import layer_patterns, ranges
+from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import MeshShape
-from parallama.plan.placement import make_plan
 from parallama.plan.program_shapes import CHUNK, cache_buckets, chunk_size, prompt_buckets
+from parallama.plan.request import Request
 from parallama.plan.train_collectives import TrainStep
 from parallama.plan.train_cost import train_memory
 
@@ -254,7 +257,7 @@ def test_a_prompts_buckets_hold_its_chunks_and_end_with_the_capacity(longest, ca
 
 
 def test_every_parameter_is_of_one_kind():
-    found = kinds(ON_8)
+    found = layer_patterns(ON_8)
     assert sum(kind.count for kind in found) == len(ON_8.parameters) == 32 * 9 + 3
     assert [kind.name for kind in found][:2] == [
         "model.embed_tokens.weight",
@@ -270,7 +273,7 @@ def test_layers_that_lie_differently_are_kinds_of_their_own_below_one_another():
         "model.layers.2.mlp.up_proj.weight": "replicate",
     }
     plan = make_plan(replace(TINY, layers=6), MeshShape(model=2), overrides)
-    names = [(kind.name, kind.count) for kind in kinds(plan) if "up_proj" in kind.name]
+    names = [(kind.name, kind.count) for kind in layer_patterns(plan) if "up_proj" in kind.name]
     # The two have patterns, and so reasons, of their own.
     assert names == [
         ("model.layers.0.mlp.up_proj.weight", 1),

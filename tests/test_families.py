@@ -10,8 +10,8 @@ import torch
 
 from parallama.errors import FitError
 from parallama.model.spec import ModelSpec
+from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import MeshShape
-from parallama.plan.placement import make_plan
 from parallama.train.layout import training_plan
 from parallama.train.options import StepOptions
 from parallama.train.torch_xla.step import check_fit

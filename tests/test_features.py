@@ -10,7 +10,7 @@ from parallama.errors import CheckpointError
 from parallama.model.families import FAMILIES, REASONS
 from parallama.model.rope import ROPE_TYPES
 from parallama.model.spec import ModelSpec
-from parallama.model.unsupported import feature
+from parallama.model.unsupported import unsupported_feature
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -183,7 +183,7 @@ def test_what_a_family_does_not_have_is_refused_with_the_reason(values, more, sa
 ROPES = [
     (
         {"partial_rotary_factor": 0.5},
-        "partial_rotary_factor 0.5 is not supported\nexpected 1: every head is turned whole",
+        "partial_rotary_factor 0.5 is not supported\nexpected 1: every head is rotated whole",
     ),
     (
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
@@ -316,14 +316,14 @@ def test_the_reason_is_true_of_transformers_own_modules(model_type):
     if reason == "mixture of experts":
         assert (
             any("expert" in name or "router" in name for name in names)
-            and feature(values) == reason
+            and unsupported_feature(values) == reason
         )
     elif reason.startswith("query, key and value"):
         assert any(word in name.lower() for name in layer for word in _FUSED)
     elif reason.startswith("gate and up"):
         assert "mlp.gate_up_proj.weight" in layer
     elif reason.startswith("soft-capping"):
-        assert feature(values) == reason
+        assert unsupported_feature(values) == reason
     elif reason.startswith("rotary embedding of a part"):
         assert config.rope_parameters["partial_rotary_factor"] < 1
     elif reason.startswith("norms other"):
@@ -342,4 +342,4 @@ def test_the_reason_is_true_of_transformers_own_modules(model_type):
 def test_a_supported_familys_own_defaults_are_not_refused(model_type):
     config = CONFIG_MAPPING[model_type]()
     assert ModelSpec.from_config(config).model_type == model_type
-    assert feature(config.to_dict()) is None
+    assert unsupported_feature(config.to_dict()) is None

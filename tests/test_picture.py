@@ -15,20 +15,11 @@ from test_plan import MESHES, TINY
 
 from parallama.errors import UsageError
 from parallama.plan import picture
-from parallama.plan.layer_patterns import kinds
+from parallama.plan.layer_patterns import layer_patterns
+from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import DATA, MODEL, MeshShape
-from parallama.plan.picture import (
-    Panel,
-    Part,
-    colour,
-    devices_text,
-    draw,
-    parts,
-    planned,
-    svg,
-    write,
-)
-from parallama.plan.placement import make_plan
+from parallama.plan.picture import Panel, Part, colour, devices_text, draw, parts, planned
+from parallama.plan.picture_files import svg, write
 
 AXES = [
     tuple(axes)
@@ -169,7 +160,7 @@ def whole_plan(mesh: MeshShape) -> picture.Drawing:
     return draw(
         "a <model> & more",
         mesh,
-        [planned(kind.placement, mesh, title=kind.title) for kind in kinds(plan)],
+        [planned(each.placement, mesh, title=each.title) for each in layer_patterns(plan)],
     )
 
 

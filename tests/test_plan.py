@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from parallama.errors import PlanError, UsageError
 from parallama.model.families import TP_PLANS
 from parallama.model.spec import ModelSpec
+from parallama.plan import heads
+from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import DATA, MODEL, MeshShape
-from parallama.plan.placement import STYLES, Plan, heads, make_plan, matches, read_overrides
+from parallama.plan.overrides import matches, read_overrides
+from parallama.plan.placement import Plan
+from parallama.plan.styles import STYLES
 
 TINY = ModelSpec(
     model_type="llama",

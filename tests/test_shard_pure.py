@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from parallama.model.families import TP_PLANS
 from parallama.model.spec import ModelSpec
 from parallama.plan.heads import EMPTY
+from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import DATA, MODEL, MeshShape
-from parallama.plan.placement import Placement, Plan, make_plan
+from parallama.plan.placement import Placement, Plan
 from parallama.sharded.layout import device_part, take_off, take_off_gradient
 
 # Splits some weights over both axes; `hidden` below is a multiple of every `data` size.

@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from parallama.errors import CheckpointError
 from parallama.model.families import TP_PLANS
 from parallama.model.spec import _LIMITS, ModelSpec
-from parallama.plan.placement import _TRANSFORMERS_STYLES
+from parallama.plan.styles import TRANSFORMERS_STYLES
 
 SIZES: dict[str, Any] = {
     "hidden_size": 24,
@@ -157,7 +157,7 @@ def test_a_size_that_is_null_is_what_transformers_takes_it_for(model_type):
 def test_our_tensor_parallel_plans_are_transformers_own(model_type):
     theirs = CONFIG_MAPPING[model_type]().base_model_tp_plan
     assert TP_PLANS[model_type] == {
-        module: _TRANSFORMERS_STYLES.get(style, style) for module, style in theirs.items()
+        module: TRANSFORMERS_STYLES.get(style, style) for module, style in theirs.items()
     }
 
 

@@ -14,8 +14,8 @@ from parallama.errors import CheckpointError
 from parallama.files.checkpoint import SafetensorsFolder
 from parallama.files.find import find
 from parallama.plan.heads import EMPTY
+from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import MeshShape
-from parallama.plan.placement import make_plan
 from parallama.sharded import stream
 
 DOWN, UP = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"

@@ -14,8 +14,8 @@ from reference import TinyModels, relative_l2
 from test_plan import TINY
 from test_train_step import PADDED, devices
 
+from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import MeshShape
-from parallama.plan.placement import make_plan
 from parallama.train.layout import training_plan
 from parallama.train.options import LoraOptions
 from parallama.train.torch_xla.lora import Dropout

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from .inference.llm import LLM as LLM
     from .model.spec import ModelSpec as ModelSpec
     from .plan.heads import HeadLayout as HeadLayout
+    from .plan.make_plan import make_plan as make_plan
     from .plan.mesh_shape import MeshShape as MeshShape
     from .plan.placement import Plan as Plan
-    from .plan.placement import make_plan as make_plan
     from .prove.validation import Validation as Validation
     from .prove.validation import validate as validate
     from .sharded.reshard import Resharding as Resharding
@@ -46,7 +46,7 @@ _HOMES = {
     "HeadLayout": "plan.heads",
     "DeviceMesh": "engine.torch_xla.mesh",
     "Plan": "plan.placement",
-    "make_plan": "plan.placement",
+    "make_plan": "plan.make_plan",
     "Resharding": "sharded.reshard",
     "reshard_model": "sharded.reshard_model",
     "export_weights": "files.export",

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .engine.interface import Engine, OptionValue, start
 from .errors import UsageError, lines
 from .files.find import find
-from .inference.llm import LLM, Progress
+from .inference.llm import LLM
+from .inference.sharded_model import Progress
 from .model.config_checks import eos_ids
 from .model.spec import ModelSpec
+from .plan.make_plan import make_plan
 from .plan.mesh_shape import MeshShape
-from .plan.placement import make_plan, read_overrides
+from .plan.overrides import read_overrides
 from .sharded import loading
 
 
 def load(
     model: str | Path,
     *,
-    mesh: str | MeshShape | tuple[int, int] | Engine = "1x1",
+    mesh: str | MeshShape | tuple[int, ...] | Engine = "1x1",
     backend: str = "cpu",
     backend_options: Mapping[str, OptionValue] | None = None,
     devices: int | None = None,
@@ -37,11 +40,14 @@ def load(
     Args:
         model: folder, `.gguf` file, hub id or shipped name (`smollm2`).
         mesh: `1x8` (data x model), `data=2,model=4`.
-        backend: `cpu` (virtual devices), `tpu`, `tt`, the path of a PJRT plugin, or an installed plugin's name.
+        backend: `cpu` (virtual devices), `tpu`, `tt`, the path of a PJRT plugin, or an installed
+            plugin's name.
         backend_options: for the client that a plugin makes.
         devices: device count, where it should be checked against the mesh.
-        plan: overrides as a mapping from parameter-name pattern to style or axes, or a YAML/JSON file of them.
-        dtype: `auto`, `float32` or `bfloat16`; `auto` is the checkpoint's, but float32 on the CPU backend.
+        plan: overrides as a mapping from parameter-name pattern to style or axes, or a YAML or JSON
+            file of them.
+        dtype: `auto`, `float32` or `bfloat16`; `auto` is the checkpoint's, but float32 on the CPU
+            backend.
         max_model_len: most tokens of prompt and answer together; the model's own maximum if None.
         allow_nonfinite: load weights that hold NaN or infinity, too.
         progress: called while tensors are put on the devices and programs compiled.
@@ -77,9 +83,7 @@ def load(
     tokenizer = source.tokenizer()
     generation = {"eos_token_id": getattr(source.config, "eos_token_id", None)} | source.generation
     eos_ids(generation["eos_token_id"], tokenizer, spec.vocab)
-    report = (
-        (lambda done, total: progress("loading", done, total)) if progress is not None else None
-    )
+    report = None if progress is None else partial(progress, "loading")
     loaded = loading.to_devices(source, made, mesh, to, report, allow_nonfinite=allow_nonfinite)
     return LLM(
         name=str(model),

@@ -1,6 +1,7 @@
-"""Environment variables that are set where no devices are started. `backends` sets those of devices.
+"""Environment variables that are set apart from starting devices.
 
-No other module reads or writes the environment.
+`engine/torch_xla/backends` and `engine/devices/discovery` have those of devices. No other module
+reads or writes the environment.
 """
 
 from __future__ import annotations

@@ -15,11 +15,15 @@ class Engine(Protocol):
     """One way to run a model; it lives in a process of its own."""
 
     def prepare(self, batch: int, prompt: int, steps: int) -> None:
-        """Get ready for `batch` rows of `prompt` tokens and `steps` decode steps: caches, compiling."""
+        """Allocate and compile for `batch` rows of `prompt` tokens and `steps` decode steps."""
         ...
 
     def prefill(self, prompts: list[list[int]]) -> list[int]:
-        """Take in every row's prompt, all of one length, forgetting what came before; each row's first greedy token, on the host."""
+        """Start anew with a prompt for every row, all of one length.
+
+        Returns:
+            Each row's first greedy token, on the host.
+        """
         ...
 
     def decode(self) -> list[int]:

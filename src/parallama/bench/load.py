@@ -1,7 +1,7 @@
-"""`parallama bench --load`: reading a folder of safetensors onto the devices, beside safetensors reading the same files into torch tensors.
+"""`parallama bench --load`: reading safetensors onto the devices, beside safetensors' own reading.
 
-Every reading is a new process, so that none finds memory that another has already made ready; they take turns, and the files are in the page cache for all of
-them (the first turn, which brings them there, isn't counted). Run as `python -m parallama.bench.load '{...}'` for one reading.
+Every reading is a new process, in turns, so that none finds memory that another made ready. The
+files are in the page cache for all: the first turn brings them there and is not counted.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import isolated_process
-from ..errors import ParallamaError, RunError, UsageError, from_reply, lines, to_reply
+from ..errors import ParallamaError, RunError, UsageError, from_reply, lines, shown, to_reply
 from ..host import peak_rss_bytes, rss_bytes
+from ..plan.mesh_shape import MeshShape
+from .markdown_table import markdown_table
 
 READERS = ("parallama", "safetensors", "safetensors-pread")
-"""Ours onto the devices; safetensors' mapped file, each tensor copied into memory of its own; safetensors' own reading with `backend="pread"`."""
+"""Ours onto the devices; safetensors' mapped file, each tensor copied into memory of its own;
+safetensors' own reading with `backend="pread"`.
+"""
 _LIMIT_S = 900.0
 
 
@@ -41,6 +45,16 @@ class Reading:
     growth_bytes: int
     ratio: float | None
 
+    def cells(self) -> list[str]:
+        """A line of the table."""
+        return [
+            self.reader,
+            f"{self.bytes_per_s / 1e9:.2f}",
+            f"{self.seconds:.2f}",
+            f"{self.growth_bytes / 1e9:.2f} GB",
+            "-" if self.ratio is None else f"{self.ratio:.2f}x",
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeshLoad:
@@ -58,16 +72,8 @@ class MeshLoad:
 
     def table(self) -> str:
         """Markdown for people."""
-        rows = [
-            "| reader | GB/s | seconds | memory grew by | parallama is |",
-            "|---|---:|---:|---:|---:|",
-        ]
-        for reading in self.readings:
-            ratio = "-" if reading.ratio is None else f"{reading.ratio:.2f}x"
-            rows.append(
-                f"| {reading.reader} | {reading.bytes_per_s / 1e9:.2f} | {reading.seconds:.2f} | {reading.growth_bytes / 1e9:.2f} GB | {ratio} |"
-            )
-        return "\n".join(rows)
+        heads = ("reader", "GB/s", "seconds", "memory grew by", "parallama is")
+        return markdown_table(heads, [reading.cells() for reading in self.readings], left=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +91,18 @@ class LoadReport:
 
     def text(self) -> str:
         """For people."""
-        return "\n\n".join(
-            f"{found.bytes / 1e9:.2f} GB of files, {found.device_bytes / 1e9:.2f} GB on {found.mesh} in {self.dtype}\n\n{found.table()}"
-            for found in self.meshes
-        )
+        parts = []
+        for found in self.meshes:
+            files, held = f"{found.bytes / 1e9:.2f} GB", f"{found.device_bytes / 1e9:.2f} GB"
+            parts.append(f"{files} of files, {held} on {found.mesh} in {self.dtype}")
+            parts.append(found.table())
+        return "\n\n".join(parts)
 
 
 def run(
     model: str,
     *,
-    meshes: Sequence[str],
+    meshes: Sequence[MeshShape],
     dtype: str,
     repeats: int,
     command: str,
@@ -118,39 +126,19 @@ def run(
                 "expected safetensors: that is what is read side by side",
             )
         )
-    measured = tuple(
-        _measure(model, mesh, dtype, repeats, progress, allow_nonfinite) for mesh in meshes
-    )
+    asked = {"model": model, "dtype": dtype, "allow_nonfinite": allow_nonfinite}
+    measured = tuple(_measure(asked | {"mesh": str(mesh)}, repeats, progress) for mesh in meshes)
     return LoadReport(command=command, model=model, dtype=dtype, repeats=repeats, meshes=measured)
 
 
-def _measure(
-    model: str,
-    mesh: str,
-    dtype: str,
-    repeats: int,
-    progress: Callable[[str], None],
-    allow_nonfinite: bool,
-) -> MeshLoad:
+def _measure(asked: Mapping[str, Any], repeats: int, progress: Callable[[str], None]) -> MeshLoad:
+    """Measure one mesh; `asked` is what `read` is told besides the reader."""
     taken: dict[str, list[dict[str, Any]]] = {reader: [] for reader in READERS}
     for turn in range(repeats + 1):
         for reader in READERS:
-            progress(f"{mesh}: {reader}, {'warming up' if turn == 0 else f'{turn} of {repeats}'}")
-            given = json.dumps(
-                {
-                    "reader": reader,
-                    "model": model,
-                    "mesh": mesh,
-                    "dtype": dtype,
-                    "allow_nonfinite": allow_nonfinite,
-                }
-            )
-            ended = isolated_process.run_module("parallama.bench.load", given, limit_s=_LIMIT_S)
-            if ended.code != 0:
-                raise RunError(lines(f"{reader} {ended.how}", ended.last_words))
-            answer = json.loads(ended.out.splitlines()[-1])
-            if "refused" in answer:
-                raise from_reply(answer)
+            when = f"{turn} of {repeats}" if turn else "warming up"
+            progress(f"{asked['mesh']}: {reader}, {when}")
+            answer = _read_apart({"reader": reader, **asked})
             if turn:
                 taken[reader].append(answer)
     medians = {
@@ -159,7 +147,7 @@ def _measure(
     }
     ours = taken["parallama"][0]
     return MeshLoad(
-        mesh=mesh,
+        mesh=asked["mesh"],
         bytes=ours["bytes"],
         device_bytes=ours["device_bytes"],
         readings=tuple(
@@ -175,13 +163,32 @@ def _measure(
     )
 
 
+def _read_apart(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """`read` in a process of its own.
+
+    Raises:
+        ParallamaError: what it refused with, or that a figure is missing.
+    """
+    reader = asked["reader"]
+    ended = isolated_process.run_module("parallama.bench.load", json.dumps(asked), limit_s=_LIMIT_S)
+    answer = ended.reply(reader)
+    if "refused" in answer:
+        raise from_reply(answer)
+    names = ["seconds", "bytes", "growth_bytes"]
+    if reader == "parallama":
+        names.append("device_bytes")
+    if any(type(answer.get(name)) not in (int, float) for name in names):
+        raise RunError(
+            lines(f"{reader} measured {shown(answer, 160)}", f"expected {', '.join(names)}")
+        )
+    return answer
+
+
 def read(reader: str, model: str, mesh: str, dtype: str, allow_nonfinite: bool) -> dict[str, Any]:
     """One reading, in this process."""
-    return (
-        _ours(model, mesh, dtype, allow_nonfinite)
-        if reader == "parallama"
-        else _theirs(reader, model)
-    )
+    if reader == "parallama":
+        return _ours(model, mesh, dtype, allow_nonfinite)
+    return _theirs(reader, model)
 
 
 def _ours(model: str, mesh: str, dtype: str, allow_nonfinite: bool) -> dict[str, Any]:
@@ -190,7 +197,7 @@ def _ours(model: str, mesh: str, dtype: str, allow_nonfinite: bool) -> dict[str,
     from ..engine.interface import start
     from ..files.find import find
     from ..model.spec import ModelSpec
-    from ..plan.placement import make_plan
+    from ..plan.make_plan import make_plan
     from ..sharded import stream
     from ..sharded.loading import resolve_dtype
 
@@ -199,7 +206,8 @@ def _ours(model: str, mesh: str, dtype: str, allow_nonfinite: bool) -> dict[str,
     checkpoint = find(model)
     spec = ModelSpec.from_config(checkpoint.config)
     sources = checkpoint.sources(spec)
-    plan, to = make_plan(spec, devices.shape), resolve_dtype(dtype, checkpoint.config, "cpu")
+    plan = make_plan(spec, devices.shape)
+    to = resolve_dtype(dtype, checkpoint.config, "cpu")
     weights, stats = stream.put(sources, plan, devices, to, allow_nonfinite=allow_nonfinite)
     return {
         "seconds": stats.seconds,
@@ -213,14 +221,16 @@ def _theirs(reader: str, model: str) -> dict[str, Any]:
     import torch  # noqa: F401 - its time is not the reading's
     from safetensors import safe_open
 
-    baseline, held, began = rss_bytes(), [], time.perf_counter()
+    pread = reader == "safetensors-pread"
+    how = {"backend": "pread"} if pread else {}
+    held: list[Any] = []
+    baseline = rss_bytes()
+    began = time.perf_counter()
     for file in sorted(Path(model).glob("*.safetensors")):
-        if reader == "safetensors-pread":
-            with safe_open(file, framework="pt", backend="pread") as handle:
-                held += [handle.get_tensor(name) for name in handle.keys()]  # noqa: SIM118 - safe_open has no iterator
-        else:
-            with safe_open(file, framework="pt") as handle:
-                held += [handle.get_tensor(name).clone() for name in handle.keys()]  # noqa: SIM118
+        with safe_open(file, framework="pt", **how) as handle:
+            for name in handle.keys():  # noqa: SIM118 - it has no iterator
+                tensor = handle.get_tensor(name)
+                held.append(tensor if pread else tensor.clone())
     seconds = time.perf_counter() - began
     return {
         "seconds": seconds,
@@ -229,7 +239,7 @@ def _theirs(reader: str, model: str) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # one reading, for `_read_apart`
     if len(sys.argv) != 2:
         raise RunError(
             lines(
@@ -239,8 +249,6 @@ if __name__ == "__main__":
         )
     try:
         answer = read(**json.loads(sys.argv[1]))
-    except (
-        ParallamaError
-    ) as error:  # the user's to read, as it would be without a process in between
+    except ParallamaError as error:
         answer = to_reply(error)
     sys.stdout.write(json.dumps(answer) + "\n")

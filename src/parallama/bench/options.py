@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ..engine.devices.plugins import OptionValue
 from ..errors import UsageError, lines
-from ..host import usable_cores
+from ..host import processor, usable_cores
 from ..plan.mesh_shape import MeshShape
 from ..sharded.loading import DTYPES
 from .profile import check_perf
@@ -21,7 +19,7 @@ from .rows import Machine
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What engines are measured on which meshes, and how they run.
+    """Which engines are measured on which meshes, and how they run.
 
     Attributes:
         repeats: how often each thing is measured.
@@ -31,7 +29,7 @@ class EngineOptions:
     """
 
     PEERS: ClassVar[tuple[str, ...]]
-    """Those that there are."""
+    """All peers that there are."""
 
     model: str
     meshes: tuple[MeshShape, ...]
@@ -102,6 +100,7 @@ class EngineOptions:
             readings: of the machine's limits; the best of each counts.
             versions: of an engine of ours.
         """
+        best = {name: max(each[name] for each in readings) for name in readings[0]}
         return {
             "command": command,
             "date": datetime.date.today().isoformat(),
@@ -109,18 +108,6 @@ class EngineOptions:
             "dtype": self.dtype,
             "backend": self.backend,
             "threads": self.cores,
-            "machine": Machine(
-                cpu=_cpu_name(),
-                **{name: max(each[name] for each in readings) for name in readings[0]},
-            ),
+            "machine": Machine(cpu=processor()[0], **best),
             "versions": dict(versions) | {"python": platform.python_version()},
         }
-
-
-def _cpu_name() -> str:
-    """The processor's name, where the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -1,12 +1,13 @@
-"""What people run without this package, to compare with: transformers eager, compiled, and tensor-parallel over processes."""
+"""What people run without this package, to compare with.
+
+transformers eager, compiled, and tensor-parallel over processes.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _WARM_STEPS = 3
 
 
 def load(model: str, dtype: torch.dtype, split: Any = None) -> Any:
-    """The transformers causal LM with its weights on the host, ready for inference, with transformers' default attention.
+    """The transformers causal LM on the host, ready for inference, with its default attention.
 
     Args:
         model: folder, `.gguf` file, hub id or shipped name.
@@ -40,21 +41,22 @@ def load(model: str, dtype: torch.dtype, split: Any = None) -> Any:
     config = checkpoint.config
     folder = checkpoint.location if isinstance(checkpoint, SafetensorsFolder) else None
     tensors = None if folder else dict(checkpoint.tensors(ModelSpec.from_config(config)))
-    how = {"dtype": dtype, "attn_implementation": "sdpa", "distributed_config": split}
-    return (
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        .from_pretrained(folder, config=config, state_dict=tensors, **how)
-        .eval()
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    loaded = model_class.from_pretrained(
+        folder,
+        config=config,
+        state_dict=tensors,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        distributed_config=split,
     )
+    return loaded.eval()
 
 
 def next_token(forward: Callable[..., Any], ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    """`[B, S]` ids behind what is in the cache -> the greedy token after them, `[B]`."""
-    return (
-        forward(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        .logits[:, -1]
-        .argmax(-1)
-    )
+    """The greedy token after `[B, S]` ids that follow what is in the cache, `[B]`."""
+    out = forward(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1].argmax(-1)
 
 
 def _one_process(peer: str, devices: int) -> None:
@@ -65,7 +67,9 @@ def _one_process(peer: str, devices: int) -> None:
 
 
 class HF:
-    """transformers as it comes: eager, `DynamicCache`, sdpa, and a greedy loop with less around it than `generate` has.
+    """transformers as it comes: eager, `DynamicCache`, sdpa.
+
+    Its greedy loop has less around it than `generate` has.
 
     Args:
         model: see `load`.
@@ -107,7 +111,7 @@ class HF:
 
 
 class StaticPeer(ABC):
-    """A peer with transformers' `StaticCache`: runs the sizes that `prepare` made room for, and no others."""
+    """A peer with transformers' `StaticCache`: runs only the sizes that `prepare` made room for."""
 
     _model: Any
     _token: torch.Tensor
@@ -115,7 +119,7 @@ class StaticPeer(ABC):
     def _make_room(self, batch: int, prompt: int, steps: int) -> None:
         from transformers import StaticCache
 
-        # Earlier cases would count against dynamo's limit of recompilations, and lead it to try dynamic shapes.
+        # Earlier cases count against dynamo's limit of recompilations, and make shapes dynamic.
         torch._dynamo.reset()
         self._shape, self._steps, self._left = (batch, prompt), steps, 0
         self._cache = StaticCache(config=self._model.config, max_cache_len=prompt + steps + 1)
@@ -131,14 +135,12 @@ class StaticPeer(ABC):
         assert {(len(prompts), len(prompt)) for prompt in prompts} == {self._shape}
         self._left = self._steps
         for layer in self._cache.layers:
-            layer.cumulative_length.zero_()  # what lies behind it is never looked at
+            layer.cumulative_length.zero_()  # what is behind it is never looked at
         return self._run(torch.tensor(prompts))
 
     def decode(self) -> list[int]:
         """The next greedy token of every row; at most as often after a prefill as prepared."""
-        assert self._left, (
-            "the cache ends here; XLA would write over its last position without a word"
-        )
+        assert self._left, "the cache ends here, and XLA would write over its last position"
         self._left -= 1
         return self._run(self._token[:, None])
 
@@ -148,11 +150,14 @@ class StaticPeer(ABC):
 
     @abstractmethod
     def _run(self, ids: torch.Tensor) -> list[int]:
-        """`[B, S]` ids -> the token after them, `[B]`, also kept as `_token`."""
+        """The token after `[B, S]` ids, `[B]`; it is also kept as `_token`."""
 
 
 class HFCompile(StaticPeer):
-    """transformers with a static cache as its `generate` runs it: prefill eager, decode compiled. Arguments and errors as `HF`."""
+    """transformers with a static cache, as its `generate` runs it: prefill eager, decode compiled.
+
+    Arguments and errors as `HF`.
+    """
 
     def __init__(self, model: str, devices: int, dtype: torch.dtype, threads: int) -> None:
         from transformers import CompileConfig
@@ -160,11 +165,15 @@ class HFCompile(StaticPeer):
         _one_process("hf-compile", devices)
         torch.set_num_threads(threads)
         self._model = load(model, dtype)
-        # The mode that is default elsewhere, reduce-overhead, is about CUDA graphs: on a CPU it only cuts the program into pieces.
+        # reduce-overhead, the default elsewhere, is about CUDA graphs: a CPU gains nothing by it.
         self._compiled = self._model.get_compiled_call(CompileConfig(mode="default"))
 
     def prepare(self, batch: int, prompt: int, steps: int) -> None:
-        """Allocate the cache and compile the decode step for it; RunError where that fails, as it does without a C++ compiler."""
+        """Allocate the cache and compile the decode step for it.
+
+        Raises:
+            RunError: torch.compile fails, as it does without a C++ compiler.
+        """
         self._make_room(batch, prompt, steps)
         try:
             self._warm_up()
@@ -175,17 +184,17 @@ class HFCompile(StaticPeer):
 
     @torch.no_grad()
     def _run(self, ids: torch.Tensor) -> list[int]:
-        self._token = next_token(
-            self._compiled if ids.shape[1] == 1 else self._model, ids, self._cache
-        )
+        forward = self._compiled if ids.shape[1] == 1 else self._model
+        self._token = next_token(forward, ids, self._cache)
         return self._token.tolist()
 
 
 class HFTP(HF):
-    """transformers' own tensor parallelism (`tp_plan="auto"`): one process a device, over gloo, otherwise as `HF`.
+    """transformers' own tensor parallelism (`tp_plan="auto"`): one process a device, over gloo.
 
-    Run it under `torchrun --nproc-per-node=DEVICES`. The process whose `rank` is 0 is used as any peer and calls `close` at the end; the
-    others call `follow`, which returns after that. transformers needs accelerate for it.
+    Run it under `torchrun --nproc-per-node=DEVICES`. The process whose `rank` is 0 is used as any
+    peer and calls `close` at the end. The others call `follow`, which returns after that.
+    transformers needs accelerate for it. Otherwise as `HF`.
 
     Args:
         model, dtype: as for `HF`.
@@ -193,13 +202,31 @@ class HFTP(HF):
         threads: of all processes together.
 
     Raises:
-        RunError: not under torchrun, another number of processes, no accelerate, or heads that do not divide over the processes.
+        RunError: not under torchrun, another number of processes, no accelerate, or heads that do
+            not divide over the processes.
         CheckpointError: see `load`.
     """
 
     def __init__(self, model: str, devices: int, dtype: torch.dtype, threads: int) -> None:
         from transformers.distributed import DistributedConfig
 
+        self._check(model, devices)
+        torch.set_num_threads(max(1, threads // devices))
+        dist.init_process_group("gloo")
+        if dist.get_world_size() != devices:
+            raise RunError(
+                lines(
+                    f"peer hf-tp in {dist.get_world_size()} processes",
+                    f"expected one for each of {devices} devices",
+                )
+            )
+        self.rank = dist.get_rank()
+        # `tp_plan` by itself does the same, but is deprecated.
+        self._model = load(model, dtype, DistributedConfig(tp_plan="auto"))
+
+    @staticmethod
+    def _check(model: str, devices: int) -> None:
+        """Refuse what cannot run, before processes meet."""
         spec = ModelSpec.from_config(find(model).config)
         for name, heads in (("query", spec.query_heads), ("KV", spec.kv_heads)):
             if heads % devices:
@@ -216,28 +243,13 @@ class HFTP(HF):
                     "run: pip install accelerate",
                 )
             )
-        if not dist.is_initialized() and not dist.is_torchelastic_launched():
+        if not dist.is_torchelastic_launched():
             raise RunError(
                 lines(
                     "peer hf-tp runs one process a device",
                     f"start it with: torchrun --nproc-per-node={devices}",
                 )
             )
-        torch.set_num_threads(max(1, threads // devices))
-        with _stdout_to_stderr():
-            if not dist.is_initialized():
-                dist.init_process_group("gloo")
-            if dist.get_world_size() != devices:
-                raise RunError(
-                    lines(
-                        f"peer hf-tp in {dist.get_world_size()} processes",
-                        f"expected one for each of {devices} devices",
-                    )
-                )
-            self.rank = dist.get_rank()
-            self._model = load(
-                model, dtype, DistributedConfig(tp_plan="auto")
-            )  # `tp_plan` by itself does the same, but is deprecated
 
     def prefill(self, prompts: list[list[int]]) -> list[int]:
         """See `HF.prefill`; rank 0 only."""
@@ -273,15 +285,3 @@ class HFTP(HF):
 
     def _tell(self, kind: int, batch: int = 0, length: int = 0) -> None:
         dist.broadcast(torch.tensor([kind, batch, length]), 0)
-
-
-@contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Gloo tells standard output of every connection it makes."""
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)

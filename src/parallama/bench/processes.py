@@ -1,4 +1,7 @@
-"""Engines in processes of their own, as the benchmark holds them. They take turns: one computes, the others wait."""
+"""Engines in processes of their own, as the benchmark holds them.
+
+They take turns: one computes, the others wait. With an engine ends everything that it started.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import ParallamaError, RunError, from_reply, lines
+from ..errors import RunError, from_reply, lines, shown
+from .keeper import family
+from .profile import kernel_names
 
 START_LIMIT_S, ASK_LIMIT_S = 600.0, 1200.0
 REST_S = 0.25
-"""An engine's threads may go on looking for work after its reply, each on a core (transformers' were seen to for 3 to 12 ms); so long nobody else has the turn."""
+"""Pause after each reply, in which nobody computes.
+
+An engine's threads may look for work for a while, each on a core: transformers' for 3 to 12 ms.
+"""
+_GRACE_S = 10.0  # for an engine that is asked to end
 
 
 class EngineProcess:
     """A running engine.
 
     Args:
-        engine: what the worker is to make: `engine`, `model`, `mesh`, `devices`, `dtype`, `backend`, `threads`.
+        engine: what the worker is to make: `engine`, `model`, `mesh`, `devices`, `dtype`,
+            `backend`, `threads`.
         processes: how many the engine itself has; more than one are started by torchrun.
         ask_limit_s: how long one command may take.
 
     Raises:
-        ParallamaError: it could not start; the message says why. What parallama itself refuses is the same error here.
+        ParallamaError: it could not start; the message says why. What parallama itself refuses is
+            the same error here.
 
     Attributes:
         started: what it said when it was ready.
@@ -41,53 +52,55 @@ class EngineProcess:
     ) -> None:
         self.name = str(engine["engine"])
         self._ask_limit_s = ask_limit_s
+        self._profiled = bool(engine.get("profiled"))
+        self._channel: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="parallama-bench-")
-        path = Path(self._folder.name) / "socket"
         self._log = Path(self._folder.name) / "log"
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(path))
-        listener.listen(1)
-        document = json.dumps({**engine, "socket": str(path), "born": time.time()})
-        launcher = [sys.executable, "-m"]
+        try:
+            with socket.socket(socket.AF_UNIX) as listener:
+                path = str(Path(self._folder.name) / "socket")
+                listener.bind(path)
+                listener.listen(1)
+                document = json.dumps({**engine, "socket": path, "born": time.time()})
+                self._process = self._launch(document, processes)
+                self._channel = self._accept(listener, self._process)
+            self._stream = self._channel.makefile("rw", encoding="utf-8", newline="\n")
+            self.started = self._receive(START_LIMIT_S)
+        except BaseException:  # Ctrl-C, too
+            self.close(at_once=True)
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The process below which the whole engine is; it leads a group of its own."""
+        assert self._process is not None
+        return self._process.pid
+
+    def _launch(self, document: str, processes: int) -> subprocess.Popen[bytes]:
+        """Start the engine below a `keeper`, which lives as long as its standard input."""
+        module = [sys.executable, "-m"]
+        launcher = [*module, "parallama.bench.keeper", *module]
         if processes > 1:
-            launcher += [
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={processes}",
-                "-m",
-            ]
+            launcher += ["torch.distributed.run", "--standalone"]
+            launcher += [f"--nproc-per-node={processes}", "-m"]
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 [*launcher, "parallama.bench.worker", document],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        self._channel: socket.socket | None = None
-        try:
-            self._channel = self._accept(listener)
-            self._stream = self._channel.makefile("rw", encoding="utf-8", newline="\n")
-            self.started = self._receive(START_LIMIT_S)
-        except ParallamaError:
-            self.close()
-            raise
-        finally:
-            listener.close()
 
-    @property
-    def pid(self) -> int:
-        """The process, and the group of all that it starts."""
-        return self._process.pid
-
-    def _accept(self, listener: socket.socket) -> socket.socket:
+    def _accept(self, listener: socket.socket, process: subprocess.Popen[bytes]) -> socket.socket:
         listener.settimeout(1.0)
         ends = time.monotonic() + START_LIMIT_S
         while time.monotonic() < ends:
             try:
                 return listener.accept()[0]
             except TimeoutError:
-                if self._process.poll() is not None:
+                if process.poll() is not None:
                     raise RunError(
                         lines(f"{self.name} ended at its start: {self._last_words()}")
                     ) from None
@@ -114,13 +127,23 @@ class EngineProcess:
         try:
             line = self._stream.readline()
         except TimeoutError:
-            self.close()
+            self.close(at_once=True)
             raise RunError(lines(f"{self.name} took more than {limit_s:g} s")) from None
         except OSError:
             line = ""
-        if not line:
+        if not line.endswith("\n"):  # it may have died within a line
             raise RunError(lines(f"{self.name} has died: {self._last_words()}"))
-        reply: dict[str, Any] = json.loads(line)
+        try:
+            reply = json.loads(line)
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict):
+            raise RunError(
+                lines(
+                    f"{self.name} answered {shown(line, 160)}",
+                    "expected a JSON object in one line",
+                )
+            )
         if "refused" in reply:
             raise from_reply(reply)
         if "error" in reply:
@@ -128,27 +151,37 @@ class EngineProcess:
         return reply
 
     def _last_words(self) -> str:
-        words = [
-            line for line in self._log.read_text(errors="replace").splitlines() if line.strip()
-        ]
+        try:
+            said = self._log.read_text(errors="replace").splitlines()
+        except OSError:  # the engine was closed
+            said = []
+        words = [line for line in said if line.strip()]
         return words[-1].strip()[:200] if words else "it said nothing"
 
-    def close(self) -> None:
-        """End the process and all of its own."""
-        if self._channel is not None:
-            with contextlib.suppress(OSError):
-                self._channel.shutdown(socket.SHUT_RDWR)
-            self._channel.close()
+    def close(self, *, at_once: bool = False) -> None:
+        """End the engine and everything that it started.
+
+        Args:
+            at_once: without waiting for it to end by itself.
+        """
+        process, left = self._process, []
+        if process is not None and self._profiled and process.poll() is None:
+            left = [kernel_names(pid) for pid in family(process.pid)]
         try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        self._folder.cleanup()
+            if self._channel is not None:
+                with contextlib.suppress(OSError):
+                    self._channel.shutdown(socket.SHUT_RDWR)
+                self._channel.close()
+            if process is not None and not at_once:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_GRACE_S)
+        finally:
+            if process is not None and process.stdin is not None:
+                process.stdin.close()  # its keeper kills what there still is
+                process.wait()
+            for file in left:
+                file.unlink(missing_ok=True)
+            self._folder.cleanup()
 
     def __enter__(self) -> EngineProcess:
         return self
@@ -159,4 +192,4 @@ class EngineProcess:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(at_once=error is not None)

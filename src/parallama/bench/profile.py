@@ -1,6 +1,7 @@
-"""Where the cores' time goes while an engine computes, by Linux's `perf`: it samples what runs on each thread, whichever library it is of.
+"""Where the cores' time goes while an engine computes, by the samples of Linux's `perf`. Pure.
 
-XLA's own profiler has only the start of a product that several threads share; samples show the kernel itself. oneDNN, which XLA:CPU multiplies with, names its kernels for perf if asked.
+XLA's own profiler has only the start of a product that several threads share; samples show the
+kernel itself. oneDNN, which XLA:CPU multiplies with, names its kernels for perf if asked.
 """
 
 from __future__ import annotations
@@ -14,19 +15,26 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import IO, Literal, get_args
 
-from ..errors import RunError, UsageError, lines
+from ..errors import RunError, UsageError, lines, shown
+from ..isolated_process import how_ended
+from .keeper import family
 from .rows import Profile
 
 Kind = Literal[
     "products", "packing", "compiled", "torch", "collectives", "system", "waiting", "other"
 ]
-"""What a core does: a library's matrix products; copying their operands for them; XLA's own code, which is loops, attention's softmax and products of one row; torch's own
-loops; sums over devices; the system, mostly clearing memory; waiting for other threads; anything else."""
+"""What a core does.
+
+products: a library's matrix products. packing: copying their operands for them. compiled: XLA's own
+code: loops, attention's softmax, products of one row. torch: its own loops. collectives: sums over
+devices. system: mostly clearing memory. waiting: for other threads. other: anything else.
+"""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HERTZ = 1999
-_ATTACH_S = 1.0
+_ATTACH_S = 1.0  # until perf samples, or has given up
+_WRITE_S = 60.0
 _SYMBOLS: tuple[tuple[str, Kind], ...] = (
     (r"gemm_pack|_scopy_|_dcopy_|omp_parallel_[ab]copy|gblock_by_", "packing"),
     (r"_gemm_f32_|_gemm_kernel|gebp_kernel|gemm_kernel|gemv|brgemm|mkl_blas_\w*gemm", "products"),
@@ -50,7 +58,7 @@ def check_perf() -> None:
 
 
 def kernel_names(pid: int) -> Path:
-    """Where a process that was told to (`backends.name_kernels`) says how its kernels are called."""
+    """Where a process names its kernels that was told to, by `environment.name_kernels`."""
     return Path(f"/tmp/perf-{pid}.map")
 
 
@@ -96,10 +104,12 @@ class Recording:
         """What a pass takes, in the mean.
 
         Args:
-            seconds: that each prefill or step in the stretch took; what lies between them is not the engine's.
+            seconds: of each prefill or step in the stretch; what is between them is not the
+                engine's.
             cores: that the engine may use.
         """
-        passes, took = len(seconds), sum(seconds)
+        passes = len(seconds)
+        took = sum(seconds)
         each: dict[str, float] = {kind: 1e3 * self.counted[kind] / HERTZ / passes for kind in KINDS}
         idle = max(0.0, 1e3 * took * cores / passes - sum(each.values()))
         return Profile(
@@ -119,67 +129,51 @@ def recording(pid: int) -> Iterator[Recording]:
     taken = Recording()
     with tempfile.TemporaryDirectory(prefix="parallama-perf-") as folder:
         data = Path(folder) / "data"
-        command = [
-            "perf",
-            "record",
-            "--no-buildid-cache",
-            "--event",
-            "cpu-clock",
-            "--freq",
-            str(HERTZ),
-            "--pid",
-            _family(pid),
-            "--output",
-            str(data),
-        ]
-        with (Path(folder) / "log").open("w+") as log:
-            perf = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-            try:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    perf.wait(_ATTACH_S)
-                if perf.returncode is not None:
-                    log.seek(0)
-                    said = " ".join(log.read().split())[:200]
-                    raise RunError(
-                        lines(
-                            f"perf cannot record: {said}",
-                            "see /proc/sys/kernel/perf_event_paranoid",
-                        )
-                    )
-                yield taken
-            finally:
-                perf.send_signal(signal.SIGINT)
-                perf.wait()
+        processes = ",".join(map(str, family(pid)))
+        command = ["perf", "record", "--no-buildid-cache", "--event", "cpu-clock"]
+        command += ["--freq", str(HERTZ), "--pid", processes, "--output", str(data)]
+        with (Path(folder) / "log").open("w+") as log, _ended(command, log) as perf:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                perf.wait(_ATTACH_S)
+            if perf.returncode is not None:
+                log.seek(0)
+                said = " ".join(log.read().split())[:200]
+                raise RunError(
+                    lines(f"perf cannot record: {said}", "see /proc/sys/kernel/perf_event_paranoid")
+                )
+            yield taken
         taken.counted = count(_report(data))
 
 
+@contextlib.contextmanager
+def _ended(command: list[str], log: IO[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """perf, which writes what it has when it is interrupted, and is over when this is left."""
+    perf = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        yield perf
+    finally:
+        perf.send_signal(signal.SIGINT)
+        try:
+            perf.wait(_WRITE_S)
+        except subprocess.TimeoutExpired:
+            raise RunError(lines(f"perf did not end within {_WRITE_S:.0f} s")) from None
+        finally:
+            perf.kill()
+            perf.wait()
+
+
 def _report(data: Path) -> str:
-    fields = ["--fields", "sample,dso,sym"]
-    command = [
-        "perf",
-        "report",
-        "--stdio",
-        "--quiet",
-        "--no-children",
-        "--no-demangle",
-        "--percent-limit",
-        "0",
-        *fields,
-    ]
-    return subprocess.run(
-        [*command, "--input", str(data)],
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    ).stdout
-
-
-def _family(pid: int) -> str:
-    """A process and all below it, with commas between them."""
-    found = [pid]
-    for each in found:
-        for children in Path(f"/proc/{each}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                found += [int(child) for child in children.read_text().split()]
-    return ",".join(map(str, found))
+    command = ["perf", "report", "--stdio", "--quiet", "--no-children", "--no-demangle"]
+    command += ["--percent-limit", "0", "--fields", "sample,dso,sym", "--input", str(data)]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    if ended.returncode != 0 or not count(ended.stdout):
+        said = shown(" ".join((ended.stderr or ended.stdout).split()), 200)
+        raise RunError(
+            lines(
+                f"perf report gave no samples: it {how_ended(ended.returncode)} and said {said}",
+                "expected lines of samples, object and symbol",
+            )
+        )
+    return ended.stdout

@@ -1,4 +1,7 @@
-"""The plain torch-xla recipe, as a competent user who follows the guides writes it: transformers' model, SPMD marks, one sync a step."""
+"""The plain torch-xla recipe, as a competent user who follows the guides writes it.
+
+transformers' model, SPMD marks, one sync a step.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,15 @@ _SPLIT: Mapping[str, Axes] = MappingProxyType(
         "lm_head": ("model", None),
     }
 )
-"""Module -> mesh axis of each dim of its weight `[out, in]`; everything else is on every device."""
+"""Module to the mesh axis of each dim of its weight `[out, in]`; all else is replicated."""
 
 
 class Recipe(StaticPeer):
-    """Lazy tensors: every step is traced, `torch_xla.sync()` runs it, and torch-xla finds the program again by the trace's hash.
+    """Lazy tensors: every step is traced, and `torch_xla.sync()` runs it.
 
-    Positions live on the devices (transformers' `StaticCache` keeps them there), so no step makes a new program. Where heads do not divide
-    over the devices the answer is still right; GSPMD then gathers.
+    torch-xla finds the program again by the trace's hash. Positions are on the devices, where
+    transformers' `StaticCache` keeps them, so no step makes a new program. Where heads do not
+    divide over the devices the answer is still right; GSPMD then gathers.
 
     Args:
         model: see `peers.load`.
@@ -54,10 +58,11 @@ class Recipe(StaticPeer):
         self._xla: Any = torch_xla
         self._spmd: Any = xs
         self._device: torch.device = torch_xla.device()
-        self._devices, self._dtype = devices, dtype
-        self._mesh: Any = (
-            xs.Mesh(np.arange(devices), (devices,), ("model",)) if devices > 1 else None
-        )
+        self._devices = devices
+        self._dtype = dtype
+        self._mesh: Any = None
+        if devices > 1:
+            self._mesh = xs.Mesh(np.arange(devices), (devices,), ("model",))
         self._model = load(model, dtype).to(self._device)
         self._model.tie_weights()  # moving it gave a tied head a copy
         for name, module in self._model.named_modules():
@@ -68,7 +73,10 @@ class Recipe(StaticPeer):
         self._call: Callable[[torch.Tensor], torch.Tensor] = self._forward
 
     def prepare(self, batch: int, prompt: int, steps: int) -> None:
-        """Allocate the cache on the devices, `[B, K, T, D]` split over KV heads where they divide, and compile prefill and decode."""
+        """Allocate the cache on the devices, and compile prefill and decode.
+
+        It is `[B, K, T, D]`, split over KV heads where they divide.
+        """
         self._make_room(batch, prompt, steps)
         config = self._model.config
         kv_heads = config.num_key_value_heads
@@ -86,9 +94,8 @@ class Recipe(StaticPeer):
     def _run(self, ids: torch.Tensor) -> list[int]:
         if ids.device != self._device:
             ids = ids.to(self._device)
-            self._mark(
-                ids, (None, None)
-            )  # unmarked, dynamo takes every prompt for a new layout and traces again
+            # Unmarked, dynamo takes every prompt for a new layout and traces again.
+            self._mark(ids, (None, None))
         self._token = self._call(ids)
         self._xla.sync()
         return self._token.tolist()
@@ -102,7 +109,10 @@ class Recipe(StaticPeer):
 
 
 class RecipeOpenXLA(Recipe):
-    """`Recipe` with its step through `torch.compile(backend="openxla")`, which traces once a shape and then only runs the program."""
+    """`Recipe` with its step through `torch.compile(backend="openxla")`.
+
+    That traces once a shape and then only runs the program.
+    """
 
     def __init__(self, model: str, devices: int, dtype: torch.dtype, threads: int) -> None:
         super().__init__(model, devices, dtype, threads)

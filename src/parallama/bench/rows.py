@@ -1,4 +1,4 @@
-"""What a benchmark measured, as plain data: pure, and the JSON of `parallama bench --json`."""
+"""What a benchmark measured, as plain data: the JSON of `parallama bench --json`. Pure."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Where the time of a prefill or of a decode step goes, sampled in passes of its own after the measured ones.
+    """Where the time of a prefill or of a decode step goes.
+
+    Sampled in passes of its own, after the measured ones.
 
     Attributes:
         samples: on all cores.
         ms_per_pass: wall clock, while sampled.
-        core_ms_per_pass: of all cores together, by what they do: see `profile.Kind`; and `idle`.
+        core_ms_per_pass: of all cores together, by what they do (see `profile.Kind`), and `idle`.
     """
 
     samples: int
@@ -51,7 +53,7 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class PeerResult:
-    """What a peer did with the same weights, tokens, dtype and cores; interleaved with ours in the same run.
+    """What a peer did with the same weights, tokens, dtype and cores; it took turns with ours.
 
     Attributes:
         error: why it could not run the case, or None.
@@ -74,12 +76,16 @@ class Row:
     """One thing measured.
 
     Attributes:
-        what: `prefill` (until the first token is on the host) or `decode` (one step after another, each token on the host).
+        what: `prefill` (until the first token is on the host) or `decode` (one step after another,
+            each token on the host).
         mesh: data x model.
         batch: rows.
         prompt: tokens of each row's prompt; decode starts behind it.
-        mbu: model bandwidth utilisation of decode: bytes of weights and cache that a step must read, over what the machine reads in that time: the median of readings in every round of the case.
-        mfu: model FLOPs utilisation of prefill: FLOPs of its products, over what the machine's matrix product does in that time, taken alike.
+        mbu: model bandwidth utilisation of decode: bytes of weights and cache that a step must
+            read, over what the machine reads in that time. The machine's is the median of readings
+            in every round of the case.
+        mfu: model FLOPs utilisation of prefill: FLOPs of its products, over what the machine's
+            matrix product does in that time, taken alike.
         host_ms_per_step: of a decode step outside of the executable and of waiting for it.
         profile: where the time goes, if that was asked for.
         skipped: why the case was not run, or None.
@@ -101,13 +107,16 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """From nothing to a first token on one mesh, seconds of wall clock in a new process; its parts in the order in which they begin.
+    """From nothing to a first token on one mesh, in a new process.
+
+    Seconds are of wall clock; the parts stand in the order in which they begin.
 
     Attributes:
         import_s: Python's imports and starting the devices.
         load_s: reading the checkpoint onto the devices.
         load_bytes_read: of the checkpoint.
-        load_baseline_rss_bytes, load_peak_rss_bytes: memory of the process before that, and at most until its end.
+        load_baseline_rss_bytes, load_peak_rss_bytes: memory of the process before loading, and at
+            most until its end.
         trace_s: tracing the programs.
         compile_s: XLA compiling them, where nothing else was going on.
         first_token_s: the prefill itself, the first time.
@@ -133,7 +142,9 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The machine's limits, measured in the same run: the best of all readings. A row's `mbu` and `mfu` are held against those of its own rounds.
+    """The machine's limits, measured in the same run: the best of all readings.
+
+    A row's `mbu` and `mfu` are held against the readings of its own rounds.
 
     Attributes:
         bandwidth_bytes_per_s: reading memory, all threads.
@@ -167,7 +178,10 @@ class Report(About):
     rows: tuple[Row, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `--json`; each row has versions and threads of its own, so that rows of several runs can be put together."""
+        """The document of `--json`.
+
+        Each row repeats versions and threads, so that rows of several runs can be put together.
+        """
         document = asdict(self)
         for row in document["rows"]:
             row |= {"versions": self.versions, "threads": self.threads}

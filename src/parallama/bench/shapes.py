@@ -1,4 +1,7 @@
-"""Random-weight checkpoints of named shapes, to measure on: speed depends on sizes, not on what the weights say."""
+"""Random-weight checkpoints of named shapes, to measure on.
+
+Speed depends on sizes, not on what the weights say.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +56,14 @@ SHAPES: Mapping[str, dict[str, object]] = MappingProxyType(
         "l1b-bf16": _shape(2048, 16, 32, 8, 8192, 128256, tied=True) | {"dtype": "bfloat16"},
     }
 )
-"""Name -> config.json: a toy, SmolLM2-135M's sizes, 200 M parameters, Llama-3.2-1B's sizes, and the same in bfloat16 (which is written in five files)."""
-_SHARD_BYTES = 550_000_000
+"""Name to config.json: a toy, SmolLM2-135M's sizes, 200 M parameters, Llama-3.2-1B's sizes in
+float32 and in bfloat16.
+"""
+_BFLOAT16_SHARD_BYTES = 550_000_000  # makes five files of l1b-bf16, for loading several is measured
 
 
 def make(name: str, folder: Path, seed: int = 0) -> int:
-    """Write a checkpoint of a named shape: config.json and safetensors (in several files where it is bfloat16), no tokenizer.
+    """Write a checkpoint of a named shape: config.json and safetensors, no tokenizer.
 
     Args:
         folder: made if it isn't there; must be empty.
@@ -92,22 +97,18 @@ def make(name: str, folder: Path, seed: int = 0) -> int:
         spec = ModelSpec.from_config(SHAPES[name])
         generator = torch.Generator().manual_seed(seed)
         dtype = DTYPES[str(SHAPES[name]["dtype"])]
-        tensors = (
-            (
-                parameter,
-                torch.ones(shape)
-                if len(shape) == 1
-                else torch.randn(shape, generator=generator) * 0.02,
-            )
-            for parameter, shape in spec.parameters()
-        )
-        kinds = {
-            parameter: Kind(shape=shape, dtype=dtype) for parameter, shape in spec.parameters()
-        }
-        write(folder, tensors, kinds, _SHARD_BYTES if dtype == torch.bfloat16 else SHARD_BYTES)
-        (folder / "config.json").write_text(
-            json.dumps(SHAPES[name], indent=1) + "\n", encoding="utf-8"
-        )
+
+        def tensor(shape: tuple[int, ...]) -> torch.Tensor:
+            if len(shape) == 1:  # a norm's
+                return torch.ones(shape)
+            return torch.randn(shape, generator=generator) * 0.02
+
+        kinds = {each: Kind(shape=shape, dtype=dtype) for each, shape in spec.parameters()}
+        tensors = ((each, tensor(shape)) for each, shape in spec.parameters())
+        shard_bytes = _BFLOAT16_SHARD_BYTES if dtype == torch.bfloat16 else SHARD_BYTES
+        write(folder, tensors, kinds, shard_bytes)
+        config = json.dumps(SHAPES[name], indent=1) + "\n"
+        (folder / "config.json").write_text(config, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(
             lines(f"folder {str(folder)!r} cannot be written: {error.strerror}", "give another one")

@@ -1,4 +1,7 @@
-"""Whole optimizer steps, as `parallama bench --train` has them taken: ours as `parallama train` takes them, and transformers' in a plain eager loop."""
+"""Whole optimizer steps, for `parallama bench --train`.
+
+Ours as `parallama train` takes them, and transformers' in a plain eager loop.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,18 @@ class TrainEngine(Protocol):
     """One way to take optimizer steps; it lives in a process of its own."""
 
     def step(self, rows: list[list[int]]) -> float:
-        """One step on rows of one length; the mean loss of their tokens but each row's first, with the weights as they were before it."""
+        """One step on rows of one length.
+
+        Returns:
+            The mean loss of their tokens but each row's first, with the weights before the step.
+        """
         ...
 
     def bytes_per_device(self) -> dict[str, list[int]]:
-        """What lies on each device between steps: `params`, `optimizer`, and `gradients` where they stay."""
+        """What each device holds between steps.
+
+        Under `params`, `optimizer`, and `gradients` where they stay.
+        """
         ...
 
 
@@ -35,13 +45,11 @@ class Ours:
         mesh = start(
             given["mesh"], backend=given["backend"], backend_options=given["backend_options"]
         )
-        self._trainer, self._lr = (
-            make_trainer(
-                find(given["model"]), mesh, options, allow_nonfinite=given["allow_nonfinite"]
-            ),
-            lr,
+        self._trainer = make_trainer(
+            find(given["model"]), mesh, options, allow_nonfinite=given["allow_nonfinite"]
         )
         self._trainer.compile()
+        self._lr = lr
 
     def step(self, rows: list[list[int]]) -> float:
         """See `TrainEngine.step`."""
@@ -60,7 +68,10 @@ class Ours:
 
 
 class HF:
-    """transformers' model in training mode with its default attention, its own loss, torch's AdamW, and gradients clipped as ours are."""
+    """transformers' model in training mode, with its default attention and its own loss.
+
+    torch's AdamW updates it, and gradients are clipped as ours are.
+    """
 
     def __init__(self, given: dict[str, Any], options: StepOptions, lr: float) -> None:
         from .peers import load
@@ -106,9 +117,7 @@ class Served:
 
     def __init__(self, given: dict[str, Any], versions: tuple[str, ...]) -> None:
         asked = given["train"]
-        options = StepOptions(
-            batch_size=asked["batch"], seq_len=asked["seq_len"], dtype=given["dtype"]
-        )
+        options = StepOptions(**asked["step"])
         began = time.perf_counter()
         engines: dict[str, Any] = {"parallama": Ours, "hf": HF}
         self.engine: TrainEngine = engines[given["engine"]](given, options, asked["lr"])
@@ -124,7 +133,7 @@ class Served:
         return {"seconds": time.perf_counter() - began, "loss": loss}
 
     def held(self) -> dict[str, Any]:
-        """What lies on the devices."""
+        """What the devices hold."""
         return {"bytes_per_device": self.engine.bytes_per_device()}
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """An engine in a process of its own: JSON lines over a socket, one command at a time.
 
-Run as `python -m parallama.bench.worker '{"engine": "hf", ...}'` by `processes`. An engine that has several processes itself (`hf-tp`) is started by torchrun, and
-only its first one speaks.
+Run as `python -m parallama.bench.worker '{"engine": "hf", ...}'` by `processes`. An engine that has
+several processes itself (`hf-tp`) is started by torchrun, and only its first one speaks.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from ..errors import ParallamaError, cause, lines, to_reply
 from ..host import peak_rss_bytes
 from ..sharded.loading import DTYPES
 from .engine import Engine, Ours
-from .profile import kernel_names
 
 VERSIONS = ("parallama", "torch", "torch_xla", "transformers")
 
 
 def main() -> None:
-    """Make the engine that the first argument describes, then do as told until the socket closes."""
+    """Make the engine that the first argument describes, and do as told until the socket closes."""
     given = json.loads(sys.argv[1])
     cores = sorted(os.sched_getaffinity(0))[: given["threads"]]
     os.sched_setaffinity(0, cores)
@@ -50,14 +49,10 @@ def main() -> None:
         command = json.loads(line)
         try:
             reply: dict[str, Any] = getattr(served, command.pop("do"))(**command)
-        except (
-            Exception
-        ) as error:  # whatever a peer runs into is a result: it could not run the case
+        except Exception as error:  # whatever a peer runs into is why it could not run the case
             reply = {"error": _reason(error)}
         _say(stream, reply | {"peak_rss_bytes": peak_rss_bytes()})
     served.close()
-    if given.get("profiled"):
-        kernel_names(os.getpid()).unlink(missing_ok=True)
     sys.stderr.flush()
     os._exit(0)  # XLA's threads need not be joined one by one
 
@@ -84,11 +79,9 @@ def _say(stream: Any, document: dict[str, Any]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return (
-        str(error).splitlines()[0]
-        if isinstance(error, ParallamaError)
-        else f"{type(error).__name__}: {cause(error)}"
-    )
+    if isinstance(error, ParallamaError):
+        return str(error).splitlines()[0]
+    return f"{type(error).__name__}: {cause(error)}"
 
 
 class Served:
@@ -179,17 +172,16 @@ class Served:
     def decode(self, steps: int) -> dict[str, Any]:
         """Some decode steps, each timed."""
         stats = self.engine.stats if isinstance(self.engine, Ours) else None
-        host, done = (stats.decode_host_s, stats.decode_steps) if stats else (0.0, 0)
+        host_s, done = (0.0, 0) if stats is None else (stats.decode_host_s, stats.decode_steps)
         seconds, tokens = [], []
         for _ in range(steps):
             began = time.perf_counter()
             tokens.append(self.engine.decode())
             seconds.append(time.perf_counter() - began)
         reply: dict[str, Any] = {"seconds": seconds, "tokens": tokens}
-        if stats:
-            reply["host_ms_per_step"] = (
-                1e3 * (stats.decode_host_s - host) / (stats.decode_steps - done)
-            )
+        if stats is not None:
+            each_s = (stats.decode_host_s - host_s) / (stats.decode_steps - done)
+            reply["host_ms_per_step"] = 1e3 * each_s
             reply["programs_after_warmup"] = stats.programs_after_warmup
         return reply
 
@@ -208,10 +200,14 @@ class Machine:
         self.started: dict[str, Any] = {}
         self._read = torch.ones(256 * 1024 * 1024)
         generator = torch.Generator().manual_seed(0)
-        self._a, self._b = (torch.randn(2048, 2048, generator=generator) for _ in range(2))
+        self._a = torch.randn(2048, 2048, generator=generator)
+        self._b = torch.randn(2048, 2048, generator=generator)
 
     def measure(self) -> dict[str, Any]:
-        """Bytes a second of reading 1 GiB, and FLOPs a second of a product of two 2048 x 2048 matrices; the best of three each."""
+        """Bytes a second of reading 1 GiB, and FLOPs a second of a 2048 x 2048 product.
+
+        Of each the best of three.
+        """
 
         def best(run: Any) -> float:
             return min(Served._seconds(run) for _ in range(3))

@@ -12,7 +12,7 @@ from .eval import evaluate
 from .export import export
 from .generate import generate
 from .inspect import inspect
-from .options import show_version
+from .option_groups import expanded
 from .plan import plan
 from .report import report
 from .train import train
@@ -29,10 +29,24 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if not asked:
+        return
+    from importlib.metadata import version
+
+    from .. import __version__
+
+    beneath = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "torch_xla", "transformers")
+    )
+    typer.echo(f"parallama {__version__} ({beneath})")
+    raise typer.Exit
+
+
 @app.callback()
 def _root(
     version: bool = typer.Option(
-        False, "--version", callback=show_version, is_eager=True, help="Show versions and exit."
+        False, "--version", callback=_show_version, is_eager=True, help="Show versions and exit."
     ),
     debug: bool = typer.Option(
         False, "--debug", help="Show tracebacks (anywhere on the command line)."
@@ -41,16 +55,16 @@ def _root(
     pass
 
 
-app.command()(generate)
-app.command()(chat)
-app.command()(audit)
-app.command()(bench)
-app.command()(doctor)
-app.command("eval")(evaluate)
-app.command()(export)
-app.command()(inspect)
-app.command()(plan)
-app.command()(report)
-app.command(context_settings={"ignore_unknown_options": True})(train)
-app.command()(validate)
-app.command()(verify)
+app.command()(expanded(generate))
+app.command()(expanded(chat))
+app.command()(expanded(audit))
+app.command()(expanded(bench))
+app.command()(expanded(doctor))
+app.command("eval")(expanded(evaluate))
+app.command()(expanded(export))
+app.command()(expanded(inspect))
+app.command()(expanded(plan))
+app.command()(expanded(report))
+app.command(context_settings={"ignore_unknown_options": True})(expanded(train))
+app.command()(expanded(validate))
+app.command()(expanded(verify))

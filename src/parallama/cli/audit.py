@@ -2,54 +2,44 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..engine.devices.plugins import parse_options
 from ..errors import UsageError, lines
 from ..plan.collectives import INFERENCE, Phase
-from ..plan.mesh_shape import MeshShape
-from . import options
+from ..train.options import StepOptions
+from . import options, output
+from .train_options import AuditedStep
 
 if TYPE_CHECKING:
-    from ..prove.audit import Audit
+    from ..inference.sharded_model import Progress
+    from ..prove.findings import Audit
 
 _PHASES: tuple[Phase, ...] = ("prefill", "decode", "train")
 
 
 def audit(
-    model: options.Model,
+    *,
+    context: typer.Context,
     phase: Annotated[
         str, typer.Option("--phase", help="prefill, decode, train or all (the first two).")
     ] = "decode",
     batch: Annotated[
-        int, typer.Option("--batch", help="Rows over all devices.", show_default="one on each")
-    ] = 0,
+        int | None,
+        typer.Option("--batch", help="Rows over all devices.", show_default="one on each"),
+    ] = None,
     seq: Annotated[
         int,
         typer.Option(
             "--seq",
             help="Tokens of each prompt or training row; for decode, tokens already cached.",
+            callback=options.within(1),
         ),
     ] = 64,
-    fsdp: Annotated[
-        bool, typer.Option("--fsdp", help="train: weights and their state split over data, too.")
-    ] = False,
-    sequence_parallel: Annotated[
-        bool,
-        typer.Option(
-            "--sequence-parallel", help="train: norms and residuals split along the sequence."
-        ),
-    ] = False,
-    grad_accum: Annotated[
-        int, typer.Option("--grad-accum", help="train: micro-steps of a step.")
-    ] = 1,
-    remat: Annotated[
-        str, typer.Option("--remat", help="train: none, full, or n for every n-th layer.")
-    ] = "none",
+    step: AuditedStep,
     accept_plan: Annotated[
         bool,
         typer.Option(
@@ -57,152 +47,112 @@ def audit(
             help="Judge the program against the plan only, not the plan against the least.",
         ),
     ] = False,
-    mesh: options.Mesh = None,
-    tensor_parallel_size: options.TensorParallel = None,
-    devices: options.Devices = None,
-    backend: options.BackendName = "cpu",
-    backend_option: options.BackendOptions = None,
-    plan: options.PlanFile = None,
-    dtype: options.Dtype = "auto",
-    allow_nonfinite: options.AllowNonfinite = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on standard output.")
-    ] = False,
+    chosen: options.ModelOptions,
+    as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compile a step, and hold its collectives, its weights and its cache against the plan, to the byte."""
+    """Compile a step, and hold its collectives, its weights and its cache against the plan, to the
+    byte.
+    """
     if phase not in (*_PHASES, "all"):
         raise UsageError(
             lines(f"--phase {phase!r} is unknown", f"expected one of {', '.join(_PHASES)}, all")
         )
-    shape = options.mesh_shape(mesh, tensor_parallel_size)
-    batch = batch or shape.data
-    if batch < 1 or batch % shape.data:
-        raise UsageError(
-            lines(
-                f"--batch is {batch}",
-                f"expected a multiple of {shape.data}, the devices along 'data'",
-            )
-        )
-    if seq < 1:
-        raise UsageError(lines(f"--seq is {seq}", "expected at least 1"))
+    if phase != "train":
+        AuditedStep.refuse(context, "expected --phase train beside it")
+    shape = chosen.shape
+    batch = options.rows(batch, shape)
+    _check_seq(seq, phase, chosen.positions())
     if phase == "train":
-        step: dict[str, Any] = {
-            "batch_size": batch,
-            "seq_len": seq,
-            "fsdp": fsdp,
-            "sequence_parallel": sequence_parallel,
-            "grad_accum": grad_accum,
-        }
-        step |= {
-            "remat": int(remat) if remat.isdigit() else remat,
-            "dtype": "float32" if dtype == "auto" else dtype,
-        }
-        chosen = (
-            options.mesh_shape(mesh, tensor_parallel_size),
-            devices,
-            backend,
-            backend_option,
-            plan,
-        )
-        found = _train(model, step, *chosen, accept_plan=accept_plan, quiet=quiet)
-        typer.echo(json.dumps(found.to_dict())) if as_json else _show(
-            found, f"{model} on {shape}, batch {batch}, {seq} tokens"
-        )
-        if not found.passed:
-            raise typer.Exit(1)
-        return
-    from ..prove.audit import audit as judge
-    from ..prove.audit import step_key
-
-    with options.progress(quiet) as progress:
-        llm = options.load_model(
-            model,
-            mesh=mesh,
-            tensor_parallel=tensor_parallel_size,
-            devices=devices,
-            backend=backend,
-            backend_options=backend_option,
-            plan=plan,
-            dtype=dtype,
-            max_model_len=None,
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
-            keep_hlo=True,
-        )
-        if seq + 1 > llm.max_model_len:
-            raise UsageError(
-                lines(
-                    f"--seq is {seq}",
-                    f"expected less than {llm.max_model_len}, the model's positions",
-                )
-            )
-        audits = [
-            judge(
-                llm.steps,
-                llm.programs,
-                each,
-                step_key(each, batch, seq),
-                accept_plan=accept_plan,
-            )
-            for each in INFERENCE
-            if phase in (each, "all")
-        ]
+        dtype = StepOptions.dtype if chosen.dtype == "auto" else chosen.dtype
+        how = step.options(batch_size=batch, seq_len=seq, dtype=dtype)
+        with output.only_json(as_json), output.progress(quiet) as progress:
+            audits = [_train(chosen, how, progress, accept_plan=accept_plan)]
+    else:
+        phases = INFERENCE if phase == "all" else [each for each in INFERENCE if each == phase]
+        with output.only_json(as_json), output.progress(quiet) as progress:
+            audits = _inference(chosen, phases, batch, seq, progress, accept_plan=accept_plan)
+    passed = all(each.passed for each in audits)
     if as_json:
         documents = [each.to_dict() for each in audits]
-        passed = all(each.passed for each in audits)
-        typer.echo(
-            json.dumps(documents[0] if phase != "all" else {"phases": documents, "passed": passed})
-        )
+        all_phases = {"phases": documents, "passed": passed}
+        output.print_json(all_phases if phase == "all" else documents[0])
     else:
         for each in audits:
-            _show(each, f"{model} on {shape}, batch {batch}, {seq} tokens")
-    if not all(each.passed for each in audits):
+            _show(each, f"{chosen.model} on {shape}, batch {batch}, {seq} tokens")
+    if not passed:
         raise typer.Exit(1)
 
 
-def _train(
-    model: str,
-    step: dict[str, Any],
-    shape: MeshShape,
-    devices: int | None,
-    backend: str,
-    backend_options: list[str] | None,
-    plan: Path | None,
+def _check_seq(seq: int, phase: str, positions: int | None) -> None:
+    """Refuse rows that are longer than the model's positions; a step of inference adds a token."""
+    training = phase == "train"
+    if positions is not None and seq + (not training) > positions:
+        most = "at most" if training else "less than"
+        raise UsageError(
+            lines(f"--seq is {seq}", f"expected {most} {positions}, the model's positions")
+        )
+
+
+def _inference(
+    chosen: options.ModelOptions,
+    phases: Sequence[Phase],
+    batch: int,
+    seq: int,
+    progress: Progress | None,
     *,
     accept_plan: bool,
-    quiet: bool,
+) -> list[Audit]:
+    """Audit the steps of inference."""
+    from ..prove.audit import audit as judge
+    from ..prove.audit import step_key
+
+    llm = chosen.load(progress=progress, keep_hlo=True)
+    _check_seq(seq, phases[0], llm.max_model_len)
+    return [
+        judge(llm.steps, llm.programs, each, step_key(each, batch, seq), accept_plan=accept_plan)
+        for each in phases
+    ]
+
+
+def _train(
+    chosen: options.ModelOptions,
+    how: StepOptions,
+    progress: Progress | None,
+    *,
+    accept_plan: bool,
 ) -> Audit:
     """Audit a training step."""
     from ..engine.interface import start
     from ..files.find import find
     from ..model.spec import ModelSpec
-    from ..plan.placement import make_plan, read_overrides
+    from ..plan.make_plan import make_plan
+    from ..plan.overrides import read_overrides
     from ..prove.train_audit import audit_training
-    from ..train.options import StepOptions
     from ..train.trainer import make_trainer
 
-    chosen = StepOptions(**step)
-    with options.progress(quiet) as progress:
-        # First, as in `load`: the devices start before transformers, which may import torch_xla.
-        mesh = start(
-            shape,
-            backend=backend,
-            backend_options=parse_options(backend_options or []),
-            devices=devices,
-            keep_hlo=True,
-        )
-        checkpoint = find(model)
-        made = make_plan(
-            ModelSpec.from_config(checkpoint.config),
-            shape,
-            read_overrides(plan) if plan is not None else None,
-        )
-        report = None if progress is None else lambda done, of: progress("loading", done, of)
-        return audit_training(
-            make_trainer(checkpoint, mesh, chosen, plan=made, progress=report),
-            accept_plan=accept_plan,
-        )
+    shape = chosen.shape
+    # First, as in `load`: the devices start before transformers, which may import torch_xla.
+    mesh = start(
+        shape,
+        backend=chosen.backend,
+        backend_options=chosen.backend_options,
+        devices=chosen.devices,
+        keep_hlo=True,
+    )
+    checkpoint = find(chosen.model)
+    overrides = None if chosen.plan is None else read_overrides(chosen.plan)
+    made = make_plan(ModelSpec.from_config(checkpoint.config), shape, overrides)
+    report = None if progress is None else partial(progress, "loading")
+    trainer = make_trainer(
+        checkpoint,
+        mesh,
+        how,
+        plan=made,
+        progress=report,
+        allow_nonfinite=chosen.allow_nonfinite,
+    )
+    return audit_training(trainer, accept_plan=accept_plan)
 
 
 def _show(audit: Audit, title: str) -> None:
@@ -212,51 +162,38 @@ def _show(audit: Audit, title: str) -> None:
     from rich.text import Text
 
     console = Console()
-    console.print(
-        Text(f"{audit.phase}: {'passed' if audit.passed else 'FAILED'} ({title})", style="bold")
-    )
+    verdict = "passed" if audit.passed else "FAILED"
+    console.print(Text(f"{audit.phase}: {verdict} ({title})", style="bold"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for head, side in (
-        ("collective", "left"),
-        ("axis", "left"),
-        ("module", "left"),
-        ("bytes", "right"),
-        ("planned", "right"),
-        ("found", "right"),
-    ):
-        table.add_column(head, justify="right" if side == "right" else "left", overflow="fold")
-    planned = {
-        (each.kind, each.axis, each.module, each.bytes): each.count for each in audit.expected
-    }
-    found = {(each.kind, each.axis, each.module, each.bytes): each.count for each in audit.found}
-    for kind, axis, module, size in dict.fromkeys([*planned, *found]):
-        counts = (str(counted.get((kind, axis, module, size), 0)) for counted in (planned, found))
+    for head in ("collective", "axis", "module"):
+        table.add_column(head, overflow="fold")
+    for head in ("bytes", "planned", "found"):
+        table.add_column(head, justify="right", overflow="fold")
+    planned, found = (
+        {(each.kind, each.axis, each.module, each.bytes): each.count for each in collectives}
+        for collectives in (audit.expected, audit.found)
+    )
+    for key in dict.fromkeys([*planned, *found]):
+        kind, axis, module, size = key
+        counts = (str(planned.get(key, 0)), str(found.get(key, 0)))
         table.add_row(kind, axis, module, f"{size:,}", *counts)
-    if table.row_count:
-        console.print(table)
-    else:
-        console.print(Text("no collectives, planned or found"))
-    console.print(
-        Text(
-            f"{audit.programs} program; {audit.aliased} of {audit.cache_tensors} {'tensors of the state' if audit.phase == 'train' else 'cache tensors'} updated in place"
-        )
-    )
-    console.print(
-        Text(f"parameters on each device, measured: {_bytes(audit.param_bytes_per_device)}")
-    )
+    console.print(table if table.row_count else Text("no collectives, planned or found"))
+    tensors = "tensors of the state" if audit.phase == "train" else "cache tensors"
+    remarks = [
+        f"{audit.programs} program; {audit.aliased} of {audit.cache_tensors} {tensors}"
+        " updated in place",
+        f"parameters on each device, measured: {_bytes(audit.param_bytes_per_device)}",
+    ]
     if audit.working_bytes is not None:
-        predicted = (
-            f"; predicted: {audit.predicted_working_bytes:,}"
-            if audit.predicted_working_bytes is not None
-            else ""
+        predicted = audit.predicted_working_bytes
+        remarks.append(
+            "activations, gradients and all else of a step on each device, measured:"
+            f" {audit.working_bytes:,} bytes"
+            + ("" if predicted is None else f"; predicted: {predicted:,}")
         )
-        console.print(
-            Text(
-                f"activations, gradients and all else of a step on each device, measured: {audit.working_bytes:,} bytes{predicted}"
-            )
-        )
-    for finding in audit.findings:
-        console.print(Text(f"- {finding.module}: {finding.what} ({finding.bytes:+,} bytes)"))
+    remarks += [f"- {each.module}: {each.what} ({each.bytes:+,} bytes)" for each in audit.findings]
+    for remark in remarks:
+        console.print(Text(remark))
     console.print()
 
 

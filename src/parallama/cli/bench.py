@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +13,29 @@ import typer
 from ..engine.devices.plugins import parse_options
 from ..errors import UsageError, lines
 from ..plan.mesh_shape import MeshShape
-from . import options
+from . import options, output
+from .unused_options import refuse
+
+_ALWAYS = {"model", "as_json", "quiet"}
+_MEANT = {
+    "make": {"make", *_ALWAYS},
+    "load": {"load", "mesh", "dtype", "repeats", "backend", "allow_nonfinite", *_ALWAYS},
+    "train": {
+        *("train", "mesh", "peers", "batch", "prompt", "repeats", "threads", "dtype"),
+        *("backend", "backend_option", "allow_nonfinite", "profile", *_ALWAYS),
+    },
+}
+"""The parameters that mean something in each mode."""
 
 
 def bench(
+    *,
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
-            help="A folder, a .gguf file, a hub id or a shipped name; with --make the folder to write."
+            help="A folder, a .gguf file, a hub id or a shipped name;"
+            " with --make the folder to write."
         ),
     ],
     make: Annotated[
@@ -53,7 +68,8 @@ def bench(
         str | None,
         typer.Option(
             "--peers",
-            help="Of hf, hf-compile, hf-tp, recipe, recipe-openxla, with commas; 'all' is every one.",
+            help="Of hf, hf-compile, hf-tp, recipe, recipe-openxla, with commas;"
+            " 'all' is every one.",
             show_default="hf",
         ),
     ] = None,
@@ -96,138 +112,112 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw the rows into this PNG file.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on standard output.")
-    ] = False,
+    as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Measure prefill, decode and cold start, interleaved with what a user would pick instead."""
-    given = {
-        "--plot": plot,
-        "--peers": peers,
-        "--batch": batch,
-        "--prompt-tokens": prompt,
-        "--steps": steps,
-        "--threads": threads,
-        "--backend-option": backend_option,
-        "--profile": profile or None,
-    }
     if make is not None:
-        _refuse_beside("--make", given | {"--load": load or None, "--train": train or None})
-        from ..bench.shapes import make as write
-
-        count = write(make, Path(model))
-        typer.echo(
-            json.dumps({"folder": model, "shape": make, "parameters": count})
-            if as_json
-            else f"{model}: {make}, {count:,} parameters"
-        )
+        _check_mode(context, "make")
+        _make(make, model, as_json)
         return
     if load:
-        _refuse_beside("--load", given | {"--train": train or None})
+        _check_mode(context, "load")
         if backend != "cpu":
             raise UsageError(lines(f"--backend {backend} with --load", "expected cpu"))
-        _load(model, _meshes(mesh), dtype, repeats, as_json, quiet, allow_nonfinite)
-        return
     if train:
-        _refuse_beside("--train", {option: given[option] for option in ("--plot", "--steps")})
-        _train(
-            {
-                "model": model,
-                "meshes": _meshes(mesh),
-                "peers": _names(None if peers == "all" else peers),
-                "batch": _number("--batch", batch or "4"),
-                "seq_len": _number("--prompt-tokens", prompt or "256"),
-                "repeats": repeats,
-                "threads": threads,
-                "dtype": dtype,
-                "backend": backend,
-                "backend_options": parse_options(backend_option or []),
-                "allow_nonfinite": allow_nonfinite,
-                "profile": profile,
-            },
-            as_json,
-            quiet,
-        )
+        _check_mode(context, "train")
+    say: Callable[[str], None] = (lambda _what: None) if quiet else output.say
+    shared: dict[str, Any] = {
+        "model": model,
+        "meshes": _meshes(mesh),
+        "dtype": dtype,
+        "repeats": repeats,
+        "allow_nonfinite": allow_nonfinite,
+    }
+    if load:
+        _load(shared, say, as_json)
         return
-    from ..bench import report as reporting
-    from ..bench.run import PEERS, Options, run
+    shared |= {
+        "threads": threads,
+        "backend": backend,
+        "backend_options": parse_options(backend_option or []),
+        "profile": profile,
+    }
+    if train:
+        cases: dict[str, Any] = {
+            "peers": _names(None if peers == "all" else peers),
+            **({} if batch is None else {"batch": _number("--batch", batch)}),
+            **({} if prompt is None else {"seq_len": _number("--prompt-tokens", prompt)}),
+        }
+        _train(shared | cases, say, as_json)
+        return
+    cases = {
+        "peers": None if peers == "all" else _names(peers),
+        "batches": _numbers("--batch", batch or "1,4,16,32"),
+        "prompts": _numbers("--prompt-tokens", prompt or "512,4096"),
+        "steps": 24 if steps is None else steps,
+    }
+    _infer(shared | cases, say, plot, as_json)
 
-    if plot is not None:
-        reporting.check_plot(plot)  # now, not after minutes of measuring
-    wanted = Options(
-        model=model,
-        meshes=_meshes(mesh),
-        peers=PEERS if peers == "all" else _names(peers),
-        batches=_numbers("--batch", batch or "1,4,16,32"),
-        prompts=_numbers("--prompt-tokens", prompt or "512,4096"),
-        steps=24 if steps is None else steps,
-        repeats=repeats,
-        threads=threads,
-        dtype=dtype,
-        backend=backend,
-        backend_options=parse_options(backend_option or []),
-        allow_nonfinite=allow_nonfinite,
-        profile=profile,
-    )
-    measured = run(wanted, _command(), (lambda _what: None) if quiet else options.say)
+
+def _check_mode(context: typer.Context, mode: str) -> None:
+    """Raise `UsageError` for an option that means nothing in a mode."""
+    names = {parameter.name for parameter in context.command.params}
+    refuse(context, names - _MEANT[mode], f"was given with --{mode}", "expected one of the two")
+
+
+def _make(shape: str, folder: str, as_json: bool) -> None:
+    from ..bench.shapes import make
+
+    count = make(shape, Path(folder))
     if as_json:
-        typer.echo(json.dumps(measured.to_dict()))
+        output.print_json({"folder": folder, "shape": shape, "parameters": count})
     else:
-        from rich.console import Console
-
-        reporting.render(measured, Console())
-    if plot is not None:
-        reporting.plot(measured, plot)
+        typer.echo(f"{folder}: {shape}, {count:,} parameters")
 
 
-def _refuse_beside(mode: str, given: dict[str, Any]) -> None:
-    for option, value in given.items():
-        if value is not None:
-            raise UsageError(lines(f"{option} was given with {mode}", "expected one of the two"))
-
-
-def _load(
-    model: str,
-    meshes: tuple[MeshShape, ...],
-    dtype: str,
-    repeats: int,
-    as_json: bool,
-    quiet: bool,
-    allow_nonfinite: bool,
-) -> None:
+def _load(asked: dict[str, Any], say: Callable[[str], None], as_json: bool) -> None:
     from ..bench.load import run
 
-    report = run(
-        model,
-        meshes=[str(mesh) for mesh in meshes],
-        dtype=dtype,
-        repeats=repeats,
-        command=_command(),
-        progress=(lambda _what: None) if quiet else options.say,
-        allow_nonfinite=allow_nonfinite,
-    )
+    report = run(**asked, command=_command(), progress=say)
     if as_json:
-        typer.echo(json.dumps(report.to_dict()))
+        output.print_json(report.to_dict())
     else:
         typer.echo(report.text())
 
 
-def _train(wanted: dict[str, Any], as_json: bool, quiet: bool) -> None:
+def _train(asked: dict[str, Any], say: Callable[[str], None], as_json: bool) -> None:
     from ..bench.training import TrainOptions, run
 
-    report = run(TrainOptions(**wanted), _command(), (lambda _what: None) if quiet else options.say)
+    report = run(TrainOptions(**asked), _command(), say)
     if as_json:
-        typer.echo(json.dumps(report.to_dict()))
-        return
-    gemm = f"{report.machine.gemm_flops_per_s / 1e9:.0f} GFLOP/s"
-    typer.echo(
-        f"{report.model} in {report.dtype}, {report.threads} threads; a 2048 x 2048 product: {gemm} ({report.machine.cpu})\n\n{report.table()}"
-        + (f"\n\n{profiles}" if (profiles := report.profiles()) else "")
-    )
+        output.print_json(report.to_dict())
+    else:
+        typer.echo(report.text())
+
+
+def _infer(
+    asked: dict[str, Any], say: Callable[[str], None], picture: Path | None, as_json: bool
+) -> None:
+    from ..bench import plot, report_view
+    from ..bench.run import PEERS, Options, run
+
+    if picture is not None:
+        plot.check_target(picture)  # now, not after minutes of measuring
+    peers = PEERS if asked["peers"] is None else asked["peers"]
+    measured = run(Options(**asked | {"peers": peers}), _command(), say)
+    if as_json:
+        output.print_json(measured.to_dict())
+    else:
+        from rich.console import Console
+
+        report_view.render(measured, Console())
+    if picture is not None:
+        plot.plot(measured, picture)
 
 
 def _command() -> str:
+    """This command line, for the report."""
     return "parallama " + shlex.join(argument for argument in sys.argv[1:] if argument != "--debug")
 
 
@@ -240,11 +230,9 @@ def _meshes(text: str) -> tuple[MeshShape, ...]:
 
 
 def _names(peers: str | None) -> tuple[str, ...]:
-    return (
-        ("hf",)
-        if peers is None
-        else tuple(name.strip() for name in peers.split(",") if name.strip())
-    )
+    if peers is None:
+        return ("hf",)
+    return tuple(name.strip() for name in peers.split(",") if name.strip())
 
 
 def _number(option: str, text: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError, lines
-from . import options
+from ..plan.mesh_shape import MeshShape
+from . import options, output
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_MOST_DOCUMENTS = 1_000_000_000
+
 
 def evaluate(
-    model: options.Model,
+    *,
     tasks: Annotated[
         list[str],
         typer.Option(
@@ -39,7 +42,10 @@ def evaluate(
     limit: Annotated[
         float | None,
         typer.Option(
-            "--limit", "-L", help="Documents of each task, or a share of them if below 1."
+            "--limit",
+            "-L",
+            help="Documents of each task, or a share of them if below 1.",
+            callback=options.within(0, _MOST_DOCUMENTS),
         ),
     ] = None,
     batch_size: Annotated[
@@ -97,21 +103,14 @@ def evaluate(
             min=0,
         ),
     ] = None,
-    mesh: options.Mesh = None,
-    tensor_parallel_size: options.TensorParallel = None,
-    devices: options.Devices = None,
-    backend: options.BackendName = "cpu",
-    backend_option: options.BackendOptions = None,
-    plan: options.PlanFile = None,
-    dtype: options.Dtype = "auto",
-    allow_nonfinite: options.AllowNonfinite = False,
+    chosen: options.ModelOptions,
     max_model_len: options.MaxModelLen = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on standard output.")
-    ] = False,
+    as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Run tasks of lm-evaluation-harness, which the extra 'eval' brings; options are named as lm_eval names them."""
+    """Run tasks of lm-evaluation-harness, which the extra 'eval' brings; options are named as
+    lm_eval names them.
+    """
     if log_samples and output_path is None:
         raise UsageError(
             lines(
@@ -119,11 +118,16 @@ def evaluate(
                 "expected a folder to write them to",
             )
         )
-    from ..evaluate.evaluation import EvalOptions, find_tasks, write
-    from ..evaluate.evaluation import as_json as dumped
+    if batch_size is not None:
+        options.rows(batch_size, chosen.shape, option="--batch-size")
+    chosen.check_lengths(max_model_len)
+    from ..evaluate.evaluation import EvalOptions
     from ..evaluate.evaluation import evaluate as run
+    from ..evaluate.results import as_json as dumped
+    from ..evaluate.results import write
+    from ..evaluate.tasks import find_tasks
 
-    chosen = EvalOptions(
+    how = EvalOptions(
         num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=apply_chat_template,
@@ -132,26 +136,17 @@ def evaluate(
         seed=seed,
         log_samples=log_samples,
     )
-    # Tasks first: a misspelt name says so before a model is loaded.
-    found = find_tasks(tasks, include_path or [], model=model, quiet=quiet)
-    with options.progress(quiet) as progress:
-        llm = options.load_model(
-            model,
-            mesh=mesh,
-            tensor_parallel=tensor_parallel_size,
-            devices=devices,
-            backend=backend,
-            backend_options=backend_option,
-            plan=plan,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
-        )
-        document = run(llm, found, chosen, batch=batch_size, quiet=quiet)
-    files = write(document, output_path) if output_path is not None else []
+    with output.only_json(as_json):
+        # Tasks first: a misspelt name says so before a model is loaded.
+        found = find_tasks(tasks, include_path or [], model=chosen.model, quiet=quiet)
+        with output.progress(quiet) as progress:
+            llm = chosen.load(progress=progress, max_model_len=max_model_len)
+            document = run(llm, found, how, batch=batch_size, quiet=quiet)
+        files = write(document, output_path) if output_path is not None else []
     if as_json:
-        typer.echo(dumped({key: value for key, value in document.items() if key != "samples"}))
+        shown = {key: value for key, value in document.items() if key != "samples"}
+        # Through the harness's own form, for it has values that JSON does not know.
+        output.print_json(json.loads(dumped(shown)), readable=True)
     else:
         from rich.console import Console
 
@@ -167,39 +162,40 @@ def _render(document: Mapping[str, Any], console: Console) -> None:
 
     table = Table(box=box.SIMPLE, pad_edge=False)
     for head in ("task", "n-shot", "metric", "filter", "value", "stderr"):
-        table.add_column(
-            head,
-            justify="right" if head in ("n-shot", "value", "stderr") else "left",
-            overflow="fold",
-        )
-    for task, found in [*document["results"].items(), *document.get("groups", {}).items()]:
-        if task in document.get("groups", {}) and found is not document["groups"][task]:
+        numeric = head in ("n-shot", "value", "stderr")
+        table.add_column(head, justify="right" if numeric else "left", overflow="fold")
+    groups = document.get("groups", {})
+    for task, found in [*document["results"].items(), *groups.items()]:
+        if task in groups and found is not groups[task]:
             continue  # a group stands below its tasks
+        shots = str(document["n-shot"].get(task, ""))
         for key, value in found.items():
             metric, _, kind = key.partition(",")
-            if not kind or metric.endswith("_stderr"):
-                continue
-            error = found.get(f"{metric}_stderr,{kind}")
-            shots = document["n-shot"].get(task, "")
-            table.add_row(task, str(shots), metric, kind, _number(value), _number(error))
+            if kind and not metric.endswith("_stderr"):
+                error = found.get(f"{metric}_stderr,{kind}")
+                table.add_row(task, shots, metric, kind, _number(value), _number(error))
     console.print(table)
 
 
 def _figures(document: Mapping[str, Any], files: list[Path]) -> None:
-    mesh = f"{document['mesh']['data']}x{document['mesh']['model']}"
+    mesh = MeshShape(document["mesh"])
     speed = document["tokens"] / document["evaluation_s"]
-    options.say(
-        f"[{document['model']} on {mesh} {document['backend']}, {document['dtype']}; {document['requests']} requests, {speed:,.0f} tokens/s; "
-        f"{document['programs_compiled']} programs, {document['programs_after_warmup']} after warm-up]"
+    output.say(
+        f"[{document['model']} on {mesh} {document['backend']}, {document['dtype']};"
+        f" {document['requests']} requests, {speed:,.0f} tokens/s;"
+        f" {document['programs_compiled']} programs,"
+        f" {document['programs_after_warmup']} after warm-up]"
     )
     if document["cut_requests"]:
-        options.say(
-            f"[{document['cut_requests']} requests were cut at their beginning: longer than {document['max_model_len']} tokens]"
+        output.say(
+            f"[{document['cut_requests']} requests were cut at their beginning:"
+            f" longer than {document['max_model_len']} tokens]"
         )
     for file in files:
-        options.say(f"[wrote {file}]")
-    sys.stderr.flush()
+        output.say(f"[wrote {file}]")
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

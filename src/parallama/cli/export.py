@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import options
+from . import options, output
 
 
 def export(
+    *,
     model: options.Model,
     out: Annotated[Path, typer.Argument(help="The folder to write; a new one, or an empty one.")],
     dtype: Annotated[
@@ -28,9 +29,7 @@ def export(
         ),
     ] = None,
     allow_nonfinite: options.AllowNonfinite = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on standard output.")
-    ] = False,
+    as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Write a model as safetensors with config, tokenizer, chat template and a manifest."""
@@ -40,24 +39,19 @@ def export(
     check_free(out)  # now, not after minutes of loading
     if dtype != "auto":
         resolve(dtype)
-    with options.progress(quiet) as progress:
+    with output.only_json(as_json), output.progress(quiet) as progress:
         if mesh is None:
-            report = (
-                (lambda done, total: progress("writing", done, total))
-                if progress is not None
-                else None
-            )
+            report = None if progress is None else partial(progress, "writing")
             exported = export_checkpoint(
                 find(model), out, dtype=dtype, allow_nonfinite=allow_nonfinite, progress=report
             )
         else:
             from ..api import load
 
-            # float32 holds whatever is stored exactly.
             llm = load(
                 model,
                 mesh=mesh,
-                dtype="float32",
+                dtype="float32",  # which holds exactly whatever is stored
                 allow_nonfinite=allow_nonfinite,
                 progress=progress,
             )
@@ -65,8 +59,9 @@ def export(
                 out, dtype="stored" if dtype == "auto" else dtype, allow_nonfinite=allow_nonfinite
             )
     if as_json:
-        typer.echo(json.dumps({"model": model} | exported.to_dict()))
+        output.print_json({"model": model} | exported.to_dict())
     else:
         typer.echo(
-            f"{exported.folder}: {exported.parameters:,} parameters in {exported.dtype}, {len(exported.files)} files, {exported.bytes:,} bytes"
+            f"{exported.folder}: {exported.parameters:,} parameters in {exported.dtype},"
+            f" {len(exported.files)} files, {exported.bytes:,} bytes"
         )

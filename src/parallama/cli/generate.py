@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError, lines
-from . import options
+from . import options, output
+from .input import text_of
 
 if TYPE_CHECKING:
     from ..inference.completion import Completion
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: options.Model,
+    *,
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", "-p", help="A prompt; may be given several times."),
@@ -44,69 +44,48 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")
     ] = False,
-    mesh: options.Mesh = None,
-    tensor_parallel_size: options.TensorParallel = None,
-    devices: options.Devices = None,
-    backend: options.BackendName = "cpu",
-    backend_option: options.BackendOptions = None,
-    plan: options.PlanFile = None,
-    dtype: options.Dtype = "auto",
-    allow_nonfinite: options.AllowNonfinite = False,
+    chosen: options.ModelOptions,
     max_model_len: options.MaxModelLen = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on standard output.")
-    ] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            help="Most new tokens a prompt.",
+            show_default="256",
+            callback=options.within(1),
+        ),
+    ] = None,
+    sampling: options.SamplingOptions,
+    as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Continue one or more prompts; a single one streams to the terminal."""
     prompts: list[Any] = _prompts(prompt, prompt_ids, prompt_file)
     if system is not None and not chat:
         raise UsageError(lines("--system was given without --chat", "expected both, or neither"))
-    with options.progress(quiet) as progress:
-        llm = options.load_model(
-            model,
-            mesh=mesh,
-            tensor_parallel=tensor_parallel_size,
-            devices=devices,
-            backend=backend,
-            backend_options=backend_option,
-            plan=plan,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
-        )
+    chosen.check_lengths(max_model_len, max_new_tokens)
+    with output.only_json(as_json), output.progress(quiet) as progress:
+        llm = chosen.load(progress=progress, max_model_len=max_model_len)
         if chat:
             prompts = [_in_template(llm, text, system) for text in prompts]
-        settings: dict[str, Any] = {
+        settings: dict[str, Any] = sampling.arguments | {
             "max_new_tokens": max_new_tokens,
             "stop": stop or [],
             "ignore_eos": ignore_eos,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
         }
-        if as_json:
+        outputs: list[Completion] = []
+        if as_json or len(prompts) > 1:
             outputs = llm.generate(prompts, **settings)
-            typer.echo(json.dumps(_document(llm, outputs), ensure_ascii=False))
-        elif len(prompts) == 1:
+        else:
             for chunk in llm.stream(prompts[0], **settings):
                 typer.echo(chunk.text, nl=False)
                 sys.stdout.flush()
             typer.echo()
-        else:
-            for number, output in enumerate(llm.generate(prompts, **settings), 1):
-                typer.echo(f"--- {number} of {len(prompts)}\n{output.text}")
+    if as_json:
+        output.print_json(_document(llm, outputs), readable=True)
+    else:
+        for number, completion in enumerate(outputs, 1):
+            typer.echo(f"--- {number} of {len(prompts)}\n{completion.text}")
     if not quiet:
         _figures(llm)
 
@@ -143,7 +122,7 @@ def _prompts(
                     "expected --prompt, --prompt-ids, --prompt-file, or text on standard input",
                 )
             )
-        prompts.append(sys.stdin.read())
+        prompts.append(text_of(sys.stdin.read))
     if any(len(prompt) == 0 for prompt in prompts):
         raise UsageError(lines("a prompt is empty", "expected some text, or token ids"))
     return prompts
@@ -162,55 +141,61 @@ def _in_template(llm: LLM, prompt: str | list[int], system: str | None) -> list[
 
 
 def _document(llm: LLM, outputs: list[Completion]) -> dict[str, Any]:
-    from ..host import peak_rss_bytes
-
-    stats, shape = llm.stats, llm.mesh.shape
-    new_tokens = sum(len(output.token_ids) - 1 for output in outputs)
+    """The document of `--json`."""
     return {
         "model": llm.name,
         "backend": llm.mesh.backend.name,
-        "mesh": {"data": shape.data, "model": shape.model},
+        "mesh": dict(llm.mesh.shape),
         "dtype": str(llm.steps.dtype).removeprefix("torch."),
         "outputs": [
             {
-                "prompt": output.prompt if output.prompt is not None else output.prompt_ids,
-                "text": output.text,
-                "token_ids": output.token_ids,
-                "logprobs": output.logprobs,
-                "finish_reason": output.finish_reason,
+                "prompt": each.prompt_ids if each.prompt is None else each.prompt,
+                "text": each.text,
+                "token_ids": each.token_ids,
+                "logprobs": each.logprobs,
+                "finish_reason": each.finish_reason,
             }
-            for output in outputs
+            for each in outputs
         ],
         "ignored": [{"name": name, "reason": reason} for name, reason in llm.ignored.items()],
-        "stats": {
-            "load_s": llm.load_s,
-            "load_bytes_read": llm.load_stats.bytes_read,
-            "load_bytes_per_s": llm.load_stats.bytes_per_s,
-            "load_baseline_rss_bytes": llm.load_stats.baseline_rss_bytes,
-            "load_peak_rss_bytes": llm.load_stats.peak_rss_bytes,
-            "largest_tensor_bytes": llm.load_stats.largest_tensor_bytes,
-            "compile_s": stats.compile_s,
-            "ttft_s": stats.ttft_s,
-            "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_s,
-            "decode_tokens_per_s": new_tokens / stats.decode_s if stats.decode_s else None,
-            "decode_host_ms_per_step": 1e3 * stats.decode_host_s / stats.decode_steps
-            if stats.decode_steps
-            else None,
-            "programs_compiled": stats.programs_compiled,
-            "programs_after_warmup": stats.programs_after_warmup,
-            "param_bytes_per_device": llm.param_bytes_per_device(),
-            "kv_bytes_per_device": llm.kv_bytes_per_device,
-            "peak_rss_bytes": peak_rss_bytes(),
-        },
+        "stats": _stats(llm, sum(len(each.token_ids) - 1 for each in outputs)),
+    }
+
+
+def _stats(llm: LLM, decoded: int) -> dict[str, Any]:
+    """What loading and the last run took; `decoded` tokens came from decode steps."""
+    from ..host import peak_rss_bytes
+
+    stats, load = llm.stats, llm.load_stats
+    per_s = decoded / stats.decode_s if stats.decode_s else None
+    host_ms = 1e3 * stats.decode_host_s / stats.decode_steps if stats.decode_steps else None
+    return {
+        "load_s": llm.load_s,
+        "load_bytes_read": load.bytes_read,
+        "load_bytes_per_s": load.bytes_per_s,
+        "load_baseline_rss_bytes": load.baseline_rss_bytes,
+        "load_peak_rss_bytes": load.peak_rss_bytes,
+        "largest_tensor_bytes": load.largest_tensor_bytes,
+        "compile_s": stats.compile_s,
+        "ttft_s": stats.ttft_s,
+        "prefill_tokens_per_s": stats.prefill_tokens / stats.prefill_s,
+        "decode_tokens_per_s": per_s,
+        "decode_host_ms_per_step": host_ms,
+        "programs_compiled": stats.programs_compiled,
+        "programs_after_warmup": stats.programs_after_warmup,
+        "param_bytes_per_device": llm.param_bytes_per_device(),
+        "kv_bytes_per_device": llm.kv_bytes_per_device,
+        "peak_rss_bytes": peak_rss_bytes(),
     }
 
 
 def _figures(llm: LLM) -> None:
     stats = llm.stats
     speed = f", {stats.decode_steps / stats.decode_s:.1f} steps/s" if stats.decode_s else ""
-    options.say(
-        f"[{llm.mesh.shape} {llm.mesh.backend.name}; load {llm.load_s:.1f} s, compile {stats.compile_s:.1f} s "
-        f"({stats.programs_compiled} programs, {stats.programs_after_warmup} after warm-up), first token {stats.ttft_s:.2f} s{speed}]"
+    output.say(
+        f"[{llm.mesh.shape} {llm.mesh.backend.name}; load {llm.load_s:.1f} s,"
+        f" compile {stats.compile_s:.1f} s ({stats.programs_compiled} programs,"
+        f" {stats.programs_after_warmup} after warm-up), first token {stats.ttft_s:.2f} s{speed}]"
     )
     for reason, count in Counter(llm.ignored.values()).items():
-        options.say(f"[not read of the checkpoint, {count}: {reason}]")
+        output.say(f"[not read of the checkpoint, {count}: {reason}]")

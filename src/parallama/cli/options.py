@@ -1,21 +1,98 @@
-"""Options that several commands share, and how commands load a model and report."""
+"""Options that several commands share: declarations, checks, and how they load a model."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..engine.devices.plugins import parse_options
-from ..errors import UsageError, lines
+from ..engine.devices.plugins import OptionValue, parse_options
+from ..engine.sampling_params import SamplingParams
+from ..errors import ParallamaError, UsageError, lines
 from ..plan.mesh_shape import MeshShape
 
 if TYPE_CHECKING:
-    from ..inference.llm import LLM, Progress
+    from ..inference.llm import LLM
+    from ..inference.sharded_model import Progress
+
+MOST_ROWS = 1 << 20
+"""What `parallama plan` takes at most, too."""
+
+# -- checks, made while the command line is read: nothing is loaded before
+
+
+def within(
+    least: float, most: float | None = None
+) -> Callable[[typer.CallbackParam, float | None], float | None]:
+    """The check that an option's number is at least `least`, and at most `most` if that is given.
+
+    Unlike typer's own `min` and `max` it refuses NaN, and reads as all of our refusals do.
+    """
+    expected = f"expected at least {least}" if most is None else f"expected {least} to {most}"
+
+    def check(option: typer.CallbackParam, number: float | None) -> float | None:
+        good = number is None or (number >= least and (most is None or number <= most))
+        if not good:
+            raise UsageError(lines(f"{max(option.opts, key=len)} is {number}", expected))
+        return number
+
+    return check
+
+
+def refuse_over(most: int | None, what: str, **numbers: int | None) -> None:
+    """Raise `UsageError` where the number of an option is over a limit.
+
+    Args:
+        most: the limit; None where it is not known.
+        what: what sets it, for the message.
+        numbers: by the option's name, with underscores; None where it was not given.
+    """
+    for name, number in numbers.items():
+        if number is not None and most is not None and number > most:
+            option = "--" + name.replace("_", "-")
+            raise UsageError(lines(f"{option} is {number}", f"expected at most {most}, {what}"))
+
+
+def rows(batch: int | None, shape: MeshShape, *, option: str = "--batch") -> int:
+    """Rows of `option` over all devices; without it one on each device along "data".
+
+    Raises:
+        UsageError: the rows do not divide over the axis "data", or are too many.
+    """
+    if batch is None:
+        return shape.data
+    if batch > MOST_ROWS:
+        raise UsageError(lines(f"{option} is {batch}", f"expected at most {MOST_ROWS}"))
+    if batch < 1 or batch % shape.data:
+        raise UsageError(
+            lines(
+                f"{option} is {batch}",
+                f"expected a multiple of {shape.data}, the devices along 'data'",
+            )
+        )
+    return batch
+
+
+def mesh_shape(mesh: str | None, tensor_parallel: int | None) -> MeshShape:
+    """The mesh that `--mesh` and `--tensor-parallel-size` ask for together."""
+    if mesh is None:
+        return MeshShape(model=tensor_parallel or 1)
+    shape = MeshShape.parse(mesh)
+    if tensor_parallel is not None and tensor_parallel != shape.model:
+        raise UsageError(
+            lines(
+                f"--mesh {mesh} splits over {shape.model} devices,"
+                f" --tensor-parallel-size over {tensor_parallel}",
+                "expected one of the two, or the same",
+            )
+        )
+    return shape
+
+
+# -- single options
 
 Model = Annotated[
     str, typer.Argument(help="A folder, a .gguf file, a hub id, or a shipped name (smollm2).")
@@ -48,149 +125,151 @@ PlanFile = Annotated[
     typer.Option("--plan", help="YAML or JSON: parameter-name pattern to style or axes."),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
-MaxModelLen = Annotated[
-    int | None, typer.Option("--max-model-len", help="Most tokens of prompt and answer together.")
-]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option("--max-new-tokens", help="Most new tokens a prompt.", show_default="256"),
-]
-Temperature = Annotated[
-    float | None, typer.Option("--temperature", help="0 is greedy.", show_default="the model's")
-]
-TopK = Annotated[
-    int | None, typer.Option("--top-k", help="Sample from the so many best; 0 is all.")
-]
-TopP = Annotated[
-    float | None,
-    typer.Option("--top-p", help="Sample from the best with this probability together."),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option("--min-p", help="Drop tokens below this share of the best one's probability."),
-]
-RepetitionPenalty = Annotated[
-    float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.")
-]
-Seed = Annotated[int, typer.Option("--seed", help="Same seed, same text, on every mesh.")]
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Load weights that hold NaN or infinity, too.")
 ]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        "--max-model-len", help="Most tokens of prompt and answer together.", callback=within(1)
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", help="No progress and no figures on standard error.")
 ]
 
 
-# What is counted in bytes, where progress is reported; the rest is counted in pieces.
-_IN_BYTES = ("loading", "writing", "moving")
+# -- groups
 
 
-def mesh_shape(mesh: str | None, tensor_parallel: int | None) -> MeshShape:
-    """The mesh that `--mesh` and `--tensor-parallel-size` ask for together."""
-    if mesh is None:
-        return MeshShape(model=tensor_parallel or 1)
-    shape = MeshShape.parse(mesh)
-    if tensor_parallel is not None and tensor_parallel != shape.model:
-        raise UsageError(
-            lines(
-                f"--mesh {mesh} splits over {shape.model} devices, --tensor-parallel-size over {tensor_parallel}",
-                "expected one of the two, or the same",
-            )
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """A model, and the devices that it is put on."""
+
+    model: Model
+    mesh: Mesh = None
+    tensor_parallel_size: TensorParallel = None
+    devices: Devices = None
+    backend: BackendName = "cpu"
+    backend_option: BackendOptions = None
+    plan: PlanFile = None
+    dtype: Dtype = "auto"
+    allow_nonfinite: AllowNonfinite = False
+
+    @property
+    def shape(self) -> MeshShape:
+        """The mesh, see `mesh_shape`."""
+        return mesh_shape(self.mesh, self.tensor_parallel_size)
+
+    @property
+    def backend_options(self) -> dict[str, OptionValue]:
+        """What `--backend-option` says, read."""
+        return parse_options(self.backend_option or [])
+
+    def positions(self) -> int | None:
+        """The model's positions, read from its config alone.
+
+        None where it cannot be read: loading then says why. None for a .gguf file, too: that takes
+        transformers, before which the devices start.
+        """
+        if self.model.endswith(".gguf"):
+            return None
+        from ..files.config_json import read_config
+        from ..model.spec import ModelSpec
+
+        try:
+            return ModelSpec.from_config(read_config(self.model)).max_positions
+        except ParallamaError:
+            return None
+
+    def check_lengths(
+        self,
+        max_model_len: int | None,
+        max_new_tokens: int | None = None,
+        *,
+        default_len: int | None = None,
+    ) -> None:
+        """Refuse lengths that are over the model's positions, before it is loaded.
+
+        Args:
+            default_len: most tokens together where `max_model_len` is None, if not the positions.
+
+        Raises:
+            UsageError: a length is too large.
+        """
+        if max_model_len is None and max_new_tokens is None:
+            return
+        positions = self.positions()
+        if positions is None:
+            return
+        refuse_over(positions, "the model's positions", max_model_len=max_model_len)
+        together = max_model_len or min(default_len or positions, positions)
+        refuse_over(
+            together - 1,
+            f"one less than the {together} tokens of prompt and answer together",
+            max_new_tokens=max_new_tokens,
         )
-    return shape
+
+    def load(
+        self,
+        *,
+        progress: Progress | None,
+        max_model_len: int | None = None,
+        keep_hlo: bool = False,
+    ) -> LLM:
+        """`parallama.load` with these options."""
+        shape, backend_options = self.shape, self.backend_options
+        from ..api import load
+
+        return load(
+            self.model,
+            mesh=shape,
+            backend=self.backend,
+            backend_options=backend_options,
+            devices=self.devices,
+            plan=self.plan,
+            dtype=self.dtype,
+            max_model_len=max_model_len,
+            allow_nonfinite=self.allow_nonfinite,
+            progress=progress,
+            keep_hlo=keep_hlo,
+        )
 
 
-@contextmanager
-def progress(quiet: bool) -> Iterator[Progress | None]:
-    """A progress bar on standard error, if that is a terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as Bars
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are chosen; what is None is the model's to say.
 
-    running: dict[str, tuple[Bars, Any]] = {}
+    Raises:
+        UsageError: a value is out of its range.
+    """
 
-    def report(what: str, done: int, total: int) -> None:
-        if what not in running:
-            counts = (
-                (DownloadColumn(), TransferSpeedColumn())
-                if what in _IN_BYTES
-                else (MofNCompleteColumn(),)
-            )
-            columns = (TextColumn("{task.description}"), BarColumn(), *counts, TimeElapsedColumn())
-            bars = Bars(*columns, console=Console(stderr=True), transient=True)
-            bars.start()
-            running[what] = bars, bars.add_task(what, total=total)
-        bars, task = running[what]
-        bars.update(task, completed=done, total=total)
-        if done >= total:
-            running.pop(what)[0].stop()
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", help="0 is greedy.", show_default="the model's"),
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Sample from the so many best; 0 is all.")
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", help="Sample from the best with this probability together."),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option("--min-p", help="Drop tokens below this share of the best one's probability."),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.")
+    ] = None
+    seed: Annotated[int, typer.Option("--seed", help="Same seed, same text, on every mesh.")] = 0
 
-    try:
-        yield report
-    finally:
-        for bars, _ in running.values():
-            bars.stop()
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in self.arguments.items() if value is not None}
+        SamplingParams(**given)  # refuses what is out of range
 
-
-def load_model(
-    model: str,
-    *,
-    mesh: str | None,
-    tensor_parallel: int | None,
-    devices: int | None,
-    backend: str,
-    backend_options: list[str] | None,
-    plan: Path | None,
-    dtype: str,
-    max_model_len: int | None,
-    allow_nonfinite: bool,
-    progress: Progress | None,
-    keep_hlo: bool = False,
-) -> LLM:
-    """`parallama.load` with a command's options."""
-    shape = mesh_shape(mesh, tensor_parallel)
-    given = parse_options(backend_options or [])
-    from ..api import load
-
-    return load(
-        model,
-        mesh=shape,
-        backend=backend,
-        backend_options=given,
-        devices=devices,
-        plan=plan,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        allow_nonfinite=allow_nonfinite,
-        progress=progress,
-        keep_hlo=keep_hlo,
-    )
-
-
-def say(text: str) -> None:
-    """Print a line to standard error, where logs and figures go."""
-    typer.echo(text, err=True)
-
-
-def show_version(asked: bool) -> None:
-    """Print versions and exit."""
-    if not asked:
-        return
-    from importlib.metadata import version
-
-    from .. import __version__
-
-    typer.echo(
-        f"parallama {__version__} (torch {version('torch')}, torch_xla {version('torch_xla')}, transformers {version('transformers')})"
-    )
-    raise typer.Exit
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For `LLM.sampling_params`."""
+        return asdict(self)

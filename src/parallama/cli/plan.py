@@ -1,18 +1,20 @@
-"""`parallama plan`: where everything would lie and what it would take, without devices or weights."""
+"""`parallama plan`: where tensors would be placed and what that takes, without any device."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import FitError, UsageError, lines
-from . import options
+from ..errors import FitError, lines
+from . import options, output
+from .train_options import PlannedStep
 
 
 def plan(
+    *,
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -45,29 +47,7 @@ def plan(
         bool,
         typer.Option("--train", help="An optimizer step, too; --hardware then asks about that."),
     ] = False,
-    fsdp: Annotated[
-        bool, typer.Option("--fsdp", help="train: weights and their state split over data, too.")
-    ] = False,
-    sequence_parallel: Annotated[
-        bool,
-        typer.Option(
-            "--sequence-parallel", help="train: norms and residuals split along the sequence."
-        ),
-    ] = False,
-    grad_accum: Annotated[
-        int, typer.Option("--grad-accum", help="train: micro-steps of a step.")
-    ] = 1,
-    remat: Annotated[
-        str, typer.Option("--remat", help="train: none, full, or n for every n-th layer.")
-    ] = "none",
-    optimizer: Annotated[str, typer.Option("--optimizer", help="train: adamw or sgd.")] = "adamw",
-    lora_rank: Annotated[
-        int | None,
-        typer.Option("--lora.rank", help="train: adapters of this rank, and nothing else."),
-    ] = None,
-    lora_targets: Annotated[
-        str, typer.Option("--lora.targets", help="train: modules that get an adapter, with commas.")
-    ] = "q_proj,v_proj",
+    step: PlannedStep,
     overrides: options.PlanFile = None,
     hardware: Annotated[
         str | None,
@@ -79,62 +59,46 @@ def plan(
     explain: Annotated[
         bool,
         typer.Option(
-            "--explain", help="Say in sentences why every kind of tensor lies as it does."
+            "--explain", help="Say in sentences why every kind of tensor is placed as it is."
         ),
     ] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw who holds what into this SVG or PNG file.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on standard output.")
-    ] = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Show where every tensor would lie on a mesh, and what that takes. Needs no device and no weights; all figures are predicted."""
+    """Show where every tensor would be placed on a mesh, and what that takes. Needs no device and
+    no weights; all figures are predicted.
+    """
     from ..files import config_json
     from ..model import known_configs
     from ..plan import hardware as machines
-    from ..plan import picture
-    from ..plan.forecast import DEFAULT_PROMPT, Request, forecast
-    from ..plan.placement import make_plan, read_overrides
+    from ..plan import picture, picture_files
+    from ..plan.forecast import forecast
+    from ..plan.make_plan import make_plan
+    from ..plan.overrides import read_overrides
+    from ..plan.request import DEFAULT_PROMPT, Request
     from ..train.layout import train_step, training_plan
-    from ..train.options import LoraOptions, StepOptions, slots
+    from ..train.options import slots
 
     shape = options.mesh_shape(mesh, tensor_parallel_size)
-    given = {
-        "--fsdp": fsdp,
-        "--sequence-parallel": sequence_parallel,
-        "--grad-accum": grad_accum != 1,
-        "--remat": remat != "none",
-        "--optimizer": optimizer != "adamw",
-        "--lora.rank": lora_rank is not None,
-    }
-    alone = [name for name, was in given.items() if was]
-    if alone and not train:
-        raise UsageError(lines(f"{alone[0]} is about training", "expected --train beside it"))
+    if not train:
+        PlannedStep.refuse(context, "expected --train beside it")
     device = machines.named(hardware) if hardware is not None else None
     if plot is not None:
-        picture.check_target(plot)
+        picture_files.check_target(plot)
     document = config_json.read_config(model)
     spec = known_configs.spec_of(document, f"the config of {model}")
     length = spec.max_positions if max_model_len is None else max_model_len
     tokens = min(DEFAULT_PROMPT, length) if seq is None else seq
-    how = StepOptions(
-        batch_size=max(batch, 1),  # of these `forecast` speaks
-        seq_len=max(tokens, 2),
-        grad_accum=grad_accum,
-        remat=int(remat) if remat.isdigit() else remat,  # type: ignore[arg-type]
-        fsdp=fsdp,
-        sequence_parallel=sequence_parallel,
-        optimizer=optimizer,  # type: ignore[arg-type]
-        lora=None
-        if lora_rank is None
-        else LoraOptions(rank=lora_rank, targets=tuple(lora_targets.split(","))),
-    )
-    if sequence_parallel and tokens % shape.model:
+    # Of sizes that are too small `forecast` speaks.
+    how = step.options(batch_size=max(batch, 1), seq_len=max(tokens, 2))
+    if how.sequence_parallel and tokens % shape.model:
         raise FitError(
             lines(
                 f"--seq is {tokens}",
-                f"expected a multiple of {shape.model}, the devices along 'model', for sequence parallelism",
+                f"expected a multiple of {shape.model}, the devices along 'model',"
+                " for sequence parallelism",
             )
         )
     request = Request(
@@ -144,7 +108,7 @@ def plan(
         dtype=known_configs.loaded_dtype(dtype, document),
         stored_dtype=known_configs.stored_dtype(document),
         train=train_step(how, spec.layers) if train else None,
-        slots=len(slots(how)),
+        optimizer_slots=len(slots(how)),
         hardware=device,
     )
     made = make_plan(spec, shape, None if overrides is None else read_overrides(overrides))
@@ -152,24 +116,23 @@ def plan(
         model,
         made,
         request,
-        training_plan(made, fsdp=fsdp, lora=how.lora) if fsdp or how.lora is not None else None,
+        training_plan(made, fsdp=how.fsdp, lora=how.lora)
+        if how.fsdp or how.lora is not None
+        else None,
     )
     if plot is not None:
-        panels = [picture.planned(kind.placement, shape, title=kind.title) for kind in found.kinds]
+        panels = [
+            picture.planned(each.placement, shape, title=each.title) for each in found.patterns
+        ]
         panels += [
             picture.planned(made[name], shape, title=name)
             for name in ("cache.key", "output.logits")
         ]
-        picture.write(picture.draw(f"{model} on mesh {shape}", shape, panels), plot)
+        picture_files.write(picture.draw(f"{model} on mesh {shape}", shape, panels), plot)
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+        output.print_json(found.to_dict())
     else:
-        from rich.console import Console
-
         from ..plan import forecast_view
 
-        console = Console()
-        if not console.is_terminal:
-            console.width = max(console.width, 100)
-        forecast_view.render(found, console, explain=explain)
+        forecast_view.render(found, output.wide_console(), explain=explain)
     found.check()

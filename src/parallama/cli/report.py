@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from . import output
+
 
 def report(
+    *,
     run: Annotated[
         Path, typer.Argument(help="The folder of a run: the 'out' of `parallama train`.")
     ],
@@ -28,12 +30,13 @@ def report(
     from ..train import report as reporting
     from ..train.logs import read_log
 
-    entries = read_log(run)
-    target = plot if plot is not None or as_json else run / "report.html"
-    if target is not None:
-        reporting.write(run, target)
+    with output.only_json(as_json):
+        entries = read_log(run)
+        target = plot if plot is not None or as_json else run / "report.html"
+        if target is not None:
+            reporting.write(run, target)
     if as_json:
-        typer.echo(json.dumps(reporting.document(run)))
+        output.print_json(reporting.document(run))
         return
     for name, value in reporting.figures(reporting.summarize(entries)):
         typer.echo(f"{name:<12}{value}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,17 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError, lines
-from . import options
+from . import options, output
 
 if TYPE_CHECKING:
-    from ..train.loop import Watch
     from ..train.settings import TrainSettings
+    from ..train.watch import Watch
 
 PLAIN_LINES = 20
 """Without a terminal, so many steps of a run get a line, and every validation."""
 
 
 def train(
+    *,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -46,16 +46,21 @@ def train(
 
     Keys that must be given: model, data, out, steps.
 
-    The mesh: mesh, backend, plan, fsdp, sequence_parallel. A step: batch_size (sequences of one micro-step over all devices), grad_accum,
-    seq_len, packing, too_long, dtype, remat, lora (lora.rank, lora.alpha, lora.targets, lora.dropout), seed.
+    The mesh: mesh, backend, plan, fsdp, sequence_parallel. A step: batch_size
+    (sequences of one micro-step over all devices), grad_accum, seq_len, packing,
+    too_long, dtype, remat, lora (lora.rank, lora.alpha, lora.targets,
+    lora.dropout), seed.
 
-    The optimizer: optimizer, lr, schedule, warmup_steps, min_lr_ratio, beta1, beta2, eps, momentum, weight_decay, max_grad_norm, on_nonfinite.
+    The optimizer: optimizer, lr, schedule, warmup_steps, min_lr_ratio, beta1,
+    beta2, eps, momentum, weight_decay, max_grad_norm, on_nonfinite.
 
-    The run: save_every, keep_last, async_save, resume, eval_data, eval_every, eval_batches, sample_every, sample_prompts, sample_tokens,
-    report_to, export, cache, allow_nonfinite.
+    The run: save_every, keep_last, async_save, resume, eval_data, eval_every,
+    eval_batches, sample_every, sample_prompts, sample_tokens, report_to, export,
+    cache, allow_nonfinite.
 
-    --dump-config says what each means. An unknown key is an error. On SIGTERM or Ctrl-C the run saves a checkpoint at the next step and
-    ends; --resume auto goes on from there.
+    --dump-config says what each means. An unknown key is an error. On SIGTERM or
+    Ctrl-C the run saves a checkpoint at the next step and ends; --resume auto
+    goes on from there.
     """
     from ..train import settings as settings_of
 
@@ -65,32 +70,29 @@ def train(
         raise UsageError(
             lines(
                 "there is no config",
-                "expected a YAML file, or keys such as --model smollm2 --data shipped:chat --out run --steps 20",
+                "expected a YAML file, or keys such as"
+                " --model smollm2 --data shipped:chat --out run --steps 20",
             )
         )
     settings = settings_of.read(config, given)
     if dump_config:
-        typer.echo(settings_of.dump(settings), nl=False)
+        if as_json:
+            output.print_json(settings.to_dict())
+        else:
+            typer.echo(settings_of.dump(settings), nl=False)
         return 0
     from ..train.loop import train as run
 
-    with _watch(settings, quiet) as watch:
+    with output.only_json(as_json), _watch(settings, quiet) as watch:
         outcome = run(settings, watch=watch)
+    model = None if outcome.model is None else str(outcome.model)
     if as_json:
-        found = asdict(outcome)
-        typer.echo(
-            json.dumps(
-                found
-                | {
-                    "checkpoint": str(outcome.checkpoint),
-                    "model": None if outcome.model is None else str(outcome.model),
-                }
-            )
-        )
+        where = {"checkpoint": str(outcome.checkpoint), "model": model}
+        output.print_json(asdict(outcome) | where)
     elif not quiet:
-        options.say(
+        output.say(
             f"[{outcome.steps} steps; checkpoint {outcome.checkpoint}"
-            + (f"; model {outcome.model}" if outcome.model is not None else "")
+            + ("" if model is None else f"; model {model}")
             + f"; {outcome.programs_after_warmup} programs after warm-up]"
         )
     return 0 if outcome.signal is None else 128 + outcome.signal
@@ -99,59 +101,68 @@ def train(
 @contextmanager
 def _watch(settings: TrainSettings, quiet: bool) -> Iterator[Watch]:
     """Progress on standard error: a bar on a terminal, lines elsewhere."""
-    from ..train.loop import Watch
+    from ..train.watch import Watch
 
     if quiet:
         yield Watch()
-    elif not sys.stderr.isatty():
-        every = max(settings.steps // PLAIN_LINES, 1)
-
-        def tell(entry: dict[str, Any], steps: int) -> None:
-            if (
-                entry["step"] % every == 0
-                or entry["step"] in (1, steps)
-                or "eval_loss" in entry
-                or entry.get("skipped")
-            ):
-                options.say(_line(entry, steps))
-
-        yield Watch(say=options.say, step=tell)
+    elif sys.stderr.isatty():
+        with _bars() as watch:
+            yield watch
     else:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+        yield Watch(say=output.say, step=_lines(max(settings.steps // PLAIN_LINES, 1)))
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-        )
-        bars = Progress(*columns, console=Console(stderr=True))
-        tasks: dict[str, Any] = {}
 
-        def advance(what: str, done: int, total: int, figures: str = "") -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total, figures="")
-            bars.update(tasks[what], completed=done, total=total, figures=figures)
+def _lines(every: int) -> Callable[[dict[str, Any], int], None]:
+    """A line for the first and the last step, for each `every`-th, and for what stands out."""
 
-        def show(entry: dict[str, Any], steps: int) -> None:
-            advance("training", entry["step"], steps, _figures(entry))
-            if "eval_loss" in entry:
-                bars.console.print(_line(entry, steps), highlight=False)
+    def tell(entry: dict[str, Any], steps: int) -> None:
+        step = entry["step"]
+        regular = step % every == 0 or step in (1, steps)
+        if regular or "eval_loss" in entry or entry.get("skipped"):
+            output.say(_line(entry, steps))
 
-        with bars:
-            yield Watch(
-                say=lambda line: bars.console.print(line, highlight=False, markup=False),
-                progress=advance,
-                step=show,
-            )
+    return tell
+
+
+@contextmanager
+def _bars() -> Iterator[Watch]:
+    """Bars on a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from ..train.watch import Watch
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    bars = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, Any] = {}
+
+    def say(line: str) -> None:
+        bars.console.print(line, highlight=False, markup=False)
+
+    def advance(what: str, done: int, total: int, figures: str = "") -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total, figures="")
+        bars.update(tasks[what], completed=done, total=total, figures=figures)
+
+    def show(entry: dict[str, Any], steps: int) -> None:
+        advance("training", entry["step"], steps, _figures(entry))
+        if "eval_loss" in entry:
+            say(_line(entry, steps))
+
+    with bars:
+        yield Watch(say=say, progress=advance, step=show)
 
 
 def _line(entry: dict[str, Any], steps: int) -> str:
@@ -168,9 +179,8 @@ def _figures(entry: dict[str, Any]) -> str:
     if entry.get("mfu") is not None:
         parts.append(f"MFU {entry['mfu']:.0%}")
     if "eval_loss" in entry:
-        parts.append(
-            f"validation loss {entry['eval_loss']:.4f}, perplexity {entry['eval_perplexity']:.2f}"
-        )
+        parts.append(f"validation loss {entry['eval_loss']:.4f}")
+        parts.append(f"perplexity {entry['eval_perplexity']:.2f}")
     if entry.get("skipped"):
         parts.append("skipped")
     return ", ".join(parts)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError, cause, lines
-from . import options
+from ..plan.mesh_shape import MeshShape
+from . import options, output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     from ..prove.validation import Validation
 
 DEFAULT_PROMPT_TOKENS = 256
+_MOST_SEED = (1 << 64) - 1
 _WORST = 5
 
 
 def validate(
-    model: options.Model,
+    *,
     tokens: Annotated[
         Path | None,
         typer.Option(
@@ -42,51 +44,53 @@ def validate(
     grads: Annotated[
         bool, typer.Option("--grads", help="Compare every parameter's gradient too.")
     ] = False,
-    mesh: options.Mesh = None,
-    tensor_parallel_size: options.TensorParallel = None,
-    devices: options.Devices = None,
-    backend: options.BackendName = "cpu",
-    backend_option: options.BackendOptions = None,
-    plan: options.PlanFile = None,
-    dtype: options.Dtype = "auto",
-    allow_nonfinite: options.AllowNonfinite = False,
+    chosen: options.ModelOptions,
     seed: Annotated[
-        int, typer.Option("--seed", help="For token ids drawn where there is no tokenizer.")
+        int,
+        typer.Option(
+            "--seed",
+            help="For token ids drawn where there is no tokenizer.",
+            callback=options.within(0, _MOST_SEED),
+        ),
     ] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on standard output.")
-    ] = False,
+    as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compare logits, decoding, every module and gradients with transformers on one device; exit code 1 if they differ by more than rounding."""
+    """Compare logits, decoding, every module and gradients with transformers on one device; exit
+    code 1 if they differ by more than rounding.
+    """
+    _check_lengths(prompt_tokens, decode, chosen.positions())
     given = None if tokens is None else _read(tokens)
-    with options.progress(quiet) as progress:
-        llm = options.load_model(
-            model,
-            mesh=mesh,
-            tensor_parallel=tensor_parallel_size,
-            devices=devices,
-            backend=backend,
-            backend_options=backend_option,
-            plan=plan,
-            dtype=dtype,
-            max_model_len=None,
-            allow_nonfinite=allow_nonfinite,
-            progress=progress,
-        )
+    with output.only_json(as_json), output.progress(quiet) as progress:
+        llm = chosen.load(progress=progress)
         from ..prove.validation import validate as run
 
         ids, origin = _ids(llm, given, prompt_tokens, decode, seed)
         found = run(llm, ids, decode=decode, gradients=grads)
     tokens_from = str(tokens) if tokens is not None else origin
     if as_json:
-        typer.echo(json.dumps(found.to_dict() | {"tokens_from": tokens_from}))
+        output.print_json(found.to_dict() | {"tokens_from": tokens_from})
     else:
         from rich.console import Console
 
         _render(found, tokens_from, Console())
     if not found.passed:
         raise typer.Exit(1)
+
+
+def _check_lengths(prompt_tokens: int | None, decode: int, positions: int | None) -> None:
+    """Refuse more tokens than the model has positions, before it is loaded."""
+    if positions is None:
+        return
+    least = 2  # tokens of a prompt
+    options.refuse_over(
+        positions - least, f"{least} less than the model's positions", decode=decode
+    )
+    options.refuse_over(
+        positions - decode,
+        f"the model's {positions} positions less those of --decode {decode}",
+        prompt_tokens=prompt_tokens,
+    )
 
 
 def _read(file: Path) -> str | list[int]:
@@ -125,16 +129,18 @@ def _read(file: Path) -> str | list[int]:
 def _ids(
     llm: LLM, given: str | list[int] | None, prompt_tokens: int | None, decode: int, seed: int
 ) -> tuple[list[int], str]:
-    """The tokens to run, and where they are from if none were given: as many as asked for, or else as there are."""
+    """The tokens to run, and where they are from if none were given.
+
+    As many as were asked for; without `--prompt-tokens` as many as there are and fit.
+    """
     wanted = (prompt_tokens or DEFAULT_PROMPT_TOKENS) + decode
     if prompt_tokens is None:
         wanted = min(wanted, llm.max_model_len)
     if given is None and llm.tokenizer is None:
         import torch
 
-        drawn = torch.randint(
-            llm.plan.model.vocab, (wanted,), generator=torch.Generator().manual_seed(seed)
-        )
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(llm.plan.model.vocab, (wanted,), generator=generator)
         return drawn.tolist(), f"drawn with seed {seed}"
     if given is None:
         from ..prove.shipped_text import shipped
@@ -154,15 +160,12 @@ def _ids(
 def _render(found: Validation, tokens_from: str, console: Console) -> None:
     from rich.text import Text
 
-    mesh = f"{found.mesh['data']}x{found.mesh['model']}"
-    verdict = (
-        Text("passed", style="bold green")
-        if found.passed
-        else Text(f"FAILED: {', '.join(found.faults)}", style="bold red")
-    )
-    console.print(
-        Text(f"{found.model} on {mesh} {found.backend}, {found.dtype}: ", overflow="fold") + verdict
-    )
+    mesh = MeshShape(found.mesh)
+    verdict = Text("passed", style="bold green")
+    if not found.passed:
+        verdict = Text(f"FAILED: {', '.join(found.faults)}", style="bold red")
+    title = f"{found.model} on {mesh} {found.backend}, {found.dtype}: "
+    console.print(Text(title, overflow="fold") + verdict)
     run = f"{found.prefill_tokens} tokens at once, {found.decode_tokens} one by one ({tokens_from})"
     console.print(Text(f"{run}; against transformers on one device in float32", overflow="fold"))
     _logits(found, console)
@@ -184,36 +187,33 @@ def _logits(found: Validation, console: Console) -> None:
         for name, head in _FIGURES.items()
     ]
     limit = _number(found.tolerances.logits_relative_l2)
-    _table(
-        console, "Logits", ("", *kept), [*rows, ("tolerance of relative L2", *[limit] * len(kept))]
-    )
+    rows.append(("tolerance of relative L2", *[limit] * len(kept)))
+    _table(console, "Logits", ("", *kept), rows)
 
 
 def _modules(found: Validation, console: Console) -> None:
     out = [module for module in found.modules if not module.ok]
     nearest = sorted(found.modules, key=lambda module: -module.alone_relative_l2 / module.tolerance)
-    rows = []
-    for module in (out or nearest)[:_WORST]:
-        figures = (
-            module.alone_relative_l2,
-            module.tolerance,
-            module.relative_l2,
-            module.max_abs_diff,
-        )
-        rows.append((module.name, *(_number(figure) for figure in figures)))
-    title = f"Modules: {len(out)} of {len(found.modules)} out of tolerance; {'the first' if out else 'the nearest to theirs'}"
-    _table(
-        console,
-        title,
-        (
-            "module",
-            "relative L2\non right inputs",
-            "tolerance",
-            "relative L2\nin the run",
-            "largest\ndifference",
-        ),
-        rows,
+    heads = (
+        "module",
+        "relative L2\non right inputs",
+        "tolerance",
+        "relative L2\nin the run",
+        "largest\ndifference",
     )
+    rows = [
+        (
+            module.name,
+            _number(module.alone_relative_l2),
+            _number(module.tolerance),
+            _number(module.relative_l2),
+            _number(module.max_abs_diff),
+        )
+        for module in (out or nearest)[:_WORST]
+    ]
+    shown = "the first" if out else "the nearest to theirs"
+    title = f"Modules: {len(out)} of {len(found.modules)} out of tolerance; {shown}"
+    _table(console, title, heads, rows)
     if found.first_fault is not None:
         console.print(
             f"first module out of tolerance: {found.first_fault}",
@@ -265,10 +265,8 @@ _FIGURES = {
 def _number(value: Any) -> str:
     if value is None:
         return "-"
-    return (
-        f"{value:.6f}"
-        if 0.01 <= abs(value) < 1000
-        else f"{value:.2e}"
-        if abs(value) < 1 and value
-        else f"{value:,.1f}"
-    )
+    if 0.01 <= abs(value) < 1000:
+        return f"{value:.6f}"
+    if value and abs(value) < 1:
+        return f"{value:.2e}"
+    return f"{value:,.1f}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..errors import CheckpointError, lines
-from . import options
+from . import options, output
 
 if TYPE_CHECKING:
     from ..prove.verification import Verification
@@ -17,25 +17,24 @@ _SHOWN = 20
 
 
 def verify(
+    *,
     model: options.Model,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document on standard output.")
-    ] = False,
+    as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check a model's files: structure, shapes against the config, dtypes, NaN and infinity, tokenizer, manifest. Exit code 0, or 3 if something is wrong."""
+    """Check a model's files: structure, shapes against the config, dtypes, NaN and infinity,
+    tokenizer, manifest. Exit code 0, or 3 if something is wrong.
+    """
     from .. import environment
 
     environment.expect_no_devices()
     from ..prove.verification import verify as run
 
-    with options.progress(quiet) as progress:
-        found = run(
-            model,
-            None if progress is None else lambda done, total: progress("reading", done, total),
-        )
+    with output.only_json(as_json), output.progress(quiet) as progress:
+        report = None if progress is None else partial(progress, "reading")
+        found = run(model, report)
     if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+        output.print_json(found.to_dict())
     else:
         _show(found)
     if not found.passed:
@@ -52,13 +51,13 @@ def _show(found: Verification) -> None:
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items())
     if found.tensors:
         typer.echo(
-            f"{found.model_type}, {found.tensors} tensors ({dtypes}), {found.parameters:,} parameters"
+            f"{found.model_type}, {found.tensors} tensors ({dtypes}),"
+            f" {found.parameters:,} parameters"
         )
-    typer.echo(
-        "no manifest"
-        if found.manifest_files is None
-        else f"{found.manifest_files} files held against manifest.json"
-    )
+    if found.manifest_files is None:
+        typer.echo("no manifest")
+    else:
+        typer.echo(f"{found.manifest_files} files held against manifest.json")
     for name, reason in list(found.ignored.items())[:_SHOWN]:
         typer.echo(f"not read: {lines(name)} ({reason})")
     for finding in found.findings[:_SHOWN]:

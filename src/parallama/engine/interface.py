@@ -19,7 +19,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FitError, lines
 from ..plan.mesh_shape import MeshShape
 from .devices.plugins import ApiVersion
 from .devices.plugins import OptionValue as OptionValue
@@ -203,27 +202,8 @@ class Engine(ABC):
         return [math.prod(shape) * tensor.element_size() for shape in self.local_shapes(tensor)]
 
     def local_slices(self, shape: Sequence[int], axes: Axes, device: int) -> tuple[slice, ...]:
-        """Which part of a tensor of `shape` a device has.
-
-        Raises:
-            FitError: a dim does not divide over its axis.
-        """
-        coordinates = self.shape.coordinates(device)
-        slices = []
-        for size, axis in zip(shape, axes, strict=True):
-            if axis is None:
-                slices.append(slice(None))
-                continue
-            parts = self.shape.size(axis)
-            if size % parts:
-                raise FitError(
-                    lines(
-                        f"a dim of size {size} does not divide over axis {axis!r} ({parts} devices)"
-                    )
-                )
-            step = size // parts
-            slices.append(slice(coordinates[axis] * step, (coordinates[axis] + 1) * step))
-        return tuple(slices)
+        """Which part of a tensor of `shape` a device has; see `MeshShape.local_slices`."""
+        return self.shape.local_slices(shape, axes, device)
 
     # -- steps
 
@@ -261,8 +241,12 @@ class Engine(ABC):
         """What the backend calls its devices, in order."""
 
 
+SELF_TEST = "parallama.engine.torch_xla.selftest"
+"""The module that checks a backend, run in a process of its own with a JSON object as argument."""
+
+
 def start(
-    shape: MeshShape | str | tuple[int, int],
+    shape: MeshShape | str | tuple[int, ...],
     *,
     backend: str = "cpu",
     backend_options: Mapping[str, OptionValue] | None = None,

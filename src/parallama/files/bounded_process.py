@@ -16,18 +16,23 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO
 
-from ..errors import RunError, lines
+from ..errors import RunError, lines, shown
+from ..isolated_process import how_ended
 
-_START_LIMIT_S = 120.0
-_TOO_MUCH = "ended its process: it took too much memory or time"
+_START_LIMIT_S, _END_LIMIT_S = 120.0, 10.0
+_READY = "ready"
 
 
 class Ended(Exception):
     """The process did not answer; the text says why."""
+
+
+class _Broken(Ended):
+    """The process ended, or answered something that is no reply."""
 
 
 class BoundedProcess:
@@ -35,11 +40,17 @@ class BoundedProcess:
 
     Args:
         module: a module that calls `serve` when it is run.
+        what: it does, for messages: `renders chat templates`.
+        replies: the keys of its answers, of which each has one.
         first: makes the line that the module reads before it serves, if it does so.
     """
 
-    def __init__(self, module: str, first: Callable[[], bytes] = bytes) -> None:
+    def __init__(
+        self, module: str, what: str, replies: Collection[str], first: Callable[[], bytes] = bytes
+    ) -> None:
         self._module = module
+        self._what = what
+        self._replies = replies
         self._first = first
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -63,14 +74,13 @@ class BoundedProcess:
         with self._lock:
             process = self._running()
             try:
-                reply: dict[str, str] = json.loads(_ask(process, line, limit_s, limit_bytes))
+                return _read(_ask(process, line, limit_s, limit_bytes), self._replies)
+            except _Broken as error:
+                self.close()
+                raise Ended(f"broke its process, which {error}") from None
             except Ended:
                 self.close()
                 raise
-            except ValueError:
-                self.close()
-                raise Ended("broke its process") from None
-            return reply
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -92,17 +102,21 @@ class BoundedProcess:
             )
             weakref.finalize(self, _end, self._process)
             try:
-                _ask(self._process, first, _START_LIMIT_S, 100)
+                _read(_ask(self._process, first, _START_LIMIT_S, 10_000), (_READY,))
             except Ended as error:
                 self.close()
                 raise RunError(
-                    lines(f"the process of {self._module} {error} while it started")
+                    lines(
+                        f"the process that {self._what} {error}",
+                        f"expected it to say that it is ready, within {_START_LIMIT_S:g} s",
+                    )
                 ) from None
         return self._process
 
 
 def serve(
     answer: Callable[[bytes], Mapping[str, str]],
+    out: IO[bytes],
     *,
     limit_s: Callable[[bytes], float],
     memory_bytes: int,
@@ -111,13 +125,13 @@ def serve(
 
     Args:
         answer: a line to the reply.
+        out: from `own_output`, before anything was imported that may print.
         limit_s: a line to how long the answer may take.
         memory_bytes: how much more memory this process may take from here on.
     """
     os.chdir("/")
-    out = sys.stdout.buffer
     _limit(memory_bytes)
-    _say(out, {})
+    _say(out, {_READY: ""})
     for line in sys.stdin.buffer:
         # Should this process be left behind while it works, it ends by itself.
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -125,6 +139,13 @@ def serve(
         most = resource.getrlimit(resource.RLIMIT_CPU)[1]
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
         _say(out, answer(line))
+
+
+def own_output() -> IO[bytes]:
+    """Standard output for replies alone: what others print goes to standard error from here on."""
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return out
 
 
 def limit_memory(more_bytes: int) -> None:
@@ -172,16 +193,38 @@ def _ask(process: subprocess.Popen[bytes], line: bytes, limit_s: float, limit_by
             if outward in ready:
                 part = os.read(outward, 1 << 20)
                 if not part:
-                    raise Ended(_TOO_MUCH)
+                    raise _Broken(_how(process))
                 found += part
         except BlockingIOError:
             continue
         except BrokenPipeError:
-            raise Ended(_TOO_MUCH) from None
+            raise _Broken(_how(process)) from None
         if len(found) > limit_bytes:
             raise Ended(f"makes a text of more than {len(found)} bytes")
         if found.endswith(b"\n"):
             return bytes(found)
+
+
+def _read(line: bytes, keys: Collection[str]) -> dict[str, str]:
+    """A reply: a JSON object with one of these keys, and a text."""
+    try:
+        reply = json.loads(line)
+    except (ValueError, RecursionError):
+        reply = None
+    if isinstance(reply, dict) and len(reply) == 1:
+        ((key, text),) = reply.items()
+        if key in keys and isinstance(text, str):
+            return reply
+    raise _Broken(f"answered {shown(line[:200], 160)}")
+
+
+def _how(process: subprocess.Popen[bytes]) -> str:
+    """How a process ended that has closed its output."""
+    try:
+        code: int | None = process.wait(_END_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return "closed its output"
+    return how_ended(code)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import CheckpointError, UsageError, cause, lines
-from .bounded_process import BoundedProcess, Ended, serve
+from .bounded_process import BoundedProcess, Ended, own_output, serve
 
 LIMIT_S = 5.0
 """How long one conversation may take to render."""
@@ -34,7 +34,9 @@ class Renderer:
     def __init__(self, template: str, variables: Mapping[str, str], origin: str) -> None:
         self._given = {"template": template, "variables": dict(variables)}
         self._origin = origin
-        self._bounded = BoundedProcess(__name__)
+        self._bounded = BoundedProcess(
+            __name__, "renders chat templates", ("text", "refused", "broken")
+        )
 
     def render(
         self,
@@ -109,6 +111,7 @@ def renderer_of(tokenizer: Any, origin: str) -> Renderer:
 
 def main() -> None:
     """Render what comes in, line by line, until the input ends."""
+    out = own_output()
     from transformers.utils.chat_template_utils import render_jinja_template
 
     for template in (
@@ -122,6 +125,7 @@ def main() -> None:
         answer(render_jinja_template, json.dumps(given).encode())
     serve(
         lambda line: answer(render_jinja_template, line),
+        out,
         limit_s=lambda _line: LIMIT_S,
         memory_bytes=_MEMORY_BYTES,
     )

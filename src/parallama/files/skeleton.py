@@ -15,14 +15,17 @@ from .checkpoint import Checkpoint
 def make_skeleton(config: Any) -> Any:
     """The transformers causal LM on the meta device; only its rotary table is computed.
 
+    It has a config of its own: what runs it names its attention there.
+
     Raises:
         CheckpointError: no model can be built of the config.
     """
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(config)
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            skeleton = AutoModelForCausalLM.from_config(config)
         skeleton.eval()
         skeleton.model.rotary_emb = type(skeleton.model.rotary_emb)(config=config)
     except Exception as error:  # what modules raise at values that transformers' config lets pass

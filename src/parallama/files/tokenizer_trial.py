@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import CheckpointError, lines
-from .bounded_process import BoundedProcess, Ended, serve
+from .bounded_process import BoundedProcess, Ended, own_output, serve
 
 LIMIT_S = 10.0
 """How long a call may take, and one second more for every `BYTES_PER_S`."""
@@ -32,7 +32,9 @@ class Trial:
     def __init__(self, backend: Any, origin: str) -> None:
         self._backend = backend
         self._origin = origin
-        self._bounded = BoundedProcess(__name__, self._serialized)
+        self._bounded = BoundedProcess(
+            __name__, "tries tokenizers", ("done", "broken"), self._serialized
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy starts a process of its own."""
@@ -79,16 +81,17 @@ def limit_s(line: bytes) -> float:
 
 def main() -> None:
     """Try what comes in, line by line, until the input ends. The first line is the tokenizer."""
+    out = own_output()
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(json.loads(sys.stdin.buffer.readline()))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    serve(lambda line: answer(tokenizer, line), limit_s=limit_s, memory_bytes=_MEMORY_BYTES)
+    serve(lambda line: answer(tokenizer, line), out, limit_s=limit_s, memory_bytes=_MEMORY_BYTES)
 
 
 def answer(tokenizer: Any, line: bytes) -> dict[str, str]:
-    """The reply to a question: nothing, or why the tokenizer is `broken`."""
+    """The reply to a question: it is `done`, or why the tokenizer is `broken`."""
     question = json.loads(line)
     try:
         for text in question.get("texts", ()):
@@ -98,7 +101,7 @@ def answer(tokenizer: Any, line: bytes) -> dict[str, str]:
     except BaseException as error:  # Rust's panics are no `Exception`
         said = " ".join(str(error).split())[:200]
         return {"broken": f"{type(error).__name__}: {said}"}
-    return {}
+    return {"done": ""}
 
 
 if __name__ == "__main__":

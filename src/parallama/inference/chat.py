@@ -20,7 +20,8 @@ class Chat:
     Args:
         llm: the model; it needs a chat template.
         system: system message.
-        max_model_len: most tokens of the whole conversation; 2,048, or the model's maximum if that is less, if None.
+        max_model_len: most tokens of the whole conversation; if None 2,048, or the model's maximum
+            if that is less.
         **sampling: see `LLM.sampling_params`.
 
     Attributes:
@@ -67,7 +68,7 @@ class Chat:
             max_new_tokens: most tokens of the answer; 512, or what the limit leaves, if None.
 
         Raises:
-            UsageError: nothing was said, or the conversation is over its limit; it then stays as it was.
+            UsageError: nothing was said, or the conversation is over its limit. It stays as it was.
         """
         if not content.strip():
             raise UsageError(lines("the message is empty", "expected some text"))

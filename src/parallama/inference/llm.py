@@ -3,60 +3,45 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
 
-from ..engine.interface import Engine, Steps
 from ..engine.sampling_params import SamplingParams
 from ..engine.steps import StepKey
 from ..errors import UsageError, lines, shown
 from ..files.checkpoint import Checkpoint
-from ..files.export import Exported, export_weights, resolve, stored_dtypes
-from ..files.skeleton import make_skeleton
-from ..files.weight_writer import SHARD_BYTES
 from ..model.config_checks import eos_ids
-from ..plan.mesh_shape import DATA, MODEL, MeshShape
-from ..plan.placement import Overrides, make_plan, read_overrides
+from ..plan.mesh_shape import DATA, MODEL
+from ..plan.overrides import Overrides
 from ..plan.program_shapes import CHUNK, chunk_size
 from ..sharded.device_weights import DeviceWeights
-from ..sharded.layout import Layout
-from ..sharded.reshard import Mover, Resharding, another_mesh
 from ..sharded.stream import StreamStats
 from . import state
 from .completion import Chunk, Completion, Row
-from .programs import make_programs
 from .prompts import Prompts
 from .run_stats import RunStats
 from .sampling_defaults import with_defaults
 from .session import Session
+from .sharded_model import Progress, ShardedModel
 from .text_stream import TextStream
 
 DEFAULT_NEW_TOKENS = 256
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is, and of how much."""
 
 
-class LLM:
+class LLM(ShardedModel):
     """A model on a mesh. Made by `load`.
 
     Several threads may use one: a step of each has the devices alone.
 
     Attributes:
-        plan: where every tensor is placed, and why.
-        mesh: the devices.
-        weights: the parameters on them.
         tokenizer: of transformers, or None.
         max_model_len: most tokens of prompt and answer together.
         eos_ids: ids that end a text.
         ignored: tensors and files of the checkpoint that were not read -> why.
         load_stats: what reading the checkpoint took.
-        source: the checkpoint.
     """
 
     def __init__(
@@ -76,28 +61,20 @@ class LLM:
         source: Checkpoint,
         progress: Progress | None = None,
     ) -> None:
+        super().__init__(
+            skeleton, weights, dtype, overrides=overrides, source=source, progress=progress
+        )
         self.name = name
-        self._use(skeleton, weights, dtype)
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.ignored: Mapping[str, str] = ignored or {}
         self.load_s = load_s
         self.load_stats = load_stats
-        self.source = source
         self.kv_bytes_per_device: list[int] = [0] * self.mesh.shape.devices
         self.eos_ids = eos_ids(generation.get("eos_token_id"), tokenizer, self.plan.model.vocab)
         self._generation = generation
-        self._progress = progress
         self._prompts = Prompts(name, tokenizer, self.plan.model.vocab)
-        self._overrides = overrides
-        self._sessions: WeakSet[Session] = WeakSet()
         self._runs = threading.local()
-
-    def _use(self, skeleton: Any, weights: DeviceWeights, dtype: torch.dtype) -> None:
-        """Run with these weights from now on."""
-        self.weights, self.plan, self.mesh = weights, weights.plan, weights.mesh
-        self.steps: Steps = self.mesh.steps(skeleton, self.plan, weights.tensors, dtype)
-        self.programs = make_programs(self.steps)
 
     def __repr__(self) -> str:
         return f"LLM({self.name!r}, mesh={self.mesh.shape})"
@@ -148,20 +125,15 @@ class LLM:
                 )
             )
         if room < 1 or (max_new_tokens is not None and max_new_tokens > room):
+            limit, most = self.max_model_len, self.plan.model.max_positions
             wanted = f" and {max_new_tokens} new ones" if max_new_tokens is not None else ""
             raise UsageError(
                 lines(
-                    f"a prompt of {longest} tokens{wanted} is over the limit of {self.max_model_len}",
-                    f"expected at most {self.max_model_len} together (the model's maximum is {self.plan.model.max_positions})",
+                    f"a prompt of {longest} tokens{wanted} is over the limit of {limit}",
+                    f"expected at most {limit} together (the model's maximum is {most})",
                 )
             )
         return min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens
-
-    def report(self, what: str) -> Callable[[int, int], None] | None:
-        if self._progress is None:
-            return None
-        progress = self._progress
-        return lambda done, total: progress(what, done, total)
 
     # -- running
 
@@ -178,17 +150,19 @@ class LLM:
 
         Args:
             prompts: a text, a list of token ids, or a list of either.
-            max_new_tokens: most new tokens a prompt; 256, or what the model's maximum leaves, if None.
+            max_new_tokens: most new tokens a prompt; if None 256, or what the model's maximum
+                leaves.
             stop: strings that end a text.
             ignore_eos: go on past the end-of-text token.
-            **sampling: see `sampling_params`: temperature, top_k, top_p, min_p, repetition_penalty, seed. Every row draws with the same seed, so
-                a prompt's text doesn't depend on its neighbours.
+            **sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed; see
+                `sampling_params`. Every row draws with the same seed, so a prompt's text doesn't
+                depend on its neighbours.
 
         Returns:
             One completion a prompt, in their order.
 
         Raises:
-            UsageError: a prompt is empty or too long, an id out of range, an option out of its range.
+            UsageError: a prompt is empty or too long, or an id or an option is out of its range.
         """
         if not isinstance(prompts, Sequence):
             raise UsageError(
@@ -219,7 +193,10 @@ class LLM:
         ignore_eos: bool = False,
         **sampling: Any,
     ) -> Iterator[Chunk]:
-        """Continue one prompt, token by token; arguments as for `generate`. Bad ones raise at once, not at the first token."""
+        """Continue one prompt, token by token.
+
+        Arguments are those of `generate`. Bad ones raise at once, not at the first token.
+        """
         encoded = [self.encode(prompt)]
         rows = self._rows(encoded, max_new_tokens, stop)
         params = self.sampling_params(**sampling)
@@ -254,14 +231,6 @@ class LLM:
         )
         yield from self.drive(session, encoded, rows, ignore_eos)
 
-    def session(self, rows: Sequence[SamplingParams], **options: Any) -> Session:
-        """A session on this model, which moves with it in `reshard`; see `Session` for the options."""
-        made = Session(
-            self.steps, self.programs, rows, progress=self.report("compiling"), **options
-        )
-        self._sessions.add(made)
-        return made
-
     def drive(
         self, session: Session, encoded: list[list[int]], rows: list[Row], ignore_eos: bool
     ) -> Iterator[tuple[int, Chunk]]:
@@ -287,7 +256,8 @@ class LLM:
             fp32 on the host, `[S, V]` for one sequence and `[B, S, V]` for several.
 
         Raises:
-            UsageError: no tokens, an id out of range, sequences of unequal length or over the limit.
+            UsageError: there are no tokens, an id is out of range, or the sequences are of unequal
+                length or over the limit.
         """
         listed: list[Any] = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         many = bool(listed) and not isinstance(listed[0], int)
@@ -321,80 +291,3 @@ class LLM:
             : len(batch), :length, : self.plan.model.vocab
         ]
         return whole if many else whole[0]
-
-    def reshard(
-        self,
-        mesh: str | MeshShape | tuple[int, int] | Engine | None = None,
-        plan: str | Path | Overrides | None = None,
-    ) -> Resharding:
-        """Move the model to another mesh or plan, with the caches of everything that runs on it: chats, and streams that are half read, go on from there.
-
-        Tensors move one by one; the host never holds more than one, and nothing is read again. Programs are then compiled for the new layout.
-
-        Args:
-            mesh: of as many devices; the present one if None.
-            plan: overrides as for `load`; the present ones if None.
-
-        Raises:
-            FitError: the mesh has another number of devices.
-            PlanError: the plan doesn't describe the model; nothing has moved then.
-        """
-        new_mesh = another_mesh(self.mesh, mesh)
-        overrides: Overrides | None = self._overrides
-        if plan is not None:
-            overrides = read_overrides(plan) if isinstance(plan, (str, Path)) else plan
-        old, dtype = self.weights, self.steps.dtype
-        made = make_plan(self.plan.model, new_mesh.shape, overrides)
-        sessions = list(self._sessions)
-        moving = chain(old.tensors.values(), *(session.tensors() for session in sessions))
-        with self.mesh.lock:
-            mover = Mover(self.mesh, new_mesh, moving, self.report("moving"))
-            for session in sessions:  # programs hold the weights that they were traced with
-                session.leave()
-            self.programs = make_programs(self.steps)
-            tensors = mover(
-                old.tensors,
-                lambda name: Layout.of(old.plan, name),
-                lambda name: Layout.of(made, name),
-            )
-            weights = DeviceWeights(plan=made, mesh=new_mesh, tensors=tensors)
-            self._use(make_skeleton(self.source.config), weights, dtype)
-            self._overrides = overrides
-            for session in sessions:
-                session.move(self.steps, self.programs, mover)
-            began = time.perf_counter()
-            for session in sessions:
-                session.ready(self.report("compiling"))
-        return mover.result(compile_s=time.perf_counter() - began)
-
-    def export(
-        self,
-        folder: str | Path,
-        *,
-        dtype: str = "auto",
-        shard_bytes: int = SHARD_BYTES,
-        allow_nonfinite: bool = False,
-    ) -> Exported:
-        """Write the weights as they are on the devices, with everything that came with the checkpoint; see `export.export_weights`.
-
-        Args:
-            dtype: `auto` is what they are in on the devices, `stored` what they had in the checkpoint; or a name of `export.DTYPES`.
-        """
-        weights = self.weights
-        return export_weights(
-            ((name, weights.fetch(name)) for name in weights.tensors),
-            self.source,
-            folder,
-            dtype=self.steps.dtype
-            if dtype == "auto"
-            else stored_dtypes(self.source)
-            if dtype == "stored"
-            else resolve(dtype),
-            shard_bytes=shard_bytes,
-            allow_nonfinite=allow_nonfinite,
-            progress=self.report("writing"),
-        )
-
-    def param_bytes_per_device(self) -> list[int]:
-        """Bytes of parameters on each device, measured on their shards."""
-        return self.weights.bytes_per_device()

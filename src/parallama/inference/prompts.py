@@ -27,7 +27,7 @@ class Prompts:
         """Token ids of a prompt; ids are checked and passed through.
 
         Raises:
-            UsageError: the prompt is empty, an id is out of range, or there is no tokenizer for a text.
+            UsageError: the prompt is empty, an id is out of range, or a text has no tokenizer.
         """
         if isinstance(prompt, str):
             if not prompt:
@@ -52,7 +52,8 @@ class Prompts:
         """Token ids of a conversation by the model's chat template, ready for an answer.
 
         Raises:
-            UsageError: there is no tokenizer or no chat template, or the template refuses the messages.
+            UsageError: there is no tokenizer or no chat template, or the template refuses the
+                messages.
             CheckpointError: the template is broken, or takes too long.
         """
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):

@@ -1,4 +1,4 @@
-"""The programs that a session needs, by their shapes: all of them are known before it runs. Pure."""
+"""The programs that a session needs, by their shapes; all are known before it runs. Pure."""
 
 from __future__ import annotations
 

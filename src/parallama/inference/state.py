@@ -146,6 +146,6 @@ def layout_of(name: str, shape: tuple[int, ...], plan: Plan) -> Layout:
     elif name in ("seen", "logits"):
         blocks = plan.vocab_blocks()
     if blocks is not None:
-        shape = (shape[0], len(blocks.sources), *shape[2:])
+        shape = (shape[0], blocks.size, *shape[2:])
     axes = STATE_AXES.get(name, CACHE_AXES)
     return Layout(mesh=plan.mesh, shape=shape, axes=axes, blocks=blocks)

@@ -30,7 +30,7 @@ class TextStream:
         if self._tokenizer is None or self.stopped:
             return ""
         self._ids.append(token)
-        # Decode from a little before, so that the tokenizer sees what decides about spaces (as vLLM's detokenizer does).
+        # Decode from a little before: what comes there decides about spaces. vLLM does the same.
         before = self._decode(self._ids[self._from : self._seen])
         after = self._decode(self._ids[self._from :])
         if after.endswith(_UNFINISHED):

@@ -1,1 +1,1 @@
-"""Where every tensor is placed, and what that costs: bytes, collectives, forecasts, pictures. Pure."""
+"""Where every tensor is placed, and what that costs: bytes, collectives, pictures. Pure."""

@@ -1,8 +1,7 @@
-"""Which collectives a plan costs in a step, before anything is compiled. Pure.
+"""Which collectives a step of inference needs, before anything is compiled. Pure.
 
-The steps of inference say how every activation lies (see `products.LinearForm`), so what GSPMD must insert follows from the plan alone: the residual stream is whole on every
-device, a product with a weight that is split on its inputs is summed, and what is split is gathered before a product that needs it whole. `audit` holds compiled programs against this.
-`train_collectives` has those of a training step.
+The steps say how every activation is split, so the plan alone tells what GSPMD must insert.
+`prove.audit` holds compiled programs against this; `train_collectives` has a training step's.
 """
 
 from __future__ import annotations
@@ -12,14 +11,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .layer_patterns import local_elements, ranges, without_layer
+from .layer_patterns import local_elements, with_layers, without_layer
+from .make_plan import make_plan
 from .mesh_shape import DATA, MODEL
-from .placement import Plan, make_plan
+from .placement import Plan
 
 Phase = Literal["prefill", "decode", "train"]
 INFERENCE: tuple[Phase, ...] = ("prefill", "decode")
 CANDIDATE_NUMBERS = 5
-"""What a device says of its best token, in fp32: see `sampling.choose`."""
+"""What each device says of its best token, in fp32: see `sampling.choose`."""
 _FP32 = 4
 
 
@@ -32,7 +32,8 @@ class Collective:
         axis: the mesh axis along which devices take part.
         count: how often in one step.
         bytes: of the result on one device, each time.
-        module: whose product or lookup makes it necessary. `*` stands for every layer, `0,2-5` for these.
+        module: whose product or lookup makes it necessary. `*` stands for every layer, `0,2-5`
+            for these.
     """
 
     kind: str
@@ -42,7 +43,7 @@ class Collective:
     module: str
 
 
-def expected(
+def expected_collectives(
     plan: Plan,
     phase: Phase,
     *,
@@ -54,28 +55,33 @@ def expected(
 ) -> tuple[Collective, ...]:
     """What one step needs on a mesh, in the order of the model.
 
+    The residual stream is whole on every device. A product with a weight that is split on its
+    inputs is summed; what is split is gathered before a product that needs it whole.
+
     Args:
         phase: prefill of `positions` positions a row, or decode of one.
         batch: rows over all devices.
         itemsize: bytes of an activation.
-        sum_itemsize: bytes of an activation while it is summed over devices, where the backend widens it; `itemsize` if None.
-        everywhere: the last layer gives every position's state, not only those that next tokens follow (see `last_positions`).
+        sum_itemsize: bytes of an activation while it is summed over devices, where the backend
+            widens it; `itemsize` if None.
+        everywhere: the last layer gives every position's state, not only those that next tokens
+            follow (see `last_positions`).
     """
-    rows = -(-batch // plan.mesh.data)
+    rows = plan.local_rows(batch)
     tokens = rows * (1 if phase == "decode" else positions)
     sizes = _Sizes(
         rows=rows,
         tokens=tokens,
-        ending=tokens if everywhere else rows,
+        last_tokens=tokens if everywhere else rows,
         itemsize=itemsize,
-        summed=sum_itemsize or itemsize,
+        sum_itemsize=sum_itemsize or itemsize,
     )
-    found = [*_forward(plan, sizes), *_end(plan, sizes)]
+    found = [*_forward(plan, sizes), *_next_token(plan, sizes)]
     needed = Counter(each for each in found if plan.mesh.size(each.axis) > 1)
     return grouped(needed, plan.model.layers)
 
 
-def least(
+def minimal_collectives(
     plan: Plan,
     phase: Phase,
     *,
@@ -84,108 +90,142 @@ def least(
     itemsize: int,
     sum_itemsize: int | None = None,
 ) -> tuple[Collective, ...]:
-    """What the same step needs at least on this mesh: two all-reduces a layer, one for the embedding, and the candidates of the pick."""
-    own = make_plan(plan.model, plan.mesh)
-    return expected(
-        own, phase, batch=batch, positions=positions, itemsize=itemsize, sum_itemsize=sum_itemsize
+    """What the same step needs at least on this mesh, which is what the default plan needs.
+
+    That is two all-reduces a layer, one for the embedding, and the candidates of the next token.
+    """
+    default = make_plan(plan.model, plan.mesh)
+    return expected_collectives(
+        default,
+        phase,
+        batch=batch,
+        positions=positions,
+        itemsize=itemsize,
+        sum_itemsize=sum_itemsize,
     )
 
 
 def grouped(single: Counter[Collective], layers: int) -> tuple[Collective, ...]:
-    """Collectives of concrete modules, the same of several layers put together; in the order in which they first come."""
+    """Collectives of single modules, those of several layers together.
+
+    Args:
+        single: with how often each is done.
+        layers: of the model.
+
+    Returns:
+        In the order in which they first come.
+    """
     found: dict[Collective, list[tuple[int | None, int]]] = {}
     for each, count in single.items():
         name, layer = without_layer(each.module)
         found.setdefault(replace(each, module=name), []).append((layer, each.count * count))
     together = []
     for each, members in found.items():
-        numbers = sorted({layer for layer, _ in members if layer is not None})
-        module = (
-            each.module
-            if len(numbers) in (0, layers)
-            else each.module.replace("*", ranges(numbers), 1)
-        )
+        module = with_layers(each.module, [layer for layer, _ in members], layers)
         together.append(replace(each, module=module, count=sum(count for _, count in members)))
     return tuple(together)
 
 
+def one_collective(kind: str, axis: str, numbers: int, itemsize: int, module: str) -> Collective:
+    """A collective that is done once, of so many numbers."""
+    return Collective(kind=kind, axis=axis, count=1, bytes=numbers * itemsize, module=module)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """Of a step on one device: rows, tokens, those that go through the end of the last layer, and bytes of a number that is gathered or summed."""
+    """Of a step on one device.
+
+    Attributes:
+        rows: of the batch.
+        tokens: in all rows.
+        last_tokens: those that go through the end of the last layer.
+        itemsize, sum_itemsize: bytes of a number that is gathered, or summed.
+    """
 
     rows: int
     tokens: int
-    ending: int
+    last_tokens: int
     itemsize: int
-    summed: int
-
-
-def _one(kind: str, axis: str, numbers: int, itemsize: int, module: str) -> Collective:
-    return Collective(kind=kind, axis=axis, count=1, bytes=numbers * itemsize, module=module)
+    sum_itemsize: int
 
 
 def _forward(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
     """From token ids to the last hidden states."""
-    spec, tokens = plan.model, sizes.tokens
-    slots = plan.head_layout.slots * spec.head_dim
-    query, inner = slots * plan.head_layout.group, plan.intermediate
-
-    def weight(module: str) -> Iterator[Collective]:
-        """A weight that is split over "data" is put together first."""
-        placement = plan[f"{module}.weight"]
-        if DATA in placement.axes:
-            yield _one(
-                "all-gather",
-                DATA,
-                local_elements(plan, placement) * plan.mesh.data,
-                sizes.itemsize,
-                module,
-            )
-
-    def summed(module: str, features: int, tokens: int) -> Iterator[Collective]:
-        """A product that is whole, or split on its outputs, where it ends."""
-        yield from weight(module)
-        if plan[f"{module}.weight"].axes[1] == MODEL:
-            yield _one("all-reduce", MODEL, tokens * features, sizes.summed, module)
-
-    def ending(module: str, features: int, tokens: int, *, split: bool) -> Iterator[Collective]:
-        """A product whose input of `features` lies split or whole, and whose result is added to the residual stream."""
-        yield from summed(module, spec.hidden, tokens)
-        axes = plan[f"{module}.weight"].axes
-        if axes[1] != MODEL and split:
-            yield _one("all-gather", MODEL, tokens * features, sizes.itemsize, module)
-        if axes[0] == MODEL:
-            yield _one("all-gather", MODEL, tokens * spec.hidden, sizes.itemsize, module)
-
-    table = "model.embed_tokens"
-    yield from weight(table)
-    axes = plan[f"{table}.weight"].axes
-    if axes[0] == MODEL:
-        yield _one("all-reduce", MODEL, tokens * spec.hidden, sizes.summed, table)
-    elif axes[1] == MODEL:
-        yield _one("all-gather", MODEL, tokens * spec.hidden, sizes.itemsize, table)
+    spec, products = plan.model, _Products(plan, sizes)
+    kv = plan.head_layout.slots * spec.head_dim
+    query, intermediate = kv * plan.head_layout.group, plan.intermediate
+    yield from products.embedding("model.embed_tokens")
     for layer in range(spec.layers):
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-        for name, features in (("q_proj", query), ("k_proj", slots), ("v_proj", slots)):
-            yield from summed(f"{attention}.{name}", features, tokens)
-        after = tokens if layer < spec.layers - 1 else sizes.ending
-        yield from ending(
-            f"{attention}.o_proj", query, after, split=True
-        )  # the cache is split over heads, and so is what is read from it
+        for name, features in (("q_proj", query), ("k_proj", kv), ("v_proj", kv)):
+            yield from products.first(f"{attention}.{name}", features, sizes.tokens)
+        tokens = sizes.tokens if layer < spec.layers - 1 else sizes.last_tokens
+        # The cache is split over heads, and so is what is read from it.
+        yield from products.last(f"{attention}.o_proj", query, tokens, split=True)
+        split = False
         for name in ("gate_proj", "up_proj"):
-            yield from summed(f"{mlp}.{name}", inner, after)
-        halves = (plan[f"{mlp}.{name}.weight"].axes[0] for name in ("gate_proj", "up_proj"))
-        yield from ending(f"{mlp}.down_proj", inner, after, split=MODEL in halves)
+            yield from products.first(f"{mlp}.{name}", intermediate, tokens)
+            split = split or plan[f"{mlp}.{name}.weight"].axes[0] == MODEL
+        yield from products.last(f"{mlp}.down_proj", intermediate, tokens, split=split)
 
 
-def _end(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
+def _next_token(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
     """From the last hidden states to a token."""
-    if plan[_head(plan)].axes[1] == MODEL:
-        yield _one("all-reduce", MODEL, sizes.rows * plan.vocab, sizes.summed, "lm_head")
-    yield _one(
-        "all-gather", MODEL, plan.mesh.model * sizes.rows * CANDIDATE_NUMBERS, _FP32, "sampling"
-    )
+    head = "model.embed_tokens.weight" if plan.model.tied else "lm_head.weight"
+    if plan[head].axes[1] == MODEL:
+        logits = sizes.rows * plan.vocab
+        yield one_collective("all-reduce", MODEL, logits, sizes.sum_itemsize, "lm_head")
+    candidates = plan.mesh.model * sizes.rows * CANDIDATE_NUMBERS
+    yield one_collective("all-gather", MODEL, candidates, _FP32, "sampling")
 
 
-def _head(plan: Plan) -> str:
-    return "model.embed_tokens.weight" if plan.model.tied else "lm_head.weight"
+@dataclass(frozen=True)
+class _Products:
+    """What the products and the lookup of a forward pass need."""
+
+    plan: Plan
+    sizes: _Sizes
+
+    def embedding(self, module: str) -> Iterator[Collective]:
+        """The lookup of token ids."""
+        yield from self._weight(module)
+        vocab_axis, hidden_axis = self.plan[f"{module}.weight"].axes
+        numbers = self.sizes.tokens * self.plan.model.hidden
+        if vocab_axis == MODEL:
+            yield self._sum(module, numbers)
+        elif hidden_axis == MODEL:
+            yield self._gather(module, numbers)
+
+    def first(self, module: str, features: int, tokens: int) -> Iterator[Collective]:
+        """A product with the residual stream, whose result stays split on its outputs."""
+        yield from self._weight(module)
+        if self.plan[f"{module}.weight"].axes[1] == MODEL:
+            yield self._sum(module, tokens * features)
+
+    def last(self, module: str, features: int, tokens: int, *, split: bool) -> Iterator[Collective]:
+        """A product whose result is added to the residual stream.
+
+        Args:
+            features: of its input.
+            split: the input is split over "model".
+        """
+        hidden = self.plan.model.hidden
+        yield from self.first(module, hidden, tokens)
+        out_axis, in_axis = self.plan[f"{module}.weight"].axes
+        if split and in_axis != MODEL:
+            yield self._gather(module, tokens * features)
+        if out_axis == MODEL:
+            yield self._gather(module, tokens * hidden)
+
+    def _weight(self, module: str) -> Iterator[Collective]:
+        """A weight that is split over "data" is gathered first."""
+        placement = self.plan[f"{module}.weight"]
+        if DATA in placement.axes:
+            numbers = local_elements(self.plan, placement) * self.plan.mesh.data
+            yield one_collective("all-gather", DATA, numbers, self.sizes.itemsize, module)
+
+    def _sum(self, module: str, numbers: int) -> Collective:
+        return one_collective("all-reduce", MODEL, numbers, self.sizes.sum_itemsize, module)
+
+    def _gather(self, module: str, numbers: int) -> Collective:
+        return one_collective("all-gather", MODEL, numbers, self.sizes.itemsize, module)

@@ -1,7 +1,8 @@
-"""What a plan costs: bytes on each device, and what a step must read and compute at the least. Pure arithmetic, all of it predicted.
+"""What a plan costs: bytes on each device, and what a step must at least read and compute. Pure.
 
-Every device holds as many bytes as every other. Shapes by the letters of docs/design.md; here `b` is the rows of one device, `ceil(B / data)`, and `H`, `K`, `F`,
-`V` are one device's share after head layout and padding.
+All of it is predicted. Every device holds as many bytes as every other. Shapes by the letters of
+docs/design.md; here `b` is the rows of one device, and `H`, `K`, `F`, `V` are its share after head
+layout and padding.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Memory:
     Attributes:
         params: weights.
         kv: the KV cache at its full length.
-        growth: the KV cache at the length before, held beside the full one while it grows; 0 if it never does.
+        growth: the KV cache at the length before, which is held beside the full one while it
+            grows; 0 if it never does.
         activations: intermediate tensors at their peak.
         logits: fp32 logits of the rows' last positions.
     """
@@ -41,9 +43,12 @@ class Memory:
 
 
 def memory(plan: Plan, *, batch: int, prompt: int, max_model_len: int, itemsize: int) -> Memory:
-    """Bytes on each device to continue `batch` prompts of up to `prompt` tokens to `max_model_len` positions.
+    """Bytes on each device to continue `batch` prompts to `max_model_len` positions.
 
-    The cache's lengths and the prefill's chunks are those of `buckets`.
+    The cache's lengths and the prefill's chunks are those of `program_shapes`.
+
+    Args:
+        prompt: tokens of the longest prompt.
     """
     lengths = prompt_buckets(max_model_len, prompt, rows=batch)
     chunk = chunk_size(prompt)
@@ -55,33 +60,30 @@ def memory(plan: Plan, *, batch: int, prompt: int, max_model_len: int, itemsize:
         kv=plan.cache_bytes(batch, lengths[-1], itemsize)[0],
         growth=plan.cache_bytes(batch, lengths[-2], itemsize)[0] if len(lengths) > 1 else 0,
         activations=max(prefill, decode),
-        logits=local_rows(plan, batch) * plan.vocab // plan.mesh.model * _FP32,
+        logits=plan.local_rows(batch) * plan.vocab // plan.mesh.model * _FP32,
     )
 
 
 def activation_bytes(plan: Plan, batch: int, new: int, visible: int, itemsize: int) -> int:
-    """Peak bytes of intermediate tensors on each device in one layer, over `new` positions that see `visible` ones; layers take turns.
+    """Peak bytes of intermediate tensors on each device, in one layer; layers take turns.
 
-    The larger of what is alive at attention's softmax, `b S (E + (2 H + 2 K) D)` numbers and the scores `b H S T` in fp32 and as weights in the plan's dtype,
-    and at the MLP's product, `b S (2 E + 3 F)`. Counted from the steps of `attention.cached_attention` and of transformers' MLP, each result once; XLA may fuse
-    some away.
+    It is the larger of two. Attention's softmax has `b S (E + (2 H + 2 K) D)` numbers, and the
+    scores `b H S T` in fp32 and as weights in the plan's dtype. The MLP's product has
+    `b S (2 E + 3 F)`. Both are counted from the steps of `attention.cached_attention` and of
+    transformers' MLP, each result once; XLA may fuse some away.
+
+    Args:
+        new: `S`, positions of each row.
+        visible: `T`, positions that each of them sees.
     """
     model, split = plan.model, plan.mesh.model
-    queries, slots, inner = (
-        len(plan.head_layout.query_sources) // split,
-        plan.head_layout.slots // split,
-        plan.intermediate // split,
-    )
-    tokens = local_rows(plan, batch) * new
-    attention = tokens * (
-        model.hidden + (2 * queries + 2 * slots) * model.head_dim
-    ) * itemsize + tokens * queries * visible * (_FP32 + itemsize)
+    queries = len(plan.head_layout.query_sources) // split
+    kv_heads, inner = plan.head_layout.slots // split, plan.intermediate // split
+    tokens = plan.local_rows(batch) * new
+    numbers = model.hidden + (2 * queries + 2 * kv_heads) * model.head_dim
+    scores = queries * visible * (_FP32 + itemsize)
+    attention = tokens * (numbers * itemsize + scores)
     return max(attention, tokens * (2 * model.hidden + 3 * inner) * itemsize)
-
-
-def local_rows(plan: Plan, batch: int) -> int:
-    """`b`: rows are filled up to a multiple of the "data" axis."""
-    return math.ceil(batch / plan.mesh.data)
 
 
 def parameter_count(spec: ModelSpec) -> int:
@@ -91,32 +93,30 @@ def parameter_count(spec: ModelSpec) -> int:
 
 def shown_bytes(count: int) -> str:
     """`8.03 GB`, `25.2 MB`, `1,234 B`: decimal units."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e4)):
-        if count >= size:
-            return (
-                f"{count / (1e3 if unit == 'kB' else size):.3g} {unit}"
-                if count < 1e15
-                else f"{count / 1e12:,.0f} TB"
-            )
-    return f"{count:,} B"
-
-
-def _weights(spec: ModelSpec) -> tuple[int, int]:
-    """Elements of the layers' parameters and final norm, and of the head."""
-    outside = ("model.embed_tokens.weight", "lm_head.weight")
-    inside = sum(math.prod(shape) for name, shape in spec.parameters() if name not in outside)
-    return inside, spec.vocab * spec.hidden
+    if count < 10_000:
+        return f"{count:,} B"
+    for unit, size in (("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12)):
+        if count < 999.5 * size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e12:,.0f} TB"
 
 
 def decode_bytes(spec: ModelSpec, batch: int, length: int, itemsize: int) -> int:
-    """Bytes that one decode step must read: every weight once (of an untied embedding only the rows looked up), and `length` cached positions a row."""
-    inside, head = _weights(spec)
+    """Bytes that one decode step must read.
+
+    That is every weight once (of an untied embedding only the rows looked up), and `length` cached
+    positions for each row.
+    """
+    layers, head = _weights(spec)
     cached = 2 * spec.layers * spec.kv_heads * spec.head_dim * batch * length
-    return (inside + head + batch * spec.hidden + cached) * itemsize
+    return (layers + head + batch * spec.hidden + cached) * itemsize
 
 
 def prefill_flops(spec: ModelSpec, batch: int, length: int) -> int:
-    """FLOPs of the products of a prefill of `length` tokens a row: causal attention, layers at every position but what comes after the last layer's attention, that and the head at the last position."""
+    """FLOPs of the products of a prefill of `length` tokens a row, with causal attention.
+
+    What comes after the last layer's attention, and the head, are needed at the last position only.
+    """
     _, head = _weights(spec)
     last = f"model.layers.{spec.layers - 1}."
     at_the_end = sum(
@@ -124,21 +124,29 @@ def prefill_flops(spec: ModelSpec, batch: int, length: int) -> int:
         for name, shape in spec.parameters()
         if name.startswith((f"{last}self_attn.o_proj.", f"{last}mlp."))
     )
-    return (
-        _layers_flops(spec, batch, length)
-        - batch * 2 * at_the_end * (length - 1)
-        + batch * 2 * head
-    )
-
-
-def _layers_flops(spec: ModelSpec, batch: int, length: int) -> int:
-    """Of all layers at every position, and causal attention."""
-    inside, _ = _weights(spec)
-    attention = 2 * spec.layers * spec.query_heads * spec.head_dim * length * (length + 1)
-    return batch * (2 * inside * length + attention)
+    left_out = 2 * at_the_end * (length - 1)
+    return _layers_flops(spec, batch, length) + batch * (2 * head - left_out)
 
 
 def train_flops(spec: ModelSpec, batch: int, length: int) -> int:
-    """FLOPs of the products of one forward and backward pass over full rows: three times those of a forward pass with the head at every position. Nothing computed twice counts twice."""
+    """FLOPs of the products of one forward and backward pass over full rows.
+
+    Three times those of a forward pass with the head at every position. What is computed again
+    does not count twice.
+    """
     _, head = _weights(spec)
     return 3 * (_layers_flops(spec, batch, length) + batch * length * 2 * head)
+
+
+def _layers_flops(spec: ModelSpec, batch: int, length: int) -> int:
+    """Of all layers at every position, with causal attention."""
+    layers, _ = _weights(spec)
+    attention = 2 * spec.layers * spec.query_heads * spec.head_dim * length * (length + 1)
+    return batch * (2 * layers * length + attention)
+
+
+def _weights(spec: ModelSpec) -> tuple[int, int]:
+    """Elements of the layers' parameters with the final norm, and of the head."""
+    outside = ("model.embed_tokens.weight", "lm_head.weight")
+    layers = sum(math.prod(shape) for name, shape in spec.parameters() if name not in outside)
+    return layers, spec.vocab * spec.hidden

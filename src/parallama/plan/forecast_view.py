@@ -1,4 +1,4 @@
-"""A forecast for people: tables for a terminal of 100 columns, and sentences."""
+"""A forecast for people: tables for a terminal of 100 columns, and sentences. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from rich.text import Text
 
 from .collectives import Collective
 from .cost import parameter_count, shown_bytes
-from .forecast import DeviceCount, Forecast
-from .layer_patterns import Kind, local_elements
+from .device_counts import DeviceCount
+from .forecast import Forecast
+from .layer_patterns import LayerPattern, local_elements
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_TENSOR_HEADS = ("tensor", "shape", "partition", "style", "on each device")
+_COLLECTIVE_HEADS = ("step", "kind", "axis", "count", "bytes each", "caused by")
+_COUNT_HEADS = (
+    *("devices", "heads", "query", "KV", "intermediate", "vocab"),
+    *("extra weights", "extra cache", "weights each"),
+)
 
 
 def render(forecast: Forecast, console: Console, *, explain: bool = False) -> None:
@@ -24,199 +32,141 @@ def render(forecast: Forecast, console: Console, *, explain: bool = False) -> No
     for name, value in _header(forecast):
         head.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
     console.print(head)
-    _table(
-        console,
-        "Bytes on each device (predicted)",
-        ("what", "bytes", ""),
-        list(_totals(forecast)),
-        left=1,
-    )
-    heads = ("tensor", "shape", "partition", "style", "on each device")
-    _table(
-        console,
-        "Tensors, one line a kind",
-        heads,
-        [_tensor(forecast, kind) for kind in forecast.kinds],
-        left=4,
-    )
+    _title(console, "Bytes on each device (predicted)")
+    _table(console, ("what", "bytes", ""), list(_totals(forecast)), left=1)
+    _title(console, "Tensors, one line a kind")
+    tensors = [_tensor(forecast, pattern) for pattern in forecast.patterns]
+    _table(console, _TENSOR_HEADS, tensors, left=4)
     if explain:
         _title(console, "Why")
         for sentence in explanation(forecast):
             console.print(Text(sentence, overflow="fold"))
-    _title(
-        console,
-        f"Collectives of one step (predicted); a prefill step has {forecast.prefill_positions} positions",
-    )
-    _collectives(console, forecast)
-    counts = (
-        "devices",
-        "heads",
-        "query",
-        "KV",
-        "intermediate",
-        "vocab",
-        "extra weights",
-        "extra cache",
-        "weights each",
-    )
-    _table(
-        console,
-        'Device counts along "model"',
-        counts,
-        [_count(count) for count in forecast.device_counts],
-        left=0,
-    )
+    positions = f"a prefill step has {forecast.prefill_positions} positions"
+    _title(console, f"Collectives of one step (predicted); {positions}")
+    collectives = list(_collectives(forecast))
+    if collectives:
+        _table(console, _COLLECTIVE_HEADS, collectives, left=3, last_left=True)
+    else:
+        console.print(Text("none"))
+    _title(console, 'Device counts along "model"')
+    _table(console, _COUNT_HEADS, [_count(count) for count in forecast.device_counts], left=0)
 
 
 def explanation(forecast: Forecast) -> Iterator[str]:
-    """A sentence for every kind of tensor, and one for the heads."""
+    """A sentence for every pattern of tensors, and one for the heads."""
     mesh = forecast.plan.mesh
     yield f"Heads: {forecast.plan.head_layout.reason}."
-    for kind in forecast.kinds:
-        placement = kind.placement
+    for pattern in forecast.patterns:
+        placement = pattern.placement
         split = [
             f"dim {dim} over {axis!r}"
             for dim, axis in enumerate(placement.axes)
             if mesh.size(axis) > 1
         ]
-        where = (
-            f"is split, {' and '.join(split)}: each device holds {list(placement.local_shape(mesh))}"
-            if split
-            else "is whole on every device"
-        )
-        yield f"{kind.title} {list(placement.shape)} {where}. Rule {placement.style!r}: {placement.reason}."
+        where = "is whole on every device"
+        if split:
+            local = list(placement.local_shape(mesh))
+            where = f"is split, {' and '.join(split)}: each device holds {local}"
+        rule = f"Rule {placement.style!r}: {placement.reason}."
+        yield f"{pattern.title} {list(placement.shape)} {where}. {rule}"
     cache = forecast.plan["cache.key"]
-    yield f"The KV cache lies with its heads. Rule: {cache.reason}."
+    yield f"The KV cache is split with its heads. Rule: {cache.reason}."
     yield f"The logits: {forecast.plan['output.logits'].reason}."
 
 
 def _header(forecast: Forecast) -> Iterator[tuple[str, str]]:
     plan, request = forecast.plan, forecast.request
-    model = plan.model
-    yield (
-        "model",
-        f"{forecast.name}: {model.model_type}, {parameter_count(model):,} parameters, {model.layers} layers",
-    )
-    yield (
-        "mesh",
-        f"{plan.mesh} (data x model), {plan.mesh.devices} device{'s' if plan.mesh.devices > 1 else ''}",
-    )
-    yield (
-        "dtype",
-        request.dtype
-        + (
-            f" (stored as {request.stored_dtype})"
-            if request.stored_dtype not in (None, request.dtype)
-            else ""
-        ),
-    )
+    model, mesh = plan.model, plan.mesh
+    count = f"{parameter_count(model):,} parameters"
+    yield "model", f"{forecast.name}: {model.model_type}, {count}, {model.layers} layers"
+    devices = f"{mesh.devices} device{'s' if mesh.devices > 1 else ''}"
+    yield "mesh", f"{mesh} ({' x '.join(mesh)}), {devices}"
+    stored = request.stored_dtype not in (None, request.dtype)
+    yield "dtype", request.dtype + (f" (stored as {request.stored_dtype})" if stored else "")
     yield "heads", plan.head_layout.reason
-    rows = f"batch {request.batch}, prompts of {request.seq} tokens, up to {request.max_model_len} positions"
-    yield (
-        "run",
-        rows + (f"; training rows of {request.seq} tokens" if request.train is not None else ""),
+    run = (
+        f"batch {request.batch}, prompts of {request.seq} tokens, "
+        f"up to {request.max_model_len} positions"
     )
-    if forecast.fit is not None and request.hardware is not None:
-        hardware, fit = request.hardware, forecast.fit
-        yield (
-            "hardware",
-            f"{hardware.name} ({hardware.what}): {shown_bytes(hardware.memory_bytes)} on each device, runtime included",
-        )
-        verdict = "fits" if fit.fits else "does not fit"
-        what = "a training step" if request.train is not None else "this run"
-        yield (
-            "fits?",
-            f"{what} {verdict}: it needs {fit.needed_bytes / hardware.memory_bytes:.1%} of the memory (predicted)",
-        )
-        yield (
-            "largest",
-            f"batch {fit.largest_batch} at this context; context {fit.largest_context} at this batch",
-        )
+    rows = f"; training rows of {request.seq} tokens" if request.train is not None else ""
+    yield "run", run + rows
+    yield from _hardware(forecast)
+
+
+def _hardware(forecast: Forecast) -> Iterator[tuple[str, str]]:
+    hardware, fit = forecast.request.hardware, forecast.fit
+    if hardware is None or fit is None:
+        return
+    memory = f"{shown_bytes(hardware.memory_bytes)} on each device, runtime included"
+    yield "hardware", f"{hardware.name} ({hardware.what}): {memory}"
+    what = "a training step" if forecast.request.train is not None else "this run"
+    share = f"{fit.needed_bytes / hardware.memory_bytes:.1%} of the memory (predicted)"
+    yield "fits?", f"{what} {'fits' if fit.fits else 'does not fit'}: it needs {share}"
+    context = f"context {fit.largest_context} at this batch"
+    yield "largest", f"batch {fit.largest_batch} at this context; {context}"
 
 
 def _totals(forecast: Forecast) -> Iterator[tuple[str, str, str]]:
-    memory, train = forecast.memory, forecast.train
-
-    def row(what: str, count: int, note: str = "") -> tuple[str, str, str]:
-        return what, f"{count:,}", f"{shown_bytes(count)}{'; ' if note else ''}{note}"
-
-    yield row("parameters", memory.params)
-    yield row("KV cache", memory.kv)
+    memory = forecast.memory
+    yield _bytes("parameters", memory.params)
+    yield _bytes("KV cache", memory.kv)
     if memory.growth:
-        yield row("KV cache, growing", memory.growth, "beside the full one for a moment")
-    yield row("activations", memory.activations, "at their peak")
-    yield row("logits", memory.logits)
-    yield row("total", memory.total, "at the peak")
+        yield _bytes("KV cache, growing", memory.growth, "beside the full one for a moment")
+    yield _bytes("activations", memory.activations, "at their peak")
+    yield _bytes("logits", memory.logits)
+    yield _bytes("total", memory.total, "at the peak")
+    yield from _train_totals(forecast)
+
+
+def _train_totals(forecast: Forecast) -> Iterator[tuple[str, str, str]]:
+    train = forecast.train
     if train is None:
         return
     yield "", "", ""
-    assert forecast.request.train is not None
-    again, layers = len(forecast.request.train.rematerialized), forecast.plan.model.layers
-    yield row("parameters", train.params, "training, in float32")
-    yield row("optimizer state", train.optimizer)
-    yield row("gradients", train.gradients)
+    yield _bytes("parameters", train.params, "training, in float32")
+    yield _bytes("optimizer state", train.optimizer)
+    yield _bytes("gradients", train.gradients)
     if train.copies:
-        yield row(
-            "copies of weights", train.copies, "in the products' dtype, or put together over data"
-        )
-    yield row("logits", train.logits, "and their gradient")
-    yield row(
-        "activations",
-        train.activations,
-        "all kept" if not again else f"{again} of {layers} layers computed twice",
-    )
-    yield row("activations, remat", train.activations_remat, "each layer computed twice")
-    yield row("total", train.total, "at the peak")
-    yield row("total, remat", train.total_remat)
+        note = "in the products' dtype, or put together over data"
+        yield _bytes("copies of weights", train.copies, note)
+    yield _bytes("logits", train.logits, "and their gradient")
+    again, layers = forecast.request.rematerialized_layers, forecast.plan.model.layers
+    kept = f"{again} of {layers} layers computed twice" if again else "all kept"
+    yield _bytes("activations", train.activations, kept)
+    yield _bytes("activations, remat", train.activations_remat, "each layer computed twice")
+    yield _bytes("total", train.total, "at the peak")
+    yield _bytes("total, remat", train.total_remat)
 
 
-def _tensor(forecast: Forecast, kind: Kind) -> tuple[str, ...]:
-    placement = kind.placement
-    each = kind.count * local_elements(forecast.plan, placement) * forecast.request.itemsize
+def _bytes(what: str, count: int, note: str = "") -> tuple[str, str, str]:
+    return what, f"{count:,}", shown_bytes(count) + (f"; {note}" if note else "")
+
+
+def _tensor(forecast: Forecast, pattern: LayerPattern) -> tuple[str, ...]:
+    placement = pattern.placement
+    elements = pattern.count * local_elements(forecast.plan, placement)
     shape = ", ".join(str(size) for size in placement.shape)
     axes = ", ".join(axis or "-" for axis in placement.axes)
-    return kind.title, f"[{shape}]", f"[{axes}]", placement.style, shown_bytes(each)
+    held = shown_bytes(elements * forecast.request.itemsize)
+    return pattern.title, f"[{shape}]", f"[{axes}]", placement.style, held
 
 
-def _collectives(console: Console, forecast: Forecast) -> None:
-    rows: list[tuple[str, ...]] = []
+def _collectives(forecast: Forecast) -> Iterator[tuple[str, ...]]:
     for phase, found in forecast.collectives.items():
-        if phase == "train" and forecast.train is None:
-            continue
-        rows += [(phase, *_collective(item)) for item in found]
-    if not rows:
-        console.print(Text("none"))
-        return
-    _table(
-        console,
-        "",
-        ("step", "kind", "axis", "count", "bytes each", "caused by"),
-        rows,
-        left=3,
-        last_left=True,
-    )
+        if phase != "train" or forecast.train is not None:
+            yield from ((phase, *_collective(each)) for each in found)
 
 
-def _collective(item: Collective) -> tuple[str, ...]:
-    return (
-        item.kind,
-        item.axis,
-        str(item.count),
-        shown_bytes(item.bytes),
-        item.module.removeprefix("model."),
-    )
+def _collective(each: Collective) -> tuple[str, ...]:
+    cause = each.module.removeprefix("model.")
+    return each.kind, each.axis, str(each.count), shown_bytes(each.bytes), cause
 
 
 def _count(count: DeviceCount) -> tuple[str, ...]:
-    extra = (f"+{count.extra_weight_percent:.1f}%", f"+{count.extra_cache_percent:.1f}%")
     sizes = (count.query_heads, count.kv_heads, count.intermediate, count.vocab)
-    return (
-        str(count.devices),
-        count.kind,
-        *(str(size) for size in sizes),
-        *extra,
-        shown_bytes(count.param_bytes_per_device),
-    )
+    extra = (f"+{count.extra_weight_percent:.1f}%", f"+{count.extra_cache_percent:.1f}%")
+    held = shown_bytes(count.param_bytes_per_device)
+    return str(count.devices), count.kind, *(str(size) for size in sizes), *extra, held
 
 
 def _title(console: Console, title: str) -> None:
@@ -226,16 +176,17 @@ def _title(console: Console, title: str) -> None:
 
 def _table(
     console: Console,
-    title: str,
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],
     *,
     left: int,
     last_left: bool = False,
 ) -> None:
-    """A table whose first `left` columns (and the last, if it has no heading or `last_left`) are aligned to the left."""
-    if title:
-        _title(console, title)
+    """Print a table whose first `left` columns are aligned to the left.
+
+    Args:
+        last_left: so is the last one; as it is, too, if it has no heading.
+    """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for index, head in enumerate(heads):
         text = index < left or (index == len(heads) - 1 and (last_left or not head))

@@ -1,6 +1,7 @@
 """Memory of known accelerators, for each device that a program sees. Pure data.
 
-What a data sheet calls GB is taken for 10^9 bytes, the smaller reading, unless it says GiB. It is the chip's whole memory: the runtime and the programs take some of it.
+GB of a data sheet are taken for 10^9 bytes, the smaller reading, unless it says GiB. It is the
+chip's whole memory: the runtime and the programs take some of it.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ HARDWARE: Mapping[str, Hardware] = _table(
     ("tpu-v5e", 16 * _GB, "a chip, HBM2"),
     ("tpu-v5p", 95 * _GB, "a chip, HBM2e"),
     ("tpu-v6e", 32 * _GB, "a chip, HBM"),
-    # docs.tenstorrent.com, "Version Compatibility Matrix": N150 (single chip) 12 GB, N300 (dual chip) 24 GB (2 x 12 GB)
+    # docs.tenstorrent.com, "Version Compatibility Matrix": N150 (single chip) 12 GB,
+    # N300 (dual chip) 24 GB (2 x 12 GB)
     ("n150", 12 * _GB, "a Wormhole chip, GDDR6; one a card"),
     ("n300", 12 * _GB, "a Wormhole chip, GDDR6; two a card"),
-    # docs.tenstorrent.com, "Tenstorrent Blackhole PCI Express Cards": 32 GB of on-board GDDR6 memory
+    # docs.tenstorrent.com, "Tenstorrent Blackhole PCI Express Cards": 32 GB of GDDR6 memory
     ("p150", 32 * _GB, "a Blackhole chip, GDDR6"),
-    # NVIDIA's data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU" (SXM), "H200 Tensor Core GPU": GPU memory
+    # NVIDIA's data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU" (SXM) and
+    # "H200 Tensor Core GPU": GPU memory
     ("a100-40gb", 40 * _GB, "a GPU, HBM2"),
     ("a100-80gb", 80 * _GB, "a GPU, HBM2e"),
     ("h100-80gb", 80 * _GB, "a GPU, HBM3"),

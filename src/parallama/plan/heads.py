@@ -1,14 +1,16 @@
-"""Query and KV heads laid over any number of devices, exactly.
+"""Query and KV heads placed on any number of devices, exactly. Pure.
 
-Grouped-query attention gives each KV head `G = H / K` query heads. A device must hold whole KV heads with the query heads that read
-them, and SPMD wants the same number on every device. So we think in *slots*: a slot is one KV head and up to `group` query heads of it.
+In grouped-query attention `G = H / K` query heads read each KV head. A device must hold whole KV
+heads with the query heads that read them, and SPMD wants the same number of heads on every device.
+So we think in *slots*: a slot is one KV head and up to `group` query heads of it.
 
-- plain division: every KV head is one slot and the device count divides them;
-- padding: slots of zeros are added until it does (a zero output-projection column makes them contribute exactly nothing);
-- repetition: a KV head's query heads are spread over several slots, and the KV head stands in each of them;
-- both, when repetition alone doesn't divide.
+- plain division: every KV head is one slot, and the device count divides the slots;
+- padding: slots of zeros are added until it does. They contribute exactly nothing, for the columns
+  of the output projection are zero, too;
+- repetition: the query heads of a KV head are spread over several slots, each with a copy of it;
+- both, where repetition alone doesn't divide.
 
-Every choice of `group` from 1 to `G` is one such layout; `choose` takes the cheapest.
+Each `group` from 1 to `G` gives one such layout; `choose` takes the cheapest.
 """
 
 from __future__ import annotations
@@ -23,14 +25,15 @@ EMPTY = -1
 
 @dataclass(frozen=True, kw_only=True)
 class HeadLayout:
-    """Where every head of a model lies.
+    """Which head of a model is in which slot.
 
     Attributes:
         query_heads: `H`, of the checkpoint.
         kv_heads: `K`, of the checkpoint.
         devices: size of the mesh axis that the heads are split over.
-        group: query heads a slot.
-        query_sources: for each laid-out query head the checkpoint's head it holds, or `EMPTY` for zeros; `slots * group` long.
+        group: query heads of a slot.
+        query_sources: for each laid-out query head the checkpoint's head that it holds, or `EMPTY`
+            for zeros; `slots * group` long.
         kv_sources: the same for the laid-out KV heads; `slots` long.
     """
 
@@ -49,29 +52,24 @@ class HeadLayout:
     def kind(self) -> str:
         """`divide`, `pad`, `repeat` or `repeat+pad`."""
         repeated = self.group < self.query_heads // self.kv_heads
-        padded = EMPTY in self.query_sources or EMPTY in self.kv_sources
-        return {
-            (False, False): "divide",
-            (False, True): "pad",
-            (True, False): "repeat",
-            (True, True): "repeat+pad",
-        }[repeated, padded]
+        if EMPTY in self.query_sources or EMPTY in self.kv_sources:
+            return "repeat+pad" if repeated else "pad"
+        return "repeat" if repeated else "divide"
 
     @property
     def extra_weight_percent(self) -> float:
-        """Attention weight bytes (and projection FLOPs) a device, over a perfect division, in %."""
-        return 100.0 * (
-            (len(self.query_sources) + self.slots) / (self.query_heads + self.kv_heads) - 1
-        )
+        """Attention weights (and FLOPs of projections) beyond a perfect division, in %."""
+        laid_out = len(self.query_sources) + self.slots
+        return 100.0 * (laid_out / (self.query_heads + self.kv_heads) - 1)
 
     @property
     def extra_score_percent(self) -> float:
-        """FLOPs of scores and weighted values a device, over a perfect division, in %."""
+        """FLOPs of scores and weighted values beyond a perfect division, in %."""
         return 100.0 * (len(self.query_sources) / self.query_heads - 1)
 
     @property
     def extra_cache_percent(self) -> float:
-        """KV-cache bytes a device, over a perfect division, in %."""
+        """Bytes of KV cache beyond a perfect division, in %."""
         return 100.0 * (self.slots / self.kv_heads - 1)
 
     @property
@@ -87,7 +85,8 @@ class HeadLayout:
         }
         return (
             f"{base}: {words[self.kind]} to {len(self.query_sources)} / {self.slots} "
-            f"(+{self.extra_weight_percent:.0f}% attention weights, +{self.extra_cache_percent:.0f}% cache)"
+            f"(+{self.extra_weight_percent:.0f}% attention weights, "
+            f"+{self.extra_cache_percent:.0f}% cache)"
         )
 
 
@@ -105,8 +104,26 @@ def check_heads(query_heads: int, kv_heads: int) -> None:
         )
 
 
+def choose(query_heads: int, kv_heads: int, devices: int) -> HeadLayout:
+    """The exact layout with the fewest attention weights; among equals the smallest cache.
+
+    Raises:
+        UsageError: the KV heads don't divide the query heads, or a count is below 1.
+    """
+    check_heads(query_heads, kv_heads)
+    if devices < 1:
+        raise UsageError(lines(f"{devices} devices", "expected at least 1"))
+
+    def cost(group: int) -> tuple[int, int]:
+        slots = padded(kv_heads * math.ceil(query_heads // kv_heads / group), devices)
+        return slots * group + slots, slots
+
+    group = min(range(1, query_heads // kv_heads + 1), key=cost)
+    return layout_for_group(query_heads, kv_heads, devices, group)
+
+
 def layout_for_group(query_heads: int, kv_heads: int, devices: int, group: int) -> HeadLayout:
-    """The layout with `group` query heads a slot, padded to a multiple of `devices` slots."""
+    """The layout with `group` query heads in a slot, padded to a multiple of `devices` slots."""
     heads_per_kv = query_heads // kv_heads
     kv_sources: list[int] = []
     query_sources: list[int] = []
@@ -127,24 +144,6 @@ def layout_for_group(query_heads: int, kv_heads: int, devices: int, group: int) 
     )
 
 
-def choose(query_heads: int, kv_heads: int, devices: int) -> HeadLayout:
-    """The exact layout with the fewest attention weights; among equals the smallest cache.
-
-    Raises:
-        UsageError: the KV heads don't divide the query heads, or a count is below 1.
-    """
-    check_heads(query_heads, kv_heads)
-    if devices < 1:
-        raise UsageError(lines(f"{devices} devices", "expected at least 1"))
-    candidates = (
-        layout_for_group(query_heads, kv_heads, devices, group)
-        for group in range(1, query_heads // kv_heads + 1)
-    )
-    return min(
-        candidates, key=lambda layout: (len(layout.query_sources) + layout.slots, layout.slots)
-    )
-
-
 def padded(size: int, devices: int) -> int:
-    """The next multiple of `devices`: intermediate and vocabulary sizes are padded with zeros at the end."""
+    """The next multiple of `devices`: what is split evenly is padded with zeros at its end."""
     return math.ceil(size / devices) * devices

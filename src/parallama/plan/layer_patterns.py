@@ -1,21 +1,23 @@
-"""Tensors of one kind: a plan's parameters without the repetition of layers. Pure."""
+"""A plan's parameters without the repetition of layers, and layer numbers in names. Pure."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .placement import Placement, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class LayerPattern:
     """Parameters that differ only in their layer.
 
     Attributes:
-        name: their name with `*` for the layer; where not all layers lie alike, with these layers' numbers, as `0,2-5`.
+        name: their name with `*` for the layer. Where not all layers are placed alike, these
+            layers' numbers stand in its place, as `0,2-5`.
         count: how many there are.
-        placement: the first of them.
+        placement: of the first of them.
     """
 
     name: str
@@ -33,32 +35,35 @@ class Kind:
         return self.name.rpartition(".")[0]
 
 
-def kinds(plan: Plan) -> tuple[Kind, ...]:
-    """The kinds of a plan's parameters, in the model's order; layers that lie differently stand below one another."""
-    found: dict[str, dict[tuple[object, ...], list[tuple[int | None, Placement]]]] = {}
-    for placement in plan.parameters:
-        name, layer = without_layer(placement.name)
-        how = (
-            placement.source_shape,
-            placement.shape,
-            placement.axes,
-            placement.style,
-            placement.reason,
-        )
-        found.setdefault(name, {}).setdefault(how, []).append((layer, placement))
-    return tuple(
-        Kind(
-            name=_name(name, [layer for layer, _ in members], plan.model.layers),
-            count=len(members),
-            placement=members[0][1],
-        )
-        for name, alike in found.items()
-        for members in alike.values()
-    )
+def layer_patterns(plan: Plan) -> tuple[LayerPattern, ...]:
+    """The patterns of a plan's parameters, in the model's order.
+
+    Layers of one parameter that are placed in different ways follow each other.
+    """
+    found: dict[str, dict[tuple[object, ...], list[Placement]]] = {}
+    for each in plan.parameters:
+        name, _ = without_layer(each.name)
+        how = (each.source_shape, each.shape, each.axes, each.style, each.reason)
+        found.setdefault(name, {}).setdefault(how, []).append(each)
+    patterns = []
+    for name, ways in found.items():
+        for members in ways.values():
+            numbers = [without_layer(each.name)[1] for each in members]
+            pattern = LayerPattern(
+                name=with_layers(name, numbers, plan.model.layers),
+                count=len(members),
+                placement=members[0],
+            )
+            patterns.append(pattern)
+    return tuple(patterns)
 
 
 def without_layer(name: str) -> tuple[str, int | None]:
-    """`model.layers.3.mlp.up_proj.weight` -> (`model.layers.*.mlp.up_proj.weight`, 3); other names -> (name, None)."""
+    """A name with `*` for the layer's number, and that number.
+
+    `model.layers.3.mlp.up_proj.weight` -> (`model.layers.*.mlp.up_proj.weight`, 3); other names
+    -> (name, None).
+    """
     parts = name.split(".")
     for index, part in enumerate(parts[:-1]):
         if part == "layers" and parts[index + 1].isdigit():
@@ -66,9 +71,10 @@ def without_layer(name: str) -> tuple[str, int | None]:
     return name, None
 
 
-def local_elements(plan: Plan, placement: Placement) -> int:
-    """Elements that each device holds of a parameter."""
-    return math.prod(placement.local_shape(plan.mesh))
+def with_layers(pattern: str, numbers: Collection[int | None], layers: int) -> str:
+    """A pattern with the numbers of its layers instead of `*`, unless it is all of the model's."""
+    known = sorted({number for number in numbers if number is not None})
+    return pattern if len(known) in (0, layers) else pattern.replace("*", ranges(known), 1)
 
 
 def ranges(numbers: list[int]) -> str:
@@ -82,6 +88,6 @@ def ranges(numbers: list[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _name(pattern: str, layers: list[int | None], of: int) -> str:
-    numbered = [layer for layer in layers if layer is not None]
-    return pattern if len(numbered) in (0, of) else pattern.replace("*", ranges(numbered), 1)
+def local_elements(plan: Plan, placement: Placement) -> int:
+    """Elements that each device holds of a parameter."""
+    return math.prod(placement.local_shape(plan.mesh))

@@ -1,25 +1,22 @@
-"""Pictures of who holds what: the mesh, and tensors cut into the parts that lie on its devices. SVG by hand, PNG by matplotlib. Pure.
+"""Pictures of which device holds what: the mesh, and tensors cut into the devices' parts. Pure.
 
-Three steps: a `Panel` says which devices hold which part of a tensor (`planned` makes one from a plan's placement; a measured one can be made from what a runtime
-says), `draw` turns panels into boxes and labels, and `svg` and `write` turn those into files.
+A `Panel` says which devices hold which part of a tensor; `planned` makes one from a placement, and
+one of measured parts can be made by hand. `draw` turns panels into boxes and labels, which
+`picture_files` writes.
 """
 
 from __future__ import annotations
 
 import colorsys
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from html import escape
-from importlib.util import find_spec
+from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 from ..errors import UsageError, lines
-from .mesh_shape import DATA, MODEL, MeshShape
+from .mesh_shape import MeshShape
 from .placement import Axes, Placement
 
 Span = tuple[Fraction, Fraction]
@@ -37,7 +34,7 @@ class Part:
 
     Attributes:
         devices: all that hold it, ascending.
-        spans: which part, a span a dim.
+        spans: which part it is: one span for each dim.
     """
 
     devices: tuple[int, ...]
@@ -52,7 +49,7 @@ class Panel:
         title: first line above it.
         note: second line.
         shape: sizes, or letters for those that depend on the run.
-        parts: together they cover the tensor; with replication several devices hold one.
+        parts: together they cover the tensor; a replicated part has several devices.
     """
 
     title: str
@@ -85,7 +82,7 @@ class Label:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """What both writers write."""
+    """What is written to a file."""
 
     width: float
     height: float
@@ -94,7 +91,7 @@ class Drawing:
 
 
 def planned(placement: Placement, mesh: MeshShape, *, title: str) -> Panel:
-    """The panel of a placement; axes may stand in any order and on any dim."""
+    """The panel of a placement; axes may be in any order and on any dim."""
     axes = ", ".join(axis or "-" for axis in placement.axes)
     sizes = ", ".join(str(size) for size in placement.shape)
     return Panel(
@@ -109,20 +106,27 @@ def parts(axes: Axes, mesh: MeshShape) -> tuple[Part, ...]:
     """The parts that a mesh cuts a tensor into, in the order of the dims."""
     holders: dict[tuple[Span, ...], list[int]] = {}
     for device in range(mesh.devices):
-        place = mesh.coordinates(device)
-        spans = tuple(
-            _WHOLE
-            if axis is None
-            else (
-                Fraction(place[axis], mesh.size(axis)),
-                Fraction(place[axis] + 1, mesh.size(axis)),
-            )
-            for axis in axes
-        )
+        at = mesh.coordinates(device)
+        spans = tuple(_WHOLE if axis is None else _span(at[axis], mesh[axis]) for axis in axes)
         holders.setdefault(spans, []).append(device)
     return tuple(
         Part(devices=tuple(devices), spans=spans) for spans, devices in sorted(holders.items())
     )
+
+
+def _span(place: int, places: int) -> Span:
+    return Fraction(place, places), Fraction(place + 1, places)
+
+
+def device_rows(mesh: MeshShape) -> list[list[int]]:
+    """The devices as they are drawn: the last axis goes across, the others go down."""
+    return mesh.groups(list(mesh)[-1])
+
+
+def directions(mesh: MeshShape) -> str:
+    """Which axes of a drawn mesh go down and across, in words."""
+    *outer, inner = mesh
+    return f"{' x '.join(outer)} down, {inner} across"
 
 
 def draw(title: str, mesh: MeshShape, panels: Sequence[Panel]) -> Drawing:
@@ -144,109 +148,6 @@ def draw(title: str, mesh: MeshShape, panels: Sequence[Panel]) -> Drawing:
     )
 
 
-def svg(drawing: Drawing) -> str:
-    """The drawing as an SVG document."""
-
-    def elements() -> Iterator[str]:
-        for box in drawing.boxes:
-            place = (
-                f'x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}"'
-            )
-            yield f'<rect {place} fill="{box.fill}" stroke="#444" stroke-width="0.6"/>'
-        for label in drawing.labels:
-            style = (' font-weight="bold"' if label.bold else "") + (
-                ' text-anchor="middle"' if label.centred else ""
-            )
-            yield f'<text x="{label.x:.1f}" y="{label.y:.1f}"{style}>{escape(label.text)}</text>'
-
-    size = f'width="{drawing.width:.0f}" height="{drawing.height:.0f}" viewBox="0 0 {drawing.width:.1f} {drawing.height:.1f}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="DejaVu Sans Mono, monospace" font-size="9">'
-    return "\n".join(
-        [head, '<rect width="100%" height="100%" fill="white"/>', *elements(), "</svg>", ""]
-    )
-
-
-def check_target(path: Path) -> None:
-    """Raise `UsageError` where `write` could not write: before anything else is done."""
-    if path.suffix not in (".svg", ".png"):
-        raise UsageError(
-            lines(f"--plot {path} is neither .svg nor .png", "expected one of the two")
-        )
-    if path.suffix == ".png" and find_spec("matplotlib") is None:
-        raise UsageError(
-            lines(
-                "--plot of a .png needs matplotlib",
-                "run: pip install 'parallama[bench]', or give an .svg",
-            )
-        )
-    if path.is_dir() or not path.parent.is_dir():
-        raise UsageError(
-            lines(f"--plot {path} cannot be written", "expected a file in a folder that exists")
-        )
-
-
-def write(drawing: Drawing, path: Path) -> None:
-    """Write the drawing as SVG or PNG, by the file's ending.
-
-    Raises:
-        UsageError: another ending, matplotlib isn't installed, or the path cannot be written.
-    """
-    check_target(path)
-    content = svg(drawing).encode() if path.suffix == ".svg" else _png(drawing)
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise UsageError(
-            lines(
-                f"--plot {path} cannot be written: {error.strerror}",
-                "expected a file in a folder that exists",
-            )
-        ) from None
-
-
-def _png(drawing: Drawing) -> bytes:
-    import matplotlib.style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    picture = io.BytesIO()
-    # The user's matplotlibrc must not change the picture, and a `$` in a name is no formula.
-    with matplotlib.style.context(
-        ["default", {"text.parse_math": False, "font.family": "monospace"}], after_reset=True
-    ):
-        figure: Any = Figure(figsize=(drawing.width / 100, drawing.height / 100))
-        FigureCanvasAgg(figure)
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_xlim(0, drawing.width)
-        axes.set_ylim(drawing.height, 0)
-        axes.set_axis_off()
-        for box in drawing.boxes:
-            axes.add_patch(
-                Rectangle(
-                    (box.x, box.y),
-                    box.width,
-                    box.height,
-                    facecolor=box.fill,
-                    edgecolor="#444444",
-                    linewidth=0.5,
-                )
-            )
-        for label in drawing.labels:
-            weight, side = "bold" if label.bold else "normal", "center" if label.centred else "left"
-            axes.text(
-                label.x,
-                label.y,
-                label.text,
-                fontsize=9 * 0.72,
-                fontweight=weight,
-                horizontalalignment=side,
-            )
-        # 200 dots an inch: two for each of our pixels.
-        figure.savefig(picture, format="png", dpi=200)
-    return picture.getvalue()
-
-
 def devices_text(devices: Sequence[int]) -> str:
     """`3`, `0-3`, `0,4`, or `0,4..28` for steps of one width: short enough for a cell."""
     if len(devices) == 1:
@@ -262,11 +163,17 @@ def devices_text(devices: Sequence[int]) -> str:
 
 
 def _mesh_panel(mesh: MeshShape) -> Panel:
+    rows = device_rows(mesh)
+    found = [
+        Part(devices=(device,), spans=(_span(down, len(rows)), _span(across, len(row))))
+        for down, row in enumerate(rows)
+        for across, device in enumerate(row)
+    ]
     return Panel(
         title=f"mesh {mesh}",
-        note="data down, model across",
-        shape=(mesh.data, mesh.model),
-        parts=parts((DATA, MODEL), mesh),
+        note=directions(mesh),
+        shape=(len(rows), len(rows[0])),
+        parts=tuple(found),
     )
 
 
@@ -274,9 +181,17 @@ def _drawn_dims(panel: Panel) -> tuple[int | None, int | None]:
     """Which dims go down and across: those that are split, then the first others."""
     rank = len(panel.shape)
     split = [dim for dim in range(rank) if any(part.spans[dim] != _WHOLE for part in panel.parts)]
-    assert len(split) <= 2, "a mesh has two axes"
-    chosen = sorted([*split, *(dim for dim in range(rank) if dim not in split)][:2])
-    return (chosen[0] if chosen else None, chosen[1] if len(chosen) > 1 else None)
+    if len(split) > 2:
+        raise UsageError(
+            lines(
+                f"{panel.title} is split along {len(split)} dims: {split}",
+                "expected at most 2, which a picture can show",
+            )
+        )
+    whole = [dim for dim in range(rank) if dim not in split]
+    chosen: list[int | None] = [*sorted([*split, *whole][:2])]
+    down, across = (*chosen, None, None)[:2]
+    return down, across
 
 
 def _body_size(panel: Panel) -> tuple[float, float]:
@@ -307,8 +222,8 @@ def _draw_panel(panel: Panel, mesh: MeshShape, x: float, y: float) -> tuple[list
     top = y + 2 * _LINE + 6
     boxes = []
     for part in panel.parts:
-        upper, lower = part.spans[down] if down is not None else _WHOLE
-        left, right = part.spans[across] if across is not None else _WHOLE
+        upper, lower = _WHOLE if down is None else part.spans[down]
+        left, right = _WHOLE if across is None else part.spans[across]
         box = Box(
             x=x + float(left) * width,
             y=top + float(upper) * height,
@@ -317,25 +232,35 @@ def _draw_panel(panel: Panel, mesh: MeshShape, x: float, y: float) -> tuple[list
             fill=colour(part.devices, mesh),
         )
         boxes.append(box)
-        labels.append(
-            Label(
-                x=box.x + box.width / 2,
-                y=box.y + box.height / 2 + 3,
-                text=devices_text(part.devices),
-                centred=True,
-            )
-        )
+        middle, baseline = box.x + box.width / 2, box.y + box.height / 2 + 3
+        text = devices_text(part.devices)
+        labels.append(Label(x=middle, y=baseline, text=text, centred=True))
     return boxes, labels
 
 
 def colour(devices: Sequence[int], mesh: MeshShape) -> str:
-    """The hue tells the place along "model", the lightness that along "data"; what is shared along an axis takes no part of that axis's."""
-    places = [mesh.coordinates(device) for device in devices]
-    columns, rows = {place[MODEL] for place in places}, {place[DATA] for place in places}
-    alone_model, alone_data = len(columns) == 1 and mesh.model > 1, len(rows) == 1 and mesh.data > 1
-    light = 0.86 - 0.24 * (min(rows) / max(1, mesh.data - 1)) if alone_data else 0.78
-    hue, strength = (min(columns) / mesh.model, 0.65) if alone_model else (0.0, 0.0)
-    return "#" + "".join(
-        f"{math.floor(255 * channel + 0.5):02x}"
-        for channel in colorsys.hls_to_rgb(hue, light, strength)
-    )
+    """The colour of what these devices hold, as `#rrggbb`.
+
+    The hue tells the column of `device_rows`, the lightness the row. What several columns share is
+    grey; what several rows share has the lightness of none.
+    """
+    places = _places(mesh)
+    rows, columns = {places[each][0] for each in devices}, {places[each][1] for each in devices}
+    last_row, last_column = places[mesh.devices - 1]
+    light, hue, strength = 0.78, 0.0, 0.0
+    if len(rows) == 1 and last_row > 0:
+        light = 0.86 - 0.24 * min(rows) / last_row
+    if len(columns) == 1 and last_column > 0:
+        hue, strength = min(columns) / (last_column + 1), 0.65
+    channels = colorsys.hls_to_rgb(hue, light, strength)
+    return "#" + "".join(f"{math.floor(255 * channel + 0.5):02x}" for channel in channels)
+
+
+@lru_cache(maxsize=8)
+def _places(mesh: MeshShape) -> Mapping[int, tuple[int, int]]:
+    """Row and column of every device."""
+    return {
+        device: (down, across)
+        for down, row in enumerate(device_rows(mesh))
+        for across, device in enumerate(row)
+    }

@@ -1,40 +1,25 @@
-"""A sharding plan: for every tensor of a model where it lies on a mesh, and why. Plain data, made without a device.
+"""A sharding plan as data: for every tensor where it is placed on a mesh, and why. Pure.
 
-A plan names, for each parameter, buffer, cache tensor and input, one mesh axis (or none) for every dim. It is strict both ways: a
-parameter that no rule covers is an error, and so is a rule that covers no parameter.
+A plan names, for every parameter, buffer, cache tensor, input and output, one mesh axis (or none)
+for each dim. `make_plan` makes one.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import PlanError, UsageError, cause, lines, listed, shown
-from ..model.rope import FOLLOWING
+from ..errors import PlanError, cause, lines
 from ..model.spec import ModelSpec
-from . import heads
-from .heads import HeadLayout
-from .mesh_shape import DATA, MODEL, MeshShape, axis_name
+from .heads import EMPTY, HeadLayout, padded
+from .mesh_shape import MeshShape
 
 Axes = tuple[str | None, ...]
-Overrides = Mapping[str, str | Sequence[str | None]]
-"""Parameter-name pattern to a style or a list of axes."""
-STYLES = ("colwise", "rowwise", "vocab", "replicate")
-"""`colwise` splits a weight `[out, in]` on `out`, `rowwise` on `in`, `vocab` an embedding or head `[V, E]` on `V`."""
+TensorKind = Literal["parameter", "buffer", "cache", "input", "output"]
 
-# transformers' own style names, where they differ from ours.
-_TRANSFORMERS_STYLES = {
-    "replicated_with_grad_allreduce": "replicate",
-    "colwise_gather_output": "vocab",
-    "colwise_rep": "vocab",
-    "embedding_rowwise": "vocab",
-}
-_QUERY, _KV, _INTERMEDIATE, _VOCAB = "query heads", "kv heads", "intermediate", "vocab"
+_QUERY, _KV, _INTERMEDIATE, _VOCAB = "query heads", "KV heads", "intermediate", "vocab"
 _LAID_OUT = {
     "self_attn.q_proj": (0, _QUERY),
     "self_attn.k_proj": (0, _KV),
@@ -46,23 +31,34 @@ _LAID_OUT = {
     "embed_tokens": (0, _VOCAB),
     "lm_head": (0, _VOCAB),
 }
+"""Module to the dim of its weight that is laid out anew for the mesh, and what that dim counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """How one dim of a laid-out tensor is made from the checkpoint's: block `i` is the checkpoint's block `sources[i]`.
+    """How one dim of a laid-out tensor is made from the checkpoint's, block by block.
 
     Attributes:
         dim: the dim that is laid out.
-        block: its block size, in elements.
-        sources: checkpoint block of each laid-out block, or `heads.EMPTY` for zeros.
-        heads: what a block is, where it is a head.
+        block: elements of one block.
+        sources: for each block the checkpoint's block that it holds, or `heads.EMPTY` for zeros.
+        heads: which heads the blocks are, if they are heads.
     """
 
     dim: int
     block: int
     sources: tuple[int, ...]
     heads: Literal["query", "KV"] | None = None
+
+    @property
+    def source_size(self) -> int:
+        """Size of the dim in the checkpoint."""
+        return self.block * (max(self.sources) + 1)
+
+    @property
+    def size(self) -> int:
+        """Size of the dim over all devices."""
+        return self.block * len(self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +68,7 @@ class Placement:
     Attributes:
         name: parameter name as transformers gives it, or `cache.key`, `input.ids`, ...
         kind: parameter, buffer, cache, input or output.
-        source_shape: its shape in the checkpoint (dims that depend on the run are letters, as `B`).
+        source_shape: its shape in the checkpoint. A dim that depends on the run is a letter.
         shape: its shape over all devices, after head layout and padding.
         axes: for every dim the mesh axis it is split over, or None.
         style: the rule it follows.
@@ -80,7 +76,7 @@ class Placement:
     """
 
     name: str
-    kind: Literal["parameter", "buffer", "cache", "input", "output"]
+    kind: TensorKind
     source_shape: tuple[int | str, ...]
     shape: tuple[int | str, ...]
     axes: Axes
@@ -96,12 +92,12 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Where everything lies.
+    """Where every tensor of a model is placed.
 
     Attributes:
         model: the sizes it was made for.
         mesh: the mesh it was made for.
-        head_layout: how query and KV heads lie along `model`.
+        head_layout: how query and KV heads are split over "model".
         placements: every tensor, in the model's order.
     """
 
@@ -112,9 +108,8 @@ class Plan:
     _by_name: dict[str, Placement] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "_by_name", {placement.name: placement for placement in self.placements}
-        )
+        by_name = {placement.name: placement for placement in self.placements}
+        object.__setattr__(self, "_by_name", by_name)
 
     def __getitem__(self, name: str) -> Placement:
         return self._by_name[name]
@@ -129,68 +124,56 @@ class Plan:
     @property
     def intermediate(self) -> int:
         """`F` after padding."""
-        return heads.padded(self.model.intermediate, self.mesh.model)
+        return padded(self.model.intermediate, self.mesh.model)
 
     @property
     def vocab(self) -> int:
         """`V` after padding; ids from `model.vocab` on are never sampled."""
-        return heads.padded(self.model.vocab, self.mesh.model)
+        return padded(self.model.vocab, self.mesh.model)
 
     def blocks(self, name: str) -> Blocks | None:
-        """How the laid-out dim of a parameter is made, or None if the parameter lies as in the checkpoint."""
-        module = _module_key(name)
+        """How a parameter's laid-out dim is made; None if it is placed as in the checkpoint."""
+        module = _module_of(name)
         if module not in _LAID_OUT:
             return None
-        dim, what = _LAID_OUT[module]
-        if name.endswith(".bias"):
-            if dim == 1:
-                return None
-            dim = 0
-        if what == _QUERY:
-            return Blocks(
-                dim=dim,
-                block=self.model.head_dim,
-                sources=self.head_layout.query_sources,
-                heads="query",
-            )
-        if what == _KV:
-            return Blocks(
-                dim=dim, block=self.model.head_dim, sources=self.head_layout.kv_sources, heads="KV"
-            )
-        size, full = (
-            (self.model.intermediate, self.intermediate)
-            if what == _INTERMEDIATE
-            else (self.model.vocab, self.vocab)
-        )
-        block = math.gcd(size, full)
-        return Blocks(
-            dim=dim,
-            block=block,
-            sources=tuple(range(size // block)) + (heads.EMPTY,) * ((full - size) // block),
-        )
+        dim, counts = _LAID_OUT[module]
+        if dim == 1 and name.endswith(".bias"):
+            return None  # the bias of a row-parallel product has the residual stream's size
+        layout, head_dim = self.head_layout, self.model.head_dim
+        if counts == _QUERY:
+            return Blocks(dim=dim, block=head_dim, sources=layout.query_sources, heads="query")
+        if counts == _KV:
+            return Blocks(dim=dim, block=head_dim, sources=layout.kv_sources, heads="KV")
+        if counts == _INTERMEDIATE:
+            return _padded_blocks(dim, self.model.intermediate, self.intermediate)
+        return _padded_blocks(dim, self.model.vocab, self.vocab)
 
     def cache_blocks(self) -> Blocks:
-        """How the heads of the cache's tensors, `[B, slots, T, D]`, are made from those of the checkpoint."""
+        """How the KV heads of a cache tensor, `[B, slots, T, D]`, are made from the model's."""
         return Blocks(dim=1, block=1, sources=self.head_layout.kv_sources, heads="KV")
 
     def vocab_blocks(self) -> Blocks:
-        """How the vocabulary of logits and the like, `[B, V]`, is made from the checkpoint's."""
-        empty = (heads.EMPTY,) * (self.vocab - self.model.vocab)
-        return Blocks(dim=1, block=1, sources=(*range(self.model.vocab), *empty))
+        """How the vocabulary of logits and the like, `[B, V]`, is made from the model's."""
+        return _padded_blocks(1, self.model.vocab, self.vocab)
+
+    def local_rows(self, batch: int) -> int:
+        """Rows on each device; `batch` is filled up to a multiple of the "data" axis."""
+        return math.ceil(batch / self.mesh.data)
 
     def parameter_bytes(self, itemsize: int) -> list[int]:
         """Bytes of parameters on each device (every device holds as many)."""
-        each = (
-            sum(math.prod(placement.local_shape(self.mesh)) for placement in self.parameters)
-            * itemsize
-        )
-        return [each] * self.mesh.devices
+        elements = sum(math.prod(each.local_shape(self.mesh)) for each in self.parameters)
+        return [elements * itemsize] * self.mesh.devices
 
     def cache_bytes(self, batch: int, length: int, itemsize: int) -> list[int]:
-        """Bytes of KV cache on each device for `batch` rows (over all devices) of `length` positions."""
-        rows, slots = math.ceil(batch / self.mesh.data), self.head_layout.slots // self.mesh.model
-        each = 2 * self.model.layers * rows * slots * length * self.model.head_dim * itemsize
-        return [each] * self.mesh.devices
+        """Bytes of KV cache on each device, for `batch` rows over all devices.
+
+        Args:
+            length: positions that the cache holds for every row.
+        """
+        slots = self.head_layout.slots // self.mesh.model
+        row = 2 * self.model.layers * slots * length * self.model.head_dim
+        return [self.local_rows(batch) * row * itemsize] * self.mesh.devices
 
     def to_json(self) -> str:
         """The plan as JSON; `Plan.from_json` gives an equal plan back."""
@@ -204,357 +187,49 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote."""
-        document = json.loads(text)
+        """Read what `to_json` wrote.
 
-        def tuples(item: dict[str, Any]) -> dict[str, Any]:
-            return {
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in item.items()
-            }
+        Raises:
+            PlanError: the text is no such JSON.
+        """
+        try:
+            document = json.loads(text)
+            placements = [Placement(**_with_tuples(each)) for each in document["placements"]]
+            return cls(
+                model=ModelSpec(**document["model"]),
+                mesh=MeshShape(document["mesh"]),
+                head_layout=HeadLayout(**_with_tuples(document["heads"])),
+                placements=tuple(placements),
+            )
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise PlanError(
+                lines(
+                    f"a text of {len(text)} characters is no plan: {cause(error)}",
+                    "expected JSON as Plan.to_json gives it",
+                )
+            ) from None
 
-        return cls(
-            model=ModelSpec(**document["model"]),
-            mesh=MeshShape(**document["mesh"]),
-            head_layout=HeadLayout(**tuples(document["heads"])),
-            placements=tuple(Placement(**tuples(item)) for item in document["placements"]),
-        )
+
+def _padded_blocks(dim: int, size: int, full: int) -> Blocks:
+    """A dim of `size` that zeros at its end fill up to `full`."""
+    block = math.gcd(size, full)
+    empty = (EMPTY,) * ((full - size) // block)
+    return Blocks(dim=dim, block=block, sources=(*range(size // block), *empty))
 
 
-def make_plan(
-    model: ModelSpec,
-    mesh: MeshShape,
-    overrides: Mapping[str, str | Sequence[str | None]] | None = None,
-    *,
-    parameters: Iterable[tuple[str, tuple[int, ...]]] | None = None,
-) -> Plan:
-    """Plan a model on a mesh.
+def _module_of(name: str) -> str:
+    """The module within its layer, or within the model.
 
-    Args:
-        model: sizes and transformers' tensor-parallel plan.
-        mesh: the mesh's shape.
-        overrides: parameter-name pattern (`*` stands for one dotted part) to a style of `STYLES` or a list of axes, one per dim. Later
-            patterns win over earlier ones, and all of them over the model's own plan.
-        parameters: names and checkpoint shapes, where they are not those of the causal LM (a bare `LlamaModel`, say).
-
-    Raises:
-        PlanError: a pattern matches nothing, a parameter is not covered, or a dim does not divide by its axis.
+    `model.layers.3.mlp.up_proj.weight` -> `mlp.up_proj`, `lm_head.weight` -> `lm_head`.
     """
-    shapes = dict(model.parameters() if parameters is None else parameters)
-    layout = heads.choose(model.query_heads, model.kv_heads, mesh.model)
-    draft = Plan(model=model, mesh=mesh, head_layout=layout, placements=())
-    rules = _default_rules(model, shapes)
-    for pattern, style in (overrides or {}).items():
-        rules.append((pattern, style, f"asked for by the pattern {pattern!r}"))
-    chosen: dict[str, tuple[str | Sequence[str | None], str]] = {}
-    for pattern, style, reason in rules:
-        matched = [name for name in shapes if matches(pattern, name)]
-        if not matched:
-            hint = (
-                "lm_head.weight is tied to model.embed_tokens.weight; "
-                if model.tied and "lm_head" in pattern
-                else ""
-            )
-            raise PlanError(
-                lines(
-                    f"plan pattern {pattern!r} matches no parameter",
-                    f"{hint}expected a name such as {listed(list(shapes)[1:2])}",
-                )
-            )
-        chosen.update(dict.fromkeys(matched, (style, reason)))
-    uncovered = [name for name in shapes if name not in chosen]
-    if uncovered:
-        raise PlanError(
-            lines(
-                f"no rule of the plan covers {listed(uncovered)}",
-                "add a pattern for it, as 'replicate' if nothing else fits",
-            )
-        )
-    placements = [_place(draft, name, shape, *chosen[name]) for name, shape in shapes.items()]
-    return Plan(
-        model=model,
-        mesh=mesh,
-        head_layout=layout,
-        placements=(*placements, *_run_placements(draft)),
-    )
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a dotted pattern covers a dotted name; `*` and `?` never reach over a dot."""
-    parts, names = pattern.split("."), name.split(".")
-    return len(parts) == len(names) and all(
-        fnmatch.fnmatchcase(n, p) for p, n in zip(parts, names, strict=True)
-    )
-
-
-def read_overrides(path: str | Path) -> dict[str, str | list[str | None]]:
-    """Read a user's plan, YAML or JSON: a mapping from parameter-name pattern to a style name or a list of axes per dim.
-
-    Raises:
-        PlanError: the file can't be read or isn't such a mapping.
-    """
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        document = yaml.safe_load(text)
-        nodes = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise PlanError(
-            lines(
-                f"plan file {str(path)!r} cannot be read: {cause(error, 120)}",
-                "expected YAML or JSON",
-            )
-        ) from None
-    if not isinstance(document, dict) or not document:
-        raise PlanError(
-            lines(
-                f"plan file {str(path)!r} holds no mapping",
-                "expected 'pattern: style' or 'pattern: [axis, ...]' lines",
-            )
-        )
-    keys = [key.value for key, _ in nodes.value] if isinstance(nodes, yaml.MappingNode) else []
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
-        raise PlanError(
-            lines(
-                f"plan file {str(path)!r} has the pattern {twice[0]!r} twice", "expected each once"
-            )
-        )
-    for pattern, style in document.items():
-        is_axes = isinstance(style, list) and all(
-            axis is None or isinstance(axis, str) for axis in style
-        )
-        if not isinstance(pattern, str) or not (isinstance(style, str) or is_axes):
-            raise PlanError(
-                lines(
-                    f"plan file {str(path)!r}: {shown(pattern)} maps to {shown(style)}",
-                    f"expected one of {', '.join(STYLES)}, or a list of axis names and nulls, one per dim",
-                )
-            )
-    return document
-
-
-def _default_rules(
-    model: ModelSpec, shapes: Mapping[str, tuple[int, ...]]
-) -> list[tuple[str, str | Sequence[str | None], str]]:
-    prefix = "model." if any(name.startswith("model.") for name in shapes) else ""
-    reasons = {
-        "colwise": "split on its outputs: input replicated, no communication",
-        "rowwise": "split on its inputs: partial sums, one all-reduce",
-        "replicate": "small: every device holds it",
-    }
-    rules: list[tuple[str, str | Sequence[str | None], str]] = []
-    for module, theirs in model.tp_plan.items():
-        style = _TRANSFORMERS_STYLES.get(theirs, theirs)
-        if style not in STYLES:
-            raise PlanError(
-                lines(
-                    f"transformers' plan gives {module!r} the style {theirs!r}",
-                    f"expected one of {', '.join(STYLES)}",
-                )
-            )
-        rules.append((f"{prefix}{module}.*", style, reasons[style]))
-    tie = "; the head shares it" if model.tied else ""
-    rules.append(
-        (
-            f"{prefix}embed_tokens.weight",
-            "vocab",
-            f"rows split: each device looks up its own ids, one all-reduce{tie}",
-        )
-    )
-    norm = "norms are small: every device holds them"
-    rules += [
-        (f"{prefix}layers.*.{name}.weight", "replicate", norm)
-        for name in ("input_layernorm", "post_attention_layernorm")
-    ]
-    rules.append((f"{prefix}norm.weight", "replicate", norm))
-    if "lm_head.weight" in shapes:
-        rules.append(
-            (
-                "lm_head.weight",
-                "vocab",
-                "rows split: each device scores its own ids, only candidates are gathered",
-            )
-        )
-    return rules
-
-
-def _place(
-    draft: Plan, name: str, source: tuple[int, ...], style: str | Sequence[str | None], reason: str
-) -> Placement:
-    shape = list(source)
-    blocks = draft.blocks(name)
-    if blocks is not None:
-        if blocks.block * (max(blocks.sources) + 1) != source[blocks.dim]:
-            raise PlanError(
-                lines(
-                    f"{name} has shape {list(source)}",
-                    f"expected {blocks.block * (max(blocks.sources) + 1)} in dim {blocks.dim}, from the config",
-                )
-            )
-        shape[blocks.dim] = blocks.block * len(blocks.sources)
-        if shape[blocks.dim] != source[blocks.dim]:
-            of_heads = _LAID_OUT[_module_key(name)][1] in (_QUERY, _KV)
-            what = (
-                draft.head_layout.reason
-                if of_heads
-                else f"padded from {source[blocks.dim]} to {shape[blocks.dim]}"
-            )
-            reason = f"{reason}; {what}"
-    axes = _axes(name, len(source), style)
-    if style == "rowwise" and len(source) == 1:
-        reason = "added once, after the all-reduce: every device holds it"
-    for dim, (size, axis) in enumerate(zip(shape, axes, strict=True)):
-        if size % draft.mesh.size(axis):
-            raise PlanError(
-                lines(
-                    f"{name} dim {dim} has size {size}, which axis {axis!r} ({draft.mesh.size(axis)} devices) does not divide",
-                    "expected a multiple; only heads, intermediate and vocabulary are padded",
-                )
-            )
-    style_name = style if isinstance(style, str) else "axes"
-    return Placement(
-        name=name,
-        kind="parameter",
-        source_shape=source,
-        shape=tuple(shape),
-        axes=axes,
-        style=style_name,
-        reason=reason,
-    )
-
-
-def _axes(name: str, rank: int, style: str | Sequence[str | None]) -> Axes:
-    if isinstance(style, str):
-        if style not in STYLES:
-            raise PlanError(
-                lines(
-                    f"style {style!r} for {name} is unknown",
-                    f"expected one of {', '.join(STYLES)}, or a list of axes",
-                )
-            )
-        if style == "replicate" or (style == "rowwise" and rank == 1):
-            return (None,) * rank
-        if style == "rowwise":
-            return (*(None,) * (rank - 1), MODEL)
-        return (MODEL, *(None,) * (rank - 1))
-    if not isinstance(style, Sequence) or not all(
-        axis is None or isinstance(axis, str) for axis in style
-    ):
-        raise PlanError(
-            lines(
-                f"{name} is given {shown(style)}",
-                f"expected one of {', '.join(STYLES)}, or a list of axis names and nulls",
-            )
-        )
-    try:
-        axes = tuple(None if axis is None else axis_name(axis) for axis in style)
-    except UsageError as error:
-        raise PlanError(str(error)) from None
-    if len(axes) != rank:
-        raise PlanError(
-            lines(
-                f"{name} has {rank} dims, the plan gives {len(axes)} axes: {list(axes)}",
-                "expected one axis (or null) per dim",
-            )
-        )
-    used = [axis for axis in axes if axis is not None]
-    if len(used) != len(set(used)):
-        raise PlanError(
-            lines(
-                f"{name}: axes {list(axes)} use one axis twice", "expected each axis at most once"
-            )
-        )
-    return axes
-
-
-def _run_placements(draft: Plan) -> list[Placement]:
-    """The tensors that come with a run: rotary table, KV cache, inputs, logits."""
-    model, slots = draft.model, draft.head_layout.slots
-    heads_reason = f"rows over data, heads over model; {draft.head_layout.reason}"
-    rows: Axes = (DATA,)
-    table: list[
-        tuple[
-            str,
-            Literal["buffer", "cache", "input", "output"],
-            tuple[int | str, ...],
-            tuple[int | str, ...],
-            Axes,
-            str,
-        ]
-    ] = [
-        (
-            "model.rotary_emb.inv_freq",
-            "buffer",
-            (model.head_dim // 2,),
-            (model.head_dim // 2,),
-            (None,),
-            "rotary frequencies: every device turns its own heads",
-        ),
-        *(
-            (
-                "model.rotary_emb.long_inv_freq",
-                "buffer",
-                (model.head_dim // 2,),
-                (model.head_dim // 2,),
-                (None,),
-                "rotary frequencies for texts longer than the model was trained on",
-            )
-            for _ in range(model.rope == "longrope")
-        ),
-        *(
-            (
-                name,
-                "cache",
-                ("B", model.kv_heads, "T", model.head_dim),
-                ("B", slots, "T", model.head_dim),
-                (DATA, MODEL, None, None),
-                heads_reason,
-            )
-            for name in ("cache.key", "cache.value")
-        ),
-        ("input.ids", "input", ("B", "S"), ("B", "S"), (DATA, None), "rows over data"),
-        ("input.positions", "input", ("B",), ("B",), rows, "rows over data"),
-        *(
-            (
-                "input.span",
-                "input",
-                (1,),
-                (1,),
-                (None,),
-                "the longest row's length, which rotary frequencies follow",
-            )
-            for _ in range(model.rope in FOLLOWING)
-        ),
-        (
-            "output.logits",
-            "output",
-            ("B", model.vocab),
-            ("B", draft.vocab),
-            (DATA, MODEL),
-            "rows over data, vocabulary over model; never gathered to sample",
-        ),
-    ]
-    return [
-        Placement(
-            name=name,
-            kind=kind,
-            source_shape=source,
-            shape=shape,
-            axes=axes,
-            style="run",
-            reason=reason,
-        )
-        for name, kind, source, shape, axes, reason in table
-    ]
-
-
-def _module_key(name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` -> `mlp.up_proj`; `model.embed_tokens.weight` -> `embed_tokens`."""
     parts = name.split(".")[:-1]
     if "layers" in parts:
         parts = parts[parts.index("layers") + 2 :]
     elif parts and parts[0] == "model":
         parts = parts[1:]
     return ".".join(parts)
+
+
+def _with_tuples(item: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists where our dataclasses have tuples."""
+    return {key: tuple(value) if type(value) is list else value for key, value in item.items()}

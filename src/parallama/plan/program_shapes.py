@@ -1,4 +1,4 @@
-"""The shapes that programs come in: chunks of a prompt, and cache lengths. Pure."""
+"""The shapes that programs are compiled for: chunks of a prompt, and cache lengths. Pure."""
 
 from __future__ import annotations
 
@@ -9,25 +9,40 @@ CHUNK = 512
 _SMALLEST_CHUNK = 16
 _CACHE_STEP, _FINE_STEP = 256, 32
 _MANY_ROWS = 8
-"""From so many rows on, reading the cache takes a good part of a decode step: what is never written is not worth reading, and more lengths mean more programs."""
+"""From so many rows on, the cache's last length is exact to `_FINE_STEP` positions.
+
+Reading the cache then takes a good part of a decode step, and what is never written is not worth
+reading. With fewer rows that would only mean more programs.
+"""
 
 
 def chunk_size(longest: int) -> int:
-    """`S` of the prefill program for rows with up to `longest` new tokens: a power of two, at most `CHUNK`."""
-    return min(CHUNK, max(_SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
+    """`S` of the prefill program: a power of two, at most `CHUNK`.
+
+    Args:
+        longest: the most new tokens of a row.
+    """
+    return min(CHUNK, max(_SMALLEST_CHUNK, _power_of_two(longest)))
 
 
 def text_size(longest: int, limit: int) -> int:
-    """Positions of the program that runs texts of up to `longest` tokens at once: a power of two, but beyond `CHUNK` no more than `limit` takes in whole chunks."""
+    """Positions of the program that runs whole texts of up to `longest` tokens: a power of two.
+
+    Args:
+        limit: the longest text there can be. Beyond `CHUNK` a program has no more positions than
+            this takes in whole chunks.
+    """
     if longest <= CHUNK:
         return chunk_size(longest)
-    return min(1 << (longest - 1).bit_length(), math.ceil(limit / CHUNK) * CHUNK)
+    return min(_power_of_two(longest), math.ceil(limit / CHUNK) * CHUNK)
 
 
 def cache_buckets(capacity: int, smallest: int = _CACHE_STEP, *, rows: int = 1) -> list[int]:
-    """Cache lengths for a run of `rows` that needs up to `capacity` positions: doubling from `smallest`, and an exact last one (in steps of 256, or 32 for 8 rows and more).
+    """Cache lengths of a run that needs up to `capacity` positions.
 
-    A bucket that the last one is at most double of is left out: growing would cost more than it saves.
+    They double from `smallest`; the last one is `capacity` in steps of 256, or of 32 for 8 rows
+    and more. A length is left out if the last one is at most its double: to grow then would cost
+    more than it saves.
     """
     step = _CACHE_STEP if rows < _MANY_ROWS else _FINE_STEP
     last = math.ceil(capacity / step) * step
@@ -40,9 +55,17 @@ def cache_buckets(capacity: int, smallest: int = _CACHE_STEP, *, rows: int = 1) 
 
 
 def prompt_buckets(capacity: int, longest_prompt: int, *, rows: int = 1) -> list[int]:
-    """Cache lengths for `rows` of up to `capacity` positions whose first prefill brings up to `longest_prompt`, filled up to whole chunks."""
+    """Cache lengths of a run whose first prefill fills whole chunks.
+
+    Args:
+        capacity: positions that the run needs at most.
+        longest_prompt: tokens.
+    """
     size = chunk_size(longest_prompt)
-    padded = math.ceil(longest_prompt / size) * size
-    return [
-        bucket for bucket in cache_buckets(max(capacity, padded), rows=rows) if bucket >= padded
-    ]
+    prefilled = math.ceil(longest_prompt / size) * size
+    buckets = cache_buckets(max(capacity, prefilled), rows=rows)
+    return [bucket for bucket in buckets if bucket >= prefilled]
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()

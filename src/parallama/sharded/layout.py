@@ -1,4 +1,4 @@
-"""How tensors are laid out on a mesh, and how they are cut from the checkpoint's and put together again.
+"""How tensors are laid out on a mesh: cut from the checkpoint's, and put together again.
 
 A checkpoint's tensor becomes a laid-out one block by block (head groups repeated or padded, sizes
 padded with zeros). Each device's part is cut straight from the checkpoint's tensor: the laid-out
@@ -25,12 +25,12 @@ Run = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a tensor lies on a mesh.
+    """How a tensor is placed on a mesh.
 
     Attributes:
         shape: over all devices.
         axes: for every dim the mesh axis it is split over, or None.
-        blocks: how one dim is made from the checkpoint's; None where the tensor lies as in the checkpoint.
+        blocks: how one dim is made from the checkpoint's; None where all are as there.
     """
 
     mesh: MeshShape
@@ -40,7 +40,7 @@ class Layout:
 
     @classmethod
     def of(cls, plan: Plan, name: str) -> Layout:
-        """Of a parameter, and of what goes with it number by number (gradient, optimizer state)."""
+        """Of a parameter, and of what has a number for each of its: gradient, optimizer state."""
         placement = plan[name]
         return cls(
             mesh=plan.mesh,
@@ -83,25 +83,26 @@ def cut(
     *,
     own: bool = False,
 ) -> torch.Tensor:
-    """One device's part of a tensor, from slices of the checkpoint's tensor: only those that the part is made of are asked for.
+    """One device's part of a tensor, from slices of the checkpoint's tensor.
+
+    Only those slices are asked for that the part is made of.
 
     Args:
-        read: slices of every dim to what lies there, of any dtype.
+        read: slices of every dim to what is there, of any dtype.
         own: the part is contiguous, and all that is in its memory.
 
     Returns:
-        A tensor of `dtype` and of shape `layout.local_shape`: what was read itself, if that is the part as it is; otherwise it is copied, cast and laid out at once.
+        A tensor of `dtype` and of shape `layout.local_shape`. It is what was read itself, if that
+        is the part as it is; otherwise a copy, cast and laid out at once.
     """
     blocks, coordinates = layout.blocks, layout.mesh.coordinates(device)
     spans: list[list[Run]] = []
     for dim, (step, axis) in enumerate(zip(layout.local_shape, layout.axes, strict=True)):
         first = step * (coordinates[axis] if axis is not None else 0)
-        laid_out = blocks is not None and blocks.dim == dim
-        spans.append(
-            list(runs(blocks.sources, first, step, blocks.block))
-            if blocks is not None and laid_out
-            else [(first, step)]
-        )
+        if blocks is not None and blocks.dim == dim:
+            spans.append(list(runs(blocks.sources, first, step, blocks.block)))
+        else:
+            spans.append([(first, step)])
     if all(len(found) == 1 and found[0][0] != heads.EMPTY for found in spans):
         part = read(tuple(slice(at, at + length) for ((at, length),) in spans))
         if part.dtype == dtype and (_fills_its_memory(part) or not own):
@@ -130,7 +131,16 @@ def _placed(spans: Iterable[Run]) -> Iterator[tuple[int, int, int]]:
 
 
 def runs(sources: Sequence[int], first: int, count: int, block: int) -> Iterator[Run]:
-    """The longest runs (start in the source or `EMPTY`, length) that make up a stretch of a laid-out dim."""
+    """The longest runs that make up a stretch of a laid-out dim.
+
+    Args:
+        sources: the source block of every block, or `EMPTY`.
+        first, count: the stretch.
+        block: length of a block.
+
+    Yields:
+        Start in the source, or `EMPTY`, and length.
+    """
     position, end = first, first + count
     start, length = 0, 0
     while position < end:
@@ -168,9 +178,10 @@ def undo(laid_out: torch.Tensor, blocks: Blocks | None) -> torch.Tensor:
 
 
 def take_off_gradient(laid_out: torch.Tensor, plan: Plan, name: str) -> torch.Tensor:
-    """The gradient of the checkpoint's tensor, from that of a whole laid-out one: the adjoint of laying out.
+    """The gradient of the checkpoint's tensor, from that of a whole laid-out one.
 
-    What stands in several places (repeated KV heads) gets the sum of their gradients; what stands nowhere in the checkpoint (zero heads, padded sizes) is dropped.
+    It is the adjoint of laying out. What is repeated (KV heads) gets the sum of its gradients. What
+    is not in the checkpoint (zero heads, padded sizes) is dropped.
     """
     blocks = plan.blocks(name)
     if blocks is None:
@@ -184,10 +195,12 @@ def take_off_gradient(laid_out: torch.Tensor, plan: Plan, name: str) -> torch.Te
 
 
 def correspondence(blocks: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every element of a laid-out dim that holds something of the checkpoint's: its place, and the place in the checkpoint."""
+    """The elements of a laid-out dim that hold something of the checkpoint's.
+
+    Returns:
+        Their indices in the laid-out dim, and in the checkpoint's.
+    """
     inside = torch.arange(blocks.block)
     held = [(place, source) for place, source in enumerate(blocks.sources) if source != heads.EMPTY]
-    places, sources = torch.tensor(held).t()
-    return (places[:, None] * blocks.block + inside).flatten(), (
-        sources[:, None] * blocks.block + inside
-    ).flatten()
+    places, sources = (each[:, None] * blocks.block + inside for each in torch.tensor(held).t())
+    return places.flatten(), sources.flatten()

@@ -43,7 +43,9 @@ class Loaded:
 
 
 def resolve_dtype(name: str, config: Any, backend: str) -> torch.dtype:
-    """`auto` is the checkpoint's own dtype, but float32 on the CPU backend, whose bf16 products are emulated and slower.
+    """`auto` is the checkpoint's own dtype, but float32 on the CPU backend.
+
+    bfloat16 products are emulated there, and slower.
 
     Raises:
         UsageError: no such dtype.

@@ -1,6 +1,7 @@
-"""Move tensors from one mesh and layout to another while they live: tensor by tensor over the host, each freed before its successor is made.
+"""Move tensors from one mesh and layout to another, while the model lives.
 
-Nothing is read from the checkpoint again, and the host holds one tensor at a time, once (see `replicas`). Both meshes are over the devices of this process.
+They go one by one over the host, each freed before its successor is made. Nothing is read from the
+checkpoint again. Both meshes are over the devices of this process.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from . import repeats
 from .layout import Layout, cut, undo
 
 _TRIMS = 8
-"""How often freed memory is given back while as much is moved as the largest tensor has. What is moved leaves twice as much behind in holes of the heap that the next tensors don't fit in."""
+"""How often freed memory is given back while as much is moved as the largest tensor has.
+
+Moving leaves holes in the heap, of twice as many bytes, that the next tensors don't fit into.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +37,8 @@ class Resharding:
         largest_tensor_bytes: as the host held it, in the checkpoint's layout.
         peak_device_bytes: most that old and new tensors together took on any one device.
         baseline_rss_bytes: memory of the process before.
-        peak_rss_bytes: the most that the process held meanwhile (ever, where the system can't tell).
-        programs: compiled for moving: one for every shape and placement of large tensors that a mesh repeats.
+        peak_rss_bytes: the most that the process held meanwhile; ever, where the system can't tell.
+        programs: compiled for moving, one a shape and placement of large replicated tensors.
         move_s: of moving.
         compile_s: of making the programs that go on from there; 0 where nothing runs.
     """
@@ -60,11 +64,11 @@ def relay(
     new: Layout,
     rows: int | None = None,
 ) -> torch.Tensor:
-    """A device tensor that lies as `old` says, laid as `new` says; bit-equal in the checkpoint's layout.
+    """A device tensor of layout `old` in layout `new`; bit-equal in the checkpoint's layout.
 
     Args:
         take: gives the tensor, and lets go of it if it shall be freed before the new one is made.
-        rows: of the first dim so many are kept, and zeros follow, where the layouts differ in its size.
+        rows: kept of the first dim, where the layouts differ in its size; zeros follow.
     """
     whole = undo(repeats.fetch(mesh, take, old.axes), old.blocks)
     if rows is not None and old.shape[0] != new.shape[0]:
@@ -124,10 +128,12 @@ class Mover:
         *,
         rows: int | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Move named tensors; the dict is emptied on the way, so that each is freed unless somebody else holds it.
+        """Move named tensors.
+
+        The dict is emptied on the way, so that each is freed unless somebody else holds it.
 
         Args:
-            old, new: a tensor's name to how it lies and how it shall lie.
+            old, new: a tensor's name to its layout before and after.
             rows: see `relay`.
         """
         moved: dict[str, torch.Tensor] = {}
@@ -143,7 +149,7 @@ class Mover:
         )
         waiting, compiled = 0, self.new_mesh.compilations()
         with lean_host_memory() as give_back:
-            # The largest while there is most room: what a tensor takes on its way then adds nothing to the peak.
+            # The largest while there is most room: its copies then add nothing to the peak.
             for name in sorted(names, key=becomes.__getitem__, reverse=grows):
                 freed, size = (
                     self.mesh.local_bytes(tensors[name]),
@@ -189,7 +195,7 @@ class Mover:
         )
 
 
-def another_mesh(mesh: Engine, shape: Engine | MeshShape | str | tuple[int, int] | None) -> Engine:
+def another_mesh(mesh: Engine, shape: Engine | MeshShape | str | tuple[int, ...] | None) -> Engine:
     """A mesh of this shape over the devices of `mesh`.
 
     Raises:
@@ -201,13 +207,11 @@ def another_mesh(mesh: Engine, shape: Engine | MeshShape | str | tuple[int, int]
     if wanted.devices != mesh.shape.devices:
         raise FitError(
             lines(
-                f"mesh {wanted} has {wanted.devices} devices, the model lies on {mesh.shape.devices}",
-                "torch-xla fixes the device count once per process",
+                f"mesh {wanted} has {wanted.devices} devices, the model is on {mesh.shape.devices}",
+                "a process has one device count for its whole life",
                 "use a mesh of as many devices, or another process",
             )
         )
-    return (
-        mesh
-        if wanted == mesh.shape
-        else start(wanted, backend=mesh.backend.name, backend_options=mesh.backend.options)
-    )
+    if wanted == mesh.shape:
+        return mesh
+    return start(wanted, backend=mesh.backend.name, backend_options=mesh.backend.options)

@@ -9,8 +9,9 @@ import torch
 
 from ..engine.torch_xla.mesh import DeviceMesh
 from ..errors import FitError, UsageError, lines
+from ..plan.make_plan import make_plan
 from ..plan.mesh_shape import MeshShape
-from ..plan.placement import Plan, make_plan
+from ..plan.placement import Plan
 from .layout import Layout
 from .reshard import Mover, Resharding, another_mesh
 from .shard_model import settle
@@ -18,18 +19,20 @@ from .shard_model import settle
 
 def reshard_model(
     model: Any,
-    mesh: DeviceMesh | MeshShape | str | tuple[int, int] | None = None,
+    mesh: DeviceMesh | MeshShape | str | tuple[int, ...] | None = None,
     plan: Plan | Mapping[str, Any] | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> Resharding:
-    """Move a model that `shard_model` split to another mesh or plan, in place: parameters, their gradients, and an optimizer's state.
+    """Move a model that `shard_model` split to another mesh or plan, in place.
 
-    The parameters stay the same objects, so an optimizer goes on with them. No graph of an earlier step may be alive (`del loss`): it remembers their old shapes.
+    Parameters move with their gradients and an optimizer's state. They stay the same objects, so an
+    optimizer goes on with them. No graph of an earlier step may be alive (`del loss`): it remembers
+    their old shapes.
 
     Args:
         model: from `shard_model`.
-        mesh: of as many devices; the one it lies on if None.
+        mesh: of as many devices; the present one if None.
         plan: a `Plan`, or overrides for one; those that it was split by if None.
         optimizer: of the model's parameters.
 
@@ -110,7 +113,10 @@ def reshard_model(
 def _states(
     optimizer: torch.optim.Optimizer | None, parameters: Mapping[str, torch.Tensor]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """For each parameter what an optimizer holds of it number by number; counters, which are one number, stay where they are."""
+    """What an optimizer holds of each parameter, number by number.
+
+    Counters are single numbers, and stay where they are.
+    """
     if optimizer is None:
         return {}
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -125,7 +131,8 @@ def _states(
             if id(parameter) not in names or value.shape != parameter.shape:
                 raise UsageError(
                     lines(
-                        f"the optimizer's {key} has shape {list(value.shape)}, its parameter {list(parameter.shape)}",
+                        f"the optimizer's {key} has shape {list(value.shape)},"
+                        f" its parameter {list(parameter.shape)}",
                         "expected state of the model's parameters, number by number",
                     )
                 )

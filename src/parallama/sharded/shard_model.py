@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,9 @@ from ..engine.torch_xla.mesh import DeviceMesh
 from ..errors import FitError, UsageError, lines
 from ..model.spec import ModelSpec
 from ..model.token_ids import check_ids
+from ..plan.make_plan import make_plan
 from ..plan.mesh_shape import DATA, MeshShape
-from ..plan.placement import Plan, make_plan
+from ..plan.placement import Plan
 from .device_weights import put_parameter
 
 
@@ -22,16 +24,18 @@ def shard_model(
 ) -> Any:
     """Split a model that you built with transformers over a mesh, in place.
 
-    The model keeps its own forward: parameters become device tensors, attention goes through `attention.plain_attention`, inputs given on
-    the host are moved to the devices (rows over "data"), and padded vocabulary is cut from the logits.
+    The model keeps its own forward. Parameters become device tensors, and attention goes through
+    `attention.plain_attention`. Inputs on the host are moved to the devices, with rows split over
+    "data". Padded vocabulary is cut from the logits.
 
     Args:
-        model: a `LlamaModel`, a `LlamaForCausalLM`, or their like of another supported family, on the CPU.
+        model: a `LlamaModel`, a `LlamaForCausalLM`, or their like of another supported family, on
+            the CPU.
         mesh: a mesh, or a shape such as `"1x8"` to make one.
         plan: a `Plan`, or overrides for one (see `plan.make_plan`).
 
     Returns:
-        The same model. `model.parallama_plan` and `model.parallama_mesh` tell how it lies.
+        The same model. `model.parallama_plan` and `model.parallama_mesh` tell how it is placed.
 
     Raises:
         CheckpointError: the model is of a family that is not supported.
@@ -51,20 +55,14 @@ def shard_model(
     model.parallama_overrides = plan
     parameters = {name: parameter for name, parameter in model.named_parameters()}
     if not isinstance(plan, Plan):
-        plan = make_plan(
-            spec,
-            mesh.shape,
-            plan,
-            parameters=[(name, tuple(p.shape)) for name, p in parameters.items()],
-        )
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in parameters.items()]
+        plan = make_plan(spec, mesh.shape, plan, parameters=shapes)
     if plan.mesh != mesh.shape:
         raise FitError(
-            lines(
-                f"the plan is for mesh {plan.mesh}, the mesh is {mesh.shape}", "expected the same"
-            )
+            lines(f"the plan is for mesh {plan.mesh}, not for {mesh.shape}", "expected the same")
         )
     attention.register()
-    model.config._attn_implementation = attention.PLAIN
+    _own_config(model)._attn_implementation = attention.PLAIN
     tied = {id(parameter): name for name, parameter in parameters.items()}
     moved = {
         name: torch.nn.Parameter(
@@ -84,8 +82,20 @@ def shard_model(
     return model
 
 
+def _own_config(model: Any) -> Any:
+    """Give a model a config of its own: the user may have made other models of the present one."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    return own
+
+
 def settle(model: Any, plan: Plan, mesh: DeviceMesh) -> None:
-    """Have a model whose parameters lie on a mesh know it: sizes of its modules, how inputs come in and logits go out."""
+    """Tell a model that its parameters are on a mesh.
+
+    Its modules get their sizes, and hooks for inputs and logits.
+    """
     for name, module in model.named_modules():
         if name.endswith("self_attn"):
             module.num_key_value_groups = plan.head_layout.group
@@ -116,21 +126,27 @@ class _InputMover:
         ids = args[0] if args else kwargs.get("input_ids")
         if isinstance(ids, torch.Tensor) and ids.device.type == "cpu":
             check_ids(ids.flatten().tolist(), self.vocab)
-        return tuple(self._move(value) for value in args), {
-            key: self._move(value) for key, value in kwargs.items()
-        }
+        first = kwargs.get("inputs_embeds") if ids is None else ids
+        rows = first.shape[0] if isinstance(first, torch.Tensor) else 1
+        moved = {key: self._move(value, rows) for key, value in kwargs.items()}
+        return tuple(self._move(value, rows) for value in args), moved
 
-    def _move(self, value: Any) -> Any:
+    def _move(self, value: Any, rows: int) -> Any:
+        """One input on the devices. Only what has a row for each of the batch is split.
+
+        1-D inputs such as `cache_position` have none.
+        """
         if not isinstance(value, torch.Tensor) or value.device.type != "cpu":
             return value
-        rows, parts = (value.shape[0] if value.dim() else 1), self.mesh.shape.data
-        if value.dim() == 0 or rows == 1:
-            return self.mesh.put(value, (None,) * value.dim())
-        if rows % parts:
-            raise FitError(
-                lines(
-                    f"a batch of {rows} rows does not divide over {parts} devices along 'data'",
-                    "expected a multiple",
+        axes: list[str | None] = [None] * value.dim()
+        if value.dim() > 1 and value.shape[0] == rows and rows > 1:
+            if rows % self.mesh.shape.data:
+                raise FitError(
+                    lines(
+                        f"a batch of {rows} rows does not divide over"
+                        f" {self.mesh.shape.data} devices along 'data'",
+                        "expected a multiple",
+                    )
                 )
-            )
-        return self.mesh.put(value, (DATA, *(None,) * (value.dim() - 1)))
+            axes[0] = DATA
+        return self.mesh.put(value, axes)

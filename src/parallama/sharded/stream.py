@@ -1,6 +1,8 @@
-"""A checkpoint's tensors onto the devices, slice by slice: while one is transferred, the next ones are read, cast and laid out. One CPU device takes over what was read instead.
+"""A checkpoint's tensors onto the devices, slice by slice.
 
-Besides what lies on the devices (on the CPU backend they are host memory, too) the host holds about as much of the model as its largest single tensor (docs/log.md has what was measured).
+While one tensor is transferred, the next ones are read, cast and laid out. A single CPU device
+adopts what was read instead. Besides what is on the devices, the host holds about as much of the
+model as its largest tensor.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class StreamStats:
     Attributes:
         seconds: of wall clock, from the first byte to the last.
         bytes_read: of the checkpoint: each slice as often as it was read.
-        largest_tensor_bytes: on all devices together, before it is repeated over mesh axes that don't split it.
+        largest_tensor_bytes: on all devices together, each distinct part counted once.
         baseline_rss_bytes: memory of the process before.
         peak_rss_bytes: the most memory that the process has held until then.
     """
@@ -63,9 +65,9 @@ class _Way:
     """How a tensor reaches the devices.
 
     Attributes:
-        split: how it lies while it crosses.
-        axes: how it shall lie.
-        copies: that torch-xla makes of it on the host meanwhile: of each device's part one.
+        split: axes that it is split over while it is transferred.
+        axes: that it is split over in the end.
+        copies: that are made of it on the host meanwhile, one of each device's part.
     """
 
     split: Axes
@@ -74,8 +76,12 @@ class _Way:
 
     @classmethod
     def of(cls, layout: Layout, dtype: torch.dtype) -> _Way:
-        """What the mesh repeats crosses once if the devices then put it together along the first dim; along another one that takes longer, and as many copies on the devices."""
-        split = repeats.crossing(layout.shape, dtype.itemsize, layout.axes, layout.mesh)
+        """Of a tensor with this layout.
+
+        What the mesh replicates is transferred once if the devices then put it together along the
+        first dim. Along another dim that takes longer, and as many copies on the devices.
+        """
+        split = repeats.transferred_axes(layout.shape, dtype.itemsize, layout.axes, layout.mesh)
         if split[:1] == tuple(layout.axes[:1]):
             split = layout.axes
         return cls(
@@ -95,17 +101,20 @@ def parts(
     own: bool = False,
     allow_nonfinite: bool = False,
 ) -> dict[int, torch.Tensor]:
-    """The parts of a tensor that some devices hold, each distinct one once; nothing else of it is read.
+    """The parts of a tensor that some devices hold, each distinct one once.
+
+    Nothing else of the tensor is read.
 
     Args:
-        axes: how the tensor lies meanwhile, if not as in the plan.
+        axes: that the tensor is split over meanwhile, if not those of the plan.
         own: each part has memory of its own.
 
     Raises:
         CheckpointError: what is read holds NaN or infinity, unless that is allowed.
 
     Returns:
-        Device to part, cast and laid out; views of the source where they can be. The devices are those of `MeshShape.holders`.
+        Device to part, cast and laid out; views of the source where they can be. The devices are
+        those of `MeshShape.holders`.
     """
     layout = Layout.of(plan, source.name)
     if axes is not None:
@@ -119,7 +128,7 @@ def parts(
             nonfinite.refuse(source.name, part, source.file)
         return part
 
-    # All of it is looked at at once: each operation of a reader waits until no transfer keeps the interpreter.
+    # All is checked at once: each operation of a reader waits for the transfer's interpreter lock.
     slicing = read(None).__getitem__ if len(wanted) == len(set(holders)) else read
     return {device: cut(slicing, layout, device, dtype, own=own) for device in wanted}
 
@@ -143,7 +152,7 @@ def put(
         CheckpointError: a tensor holds NaN or infinity, unless that is allowed.
     """
     began, baseline = time.perf_counter(), rss_bytes()
-    # The largest first: what a tensor takes on its way adds to the peak only while little else is there.
+    # The largest first, while little else is there: then its copies don't add to the peak.
     ordered = sorted(sources, key=lambda source: source.nbytes, reverse=True)
     done, total = 0, sum(source.nbytes for source in sources)
     sizes = {
@@ -159,7 +168,8 @@ def put(
         allow_nonfinite=allow_nonfinite,
     )
     tensors: dict[str, torch.Tensor] = {}
-    # On one device a transfer goes on while the next tensor comes, and one heap then holds twice as much of the largest. Copies for rows of the mesh leave holes in it.
+    # One heap for all copies is fastest. But on one device a transfer overlaps the next tensor and
+    # holds twice as much, and copies for rows of the mesh leave holes in the heap.
     memory: _Memory = (
         reused_host_memory if mesh.shape.devices > 1 and mesh.shape.data == 1 else lean_host_memory
     )
@@ -167,7 +177,7 @@ def put(
     try:
         with memory() as give_back, _one_thread_each():
             if mesh.traits.adopts:
-                arriving = _taken_over(
+                arriving = _adopted(
                     ordered, sizes, mesh, functools.partial(readers.submit, make, own=True)
                 )
             else:
@@ -182,7 +192,7 @@ def put(
                 since += sizes[source.name]
                 if mesh.traits.in_host_memory:
                     on_devices += Layout.of(plan, source.name).device_bytes(dtype.itemsize)
-                # What was freed leaves holes, and of as many bytes the next tensors don't fit into half.
+                # What was freed leaves holes, and the next tensors fit into about half of them.
                 if 2 * since >= largest and 2 * (rss_bytes() - baseline - on_devices) >= largest:
                     give_back()
                     since = 0
@@ -209,7 +219,11 @@ def _transferred(
     mesh: Engine,
     read: _Read,
 ) -> Iterator[tuple[TensorSource, torch.Tensor]]:
-    """Sources and their device tensors, one after another; while one is transferred, the next are read. Those under way are together never larger than the largest."""
+    """Sources and their device tensors, one after another.
+
+    While one is transferred, the next are read. Those under way are together never larger than the
+    largest.
+    """
     waiting, ready = deque(sources), deque[tuple[TensorSource, _Parts]]()
     most, under_way = max(sizes.values(), default=0), 0
     while waiting or ready:
@@ -230,16 +244,18 @@ def _transferred(
         way = ways[source.name]
         shard = made.result().pop
         del made
-        yield source, repeats.put_crossing(mesh, shard, way.split, way.axes)
+        yield source, repeats.put_split(mesh, shard, way.split, way.axes)
         under_way -= sizes[source.name]
 
 
-def _taken_over(
+def _adopted(
     sources: Sequence[TensorSource], sizes: Mapping[str, int], mesh: Engine, read: _Read
 ) -> Iterator[tuple[TensorSource, torch.Tensor]]:
-    """Sources and their device tensors, whose memory the readers have filled: a tensor is there twice while it is read, in the file's pages and in its own.
+    """Sources and their device tensors, whose memory the readers have filled.
 
-    No further one is begun unless they all, with those that have arrived, take no more than what the device will hold, and the largest.
+    A tensor is there twice while it is read: in the file's pages and in memory of its own. The next
+    is begun only if all of them, with those that have arrived, take no more than what the device
+    will hold and the largest tensor.
     """
     waiting, ready = deque(sources), deque[tuple[TensorSource, _Parts]]()
     left = sum(sizes.values()) + max(sizes.values(), default=0)
@@ -257,7 +273,10 @@ def _taken_over(
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Within it torch uses one thread for an operation: the readers and the transfer keep the cores busy, and its own threads would wait for each other, spinning."""
+    """Within it torch uses one thread for an operation.
+
+    The readers and the transfer keep the cores busy. More threads would spin while they wait.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

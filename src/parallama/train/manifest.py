@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+)
 
-from ..errors import CheckpointError, lines
+from ..errors import CheckpointError, UsageError, lines
 from ..plan.heads import EMPTY
 from ..plan.mesh_shape import MeshShape
 from ..plan.placement import Blocks
@@ -16,6 +25,33 @@ NAME = "manifest.json"
 FORMAT = "parallama-train"
 VERSION = 1
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
+_MOST_DEVICES = 1 << 20
+"""No mesh of ours has more: what a manifest says must not keep a reader busy."""
+
+
+def _mesh(sizes: object) -> MeshShape:
+    """Every axis by its own name, with a size."""
+    axes = [*MeshShape()]
+    if not isinstance(sizes, dict) or sizes.keys() != set(axes):
+        raise ValueError(f"expected a size for each of {', '.join(axes)}")
+    try:
+        mesh = MeshShape(sizes)
+    except UsageError as error:
+        raise ValueError(str(error).replace("\n", ", ")) from None
+    if mesh.devices > _MOST_DEVICES:
+        raise ValueError(f"mesh {mesh} has {mesh.devices} devices, more than {_MOST_DEVICES}")
+    return mesh
+
+
+def _axis(name: str) -> str:
+    """An axis by its own name."""
+    if name not in MeshShape():
+        raise ValueError(f"expected one of {', '.join(MeshShape())}")
+    return name
+
+
+Mesh = Annotated[MeshShape, PlainValidator(_mesh), PlainSerializer(dict)]
+Axis = Annotated[str, AfterValidator(_axis)]
 
 
 class FileEntry(BaseModel):
@@ -28,7 +64,10 @@ class FileEntry(BaseModel):
 
 
 class BlockRuns(BaseModel):
-    """`plan.Blocks`, its sources as runs of (first source, count); a first of `EMPTY` is that many empty blocks."""
+    """`placement.Blocks`, its sources as runs of (first source, count).
+
+    A run whose first source is `EMPTY` is that many empty blocks.
+    """
 
     model_config = _STRICT
 
@@ -41,10 +80,7 @@ class BlockRuns(BaseModel):
         """Runs of neighbouring sources."""
         runs: list[tuple[int, int]] = []
         for source in blocks.sources:
-            if runs and (
-                source == EMPTY == runs[-1][0]
-                or (source != EMPTY != runs[-1][0] and source == sum(runs[-1]))
-            ):
+            if runs and _follows(source, *runs[-1]):
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:
                 runs.append((source, 1))
@@ -52,82 +88,67 @@ class BlockRuns(BaseModel):
 
     @property
     def blocks(self) -> Blocks:
-        sources = [
-            source
-            for first, count in self.runs
-            for source in ([EMPTY] * count if first == EMPTY else range(first, first + count))
-        ]
+        sources: list[int] = []
+        for first, count in self.runs:
+            sources += [EMPTY] * count if first == EMPTY else range(first, first + count)
         return Blocks(dim=self.dim, block=self.block, sources=tuple(sources))
+
+    def fits(self, shape: list[int]) -> bool:
+        """Whether they can make a dim of this shape, and hold every block of the model's own dim.
+
+        The runs are not spelled out for this: a manifest may claim any number of blocks.
+        """
+        held = 0  # blocks of the model's own dim, from the first on
+        for first, count in sorted(self.runs):
+            if first < EMPTY or first > held or count < 1:
+                return False
+            if first != EMPTY:
+                held = max(held, first + count)
+        size = self.block * sum(count for _, count in self.runs)
+        return held > 0 and self.dim < len(shape) and size == shape[self.dim]
+
+
+def _follows(source: int, first: int, count: int) -> bool:
+    """Whether a source goes on with a run."""
+    if EMPTY in (source, first):
+        return source == first
+    return source == first + count
 
 
 class TensorEntry(BaseModel):
-    """One tensor, as it lies over the mesh.
+    """One tensor, as it is split over the mesh.
 
     Attributes:
-        shape: over all devices, laid out.
+        shape: over all devices, as placed.
         axes: the mesh axis of every dim.
-        blocks: how the laid-out dim is made from the model's own, where it isn't that.
+        blocks: how the placed dim is made from the model's own, if it isn't the same.
     """
 
     model_config = _STRICT
 
     dtype: str
     shape: list[int]
-    axes: list[Literal["data", "model"] | None]
+    axes: list[Axis | None]
     blocks: BlockRuns | None
 
     def fits(self, mesh: MeshShape) -> bool:
         """Whether shape, axes and blocks can be of one tensor on the mesh."""
-        blocks = self.blocks.blocks if self.blocks is not None else None
-        return (
-            len(self.axes) == len(self.shape)
-            and all(
-                size >= 0 and size % mesh.size(axis) == 0
-                for size, axis in zip(self.shape, self.axes, strict=True)
-            )
-            and (
-                blocks is None
-                or (
-                    blocks.dim < len(self.shape)
-                    and blocks.block * len(blocks.sources) == self.shape[blocks.dim]
-                )
-            )
+        split = [axis for axis in self.axes if axis is not None]
+        if len(self.axes) != len(self.shape) or len(split) != len(set(split)):
+            return False
+        divides = all(
+            size >= 0 and size % mesh.size(axis) == 0
+            for size, axis in zip(self.shape, self.axes, strict=True)
         )
+        return divides and (self.blocks is None or self.blocks.fits(self.shape))
 
-    def holders(self, mesh: MeshShape) -> list[int]:
+    def holders(self, mesh: MeshShape) -> Iterable[int]:
         """The devices whose files hold the parts: of those with the same part, the first."""
-        return [
-            device
-            for device in range(mesh.devices)
-            if all(
-                place == 0
-                for axis, place in mesh.coordinates(device).items()
-                if axis not in self.axes
-            )
-        ]
+        return mesh.first_holders(self.axes)
 
     def part(self, mesh: MeshShape, device: int) -> tuple[slice, ...]:
-        """What of the tensor is a device's."""
-        coordinates = mesh.coordinates(device)
-        slices = []
-        for size, axis in zip(self.shape, self.axes, strict=True):
-            step = size // mesh.size(axis)
-            first = step * coordinates[axis] if axis is not None else 0
-            slices.append(slice(first, first + step))
-        return tuple(slices)
-
-
-class Mesh(BaseModel):
-    """The mesh it was written on."""
-
-    model_config = _STRICT
-
-    data: int = Field(ge=1)
-    model: int = Field(ge=1)
-
-    @property
-    def shape(self) -> MeshShape:
-        return MeshShape(data=self.data, model=self.model)
+        """Which part of the tensor is a device's."""
+        return mesh.local_slices(self.shape, self.axes, device)
 
 
 class DataState(BaseModel):
@@ -141,7 +162,10 @@ class DataState(BaseModel):
 
 
 class Rng(BaseModel):
-    """The state of every draw: they are functions of the seed and of the step (or epoch) that is to come, and have no other state."""
+    """The state of every draw.
+
+    Draws are functions of the seed and of the step (or epoch) to come, and have no other state.
+    """
 
     model_config = _STRICT
 
@@ -179,7 +203,7 @@ class Manifest(BaseModel):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """A checkpoint's manifest; its files' sizes agree with it, and their names are such as we write.
+    """A checkpoint's manifest, held against the names and sizes of its files.
 
     Raises:
         CheckpointError: there is none, it can't be read, or a file is missing or of another size.
@@ -203,15 +227,16 @@ def read_manifest(folder: Path) -> Manifest:
                 f"expected {FORMAT}, version {VERSION}",
             )
         ) from None
+    mesh = manifest.mesh
     for name, tensor in manifest.tensors.items():
-        if not tensor.fits(manifest.mesh.shape) or any(
-            f"device-{device}.safetensors" not in manifest.files
-            for device in tensor.holders(manifest.mesh.shape)
+        if not tensor.fits(mesh) or any(
+            f"device-{device}.safetensors" not in manifest.files for device in tensor.holders(mesh)
         ):
             raise CheckpointError(
                 lines(
-                    f"checkpoint {str(folder)!r}: {NAME} has {name!r} of shape {tensor.shape} over {tensor.axes}",
-                    f"expected one that lies on mesh {manifest.mesh.shape}",
+                    f"checkpoint {str(folder)!r}: {NAME} has {name!r} of shape {tensor.shape} "
+                    f"over {tensor.axes}",
+                    f"expected one that is placed on mesh {mesh}",
                 )
             )
     for name, entry in manifest.files.items():
@@ -223,10 +248,11 @@ def read_manifest(folder: Path) -> Manifest:
                     "expected every file that the manifest lists",
                 )
             )
-        if file.stat().st_size != entry.bytes:
+        size = file.stat().st_size
+        if size != entry.bytes:
             raise CheckpointError(
                 lines(
-                    f"checkpoint {str(folder)!r}: file {name!r} has {file.stat().st_size} bytes",
+                    f"checkpoint {str(folder)!r}: file {name!r} has {size} bytes",
                     f"expected {entry.bytes}, by the manifest",
                 )
             )

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...model.rope import FOLLOWING
+from ...model.rope import LENGTH_DEPENDENT
 from ..steps import SPAN
 
 
@@ -73,4 +73,4 @@ class FollowingRotary(torch.nn.Module):
 
 def following(rotary: Any) -> Any:
     """A model's rotary embedding, replaced if its frequencies follow the length."""
-    return FollowingRotary(rotary) if rotary.rope_type in FOLLOWING else rotary
+    return FollowingRotary(rotary) if rotary.rope_type in LENGTH_DEPENDENT else rotary

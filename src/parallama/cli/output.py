@@ -1,0 +1,119 @@
+"""What commands print: progress and remarks to standard error, results to standard output. Pure."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..inference.sharded_model import Progress
+
+_STDOUT, _STDERR = 1, 2
+_IN_BYTES = ("loading", "writing", "moving")  # progress that counts bytes; other counts pieces
+
+
+def say(text: str) -> None:
+    """Print a line to standard error, where logs and figures go."""
+    typer.echo(text, err=True)
+
+
+def print_json(document: Mapping[str, Any], *, readable: bool = False) -> None:
+    """Print a document of `--json`. A number that is not finite is null: JSON has no word for it.
+
+    Args:
+        readable: keep letters that are not ASCII as they are, for documents that hold texts.
+    """
+    typer.echo(json.dumps(_finite(document), ensure_ascii=not readable, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def wide_console() -> Console:
+    """For tables on standard output; at least 100 columns where that is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 100)
+    return console
+
+
+@contextmanager
+def only_json(asked: bool) -> Iterator[None]:
+    """With `--json`: keep standard output for the document.
+
+    What anything else prints meanwhile, libraries in C too, goes to standard error.
+    """
+    if not asked:
+        yield
+        return
+    kept = os.dup(_STDOUT)
+    os.dup2(_STDERR, _STDOUT)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).fflush(None)  # what C has printed is buffered until now
+        os.dup2(kept, _STDOUT)
+        os.close(kept)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Progress | None]:
+    """A progress bar on standard error, if that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        ProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    running: dict[str, tuple[Bars, Any]] = {}
+
+    def start(what: str, total: int) -> None:
+        counts: list[ProgressColumn] = [MofNCompleteColumn()]
+        if what in _IN_BYTES:
+            counts = [DownloadColumn(), TransferSpeedColumn()]
+        columns = [TextColumn("{task.description}"), BarColumn(), *counts, TimeElapsedColumn()]
+        bars = Bars(*columns, console=Console(stderr=True), transient=True)
+        bars.start()
+        running[what] = bars, bars.add_task(what, total=total)
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in running:
+            start(what, total)
+        bars, task = running[what]
+        bars.update(task, completed=done, total=total)
+        if done >= total:
+            running.pop(what)[0].stop()
+
+    try:
+        yield report
+    finally:
+        for bars, _ in running.values():
+            bars.stop()
