@@ -27,7 +27,7 @@ from parallama.train.logs import JsonLog, read_log
 
 NORM = "model.norm.weight"
 
-# A file that is cut between opening and reading: in a process of its own, which a mapping would end.
+# A file that is cut between opening and reading, in a process of its own: a mapping would end it.
 
 CUT = """
 import os, sys

@@ -22,6 +22,7 @@ from .weight_reader import WeightReader
 _MOST_ENTRIES = 1 << 16
 _MOST_ELEMENTS = 1 << 22
 _LONGEST_TEXT = 16 << 20
+_LONGEST_HEADER = 256 << 20
 _MOST_SQUARES = 1 << 30
 """Of a vocabulary's lengths, added up: transformers tries every split of every token."""
 _MOST_DIMS = 4
@@ -46,9 +47,12 @@ def check(path: Path) -> int:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 _refuse(path, "it is no regular file")
             _Walk(path, file).run()
-            return file.tell()
+            length = file.tell()
     except OSError as error:
         _refuse(path, error.strerror or cause(error))
+    if length > _LONGEST_HEADER:
+        _refuse(path, f"its header has {length} bytes, more than {_LONGEST_HEADER}")
+    return length
 
 
 @contextmanager
@@ -60,8 +64,7 @@ def private_copy(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: as `check`.
     """
-    length = check(path)
-    header = bytearray(length)
+    header = bytearray(check(path))
     WeightReader(path).fill(memoryview(header), 0)
     with tempfile.TemporaryDirectory(prefix="parallama-gguf-") as folder:
         copy = Path(folder) / path.name

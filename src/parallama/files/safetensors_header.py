@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked against the file's size before any tensor is read. Pure.
+"""The header of a safetensors file, checked against its size before a tensor is read. Pure.
 
 A file is eight bytes with the header's length, the header (a JSON object: tensor name -> dtype,
 shape, offsets), and the tensors' bytes, which must have no gap and no overlap. See

@@ -1,7 +1,7 @@
 """The tokenizer of a model folder.
 
-Its files, checked, are all that transformers gets to see. So are the keys of its config, but those
-that name code or other files.
+transformers gets to see nothing but its files, checked, and a config without the keys that name code
+or other files.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ def read(folder: Path, model_type: str) -> Any | None:
         stage = Path(staged)
         (stage / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
         if _CONFIG in found:
-            (stage / _CONFIG).write_text(
-                json.dumps(_read_config(found.pop(_CONFIG))), encoding="utf-8"
-            )
+            config = _read_config(found.pop(_CONFIG))
+            (stage / _CONFIG).write_text(json.dumps(config), encoding="utf-8")
         for name, path in found.items():
             (stage / name).parent.mkdir(exist_ok=True)
             (stage / name).symlink_to(path.resolve())
@@ -64,7 +63,7 @@ def read(folder: Path, model_type: str) -> Any | None:
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """A folder's files of its tokenizer and chat templates that are there, by their paths within it.
+    """A folder's files of its tokenizer and chat templates, by their paths within it.
 
     Raises:
         CheckpointError: one of them is not a regular file of the folder, or too large.

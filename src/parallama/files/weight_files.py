@@ -52,8 +52,8 @@ def survey(folder: Path, spec: ModelSpec) -> WeightFiles:
     Only headers and the index are read.
 
     Raises:
-        CheckpointError: a file is missing or damaged; a tensor is missing, unexpected, or not as the
-            config says.
+        CheckpointError: a file is missing or damaged; a tensor is missing, unexpected, or not as
+            the config says.
     """
     index = model_files.find(folder, INDEX)
     claimed = None if index is None else _read_index(index)
