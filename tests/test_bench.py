@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from parallama.bench import profile, shapes
+from parallama.bench.keeper import family
 from parallama.bench.processes import EngineProcess
 from parallama.bench.run import Options
 from parallama.bench.training import TrainOptions
@@ -301,7 +302,8 @@ def test_an_engine_that_has_replied_leaves_the_cores_to_the_next() -> None:
         engine.ask("measure")
         states = [
             stat.read_text().rpartition(") ")[2][0]
-            for stat in Path(f"/proc/{engine.pid}/task").glob("*/stat")
+            for pid in family(engine.pid)
+            for stat in Path(f"/proc/{pid}/task").glob("*/stat")
         ]
     assert len(states) > 1 and set(states) == {"S"}
 
