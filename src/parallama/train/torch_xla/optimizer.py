@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import torch
 
 from ...engine.torch_xla.mesh import DeviceMesh
-from ...engine.torch_xla.ops import barrier_together, scope
+from ...engine.torch_xla.ordering import barrier_all
+from ...engine.torch_xla.scopes import scope
 from ...plan import heads
 from ...plan.mesh_shape import DATA, MODEL
 from ...plan.placement import Placement
@@ -206,7 +207,7 @@ def update(
 
 def _settled(*kept: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What is kept, done before the parameter is: XLA would compute it a second time from the old buffers for that, and copy them first to have them."""
-    return barrier_together(*kept)
+    return barrier_all(*kept)
 
 
 def _correction(beta: float, step: torch.Tensor) -> torch.Tensor:

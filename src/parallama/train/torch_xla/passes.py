@@ -19,15 +19,22 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ...engine.torch_xla.mesh import DeviceMesh
-from ...engine.torch_xla.ops import held_until, optimization_barrier, scope
-from ...engine.torch_xla.products import TRIGONOMETRIC, unfused
+from ...engine.torch_xla.ordering import (
+    TRIGONOMETRIC,
+    after,
+    all_there,
+    barrier,
+    kept_apart,
+    one_unknown_to_xla,
+)
+from ...engine.torch_xla.scopes import scope
 from ...plan.mesh_shape import DATA, MODEL
 from ...plan.train_collectives import BACKWARD
 from ..layout import TrainingPlan
 from ..options import StepOptions
 from . import regions
 from .objective import token_losses
-from .weights import SUMMED, Weight, product, scaled
+from .weights import Weight, product, scaled
 
 _plain_linear = torch.nn.functional.linear
 _PRODUCTS = {torch.Tensor.mul, torch.Tensor.__mul__, torch.mul}
@@ -42,22 +49,15 @@ class Gradients:
     def add(self, name: str, gradient: torch.Tensor) -> None:
         gradient = gradient.float()
         # A barrier, or XLA would add them up where the sum is used: every micro-step's gradients would be kept.
-        self.sums[name] = (
-            optimization_barrier(self.sums[name] + gradient) if name in self.sums else gradient
-        )
+        self.sums[name] = barrier(self.sums[name] + gradient) if name in self.sums else gradient
 
     def all_there(self, one: torch.Tensor) -> torch.Tensor | None:
         """A number `[1]` that is only there when every sum so far is; None if there is none.
 
-        A product makes it, of several rows: what a sum is made from XLA would read anew in everything that waits for it, hundreds of tensors each time.
-
         Args:
-            one: `[1]` fp32, the number 1, which XLA must not know.
+            one: see `ordering.all_there`.
         """
-        if not self.sums:
-            return None
-        first = torch.stack([each.flatten()[0] for each in self.sums.values()])
-        return (first.expand(SUMMED, -1) @ one.expand(first.shape[0], SUMMED))[0, :1]
+        return all_there(self.sums.values(), one) if self.sums else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class Passes:
             if mesh.backend.weights_first
             else set()
         )
-        self._one = (rank.flatten()[:1] >= 0).float()
+        self._one = one_unknown_to_xla(rank)
         self._tape: list[_Run] = []
         self._after: torch.Tensor | None = None
 
@@ -183,7 +183,7 @@ class Passes:
         A micro-step begins when the one before is done: XLA would run all of them forward first, and keep the activations of all.
         """
         rows = self._embedded(ids)
-        return rows if self._after is None else held_until(rows, self._after)
+        return rows if self._after is None else after(rows, self._after)
 
     def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
         table = self._weights["model.embed_tokens.weight"].whole(ids)
@@ -355,7 +355,7 @@ class _Run:
 
     def again(self, gradient: torch.Tensor) -> _Run:
         """The layer run once more for its backward pass, when that has come to it. XLA must not see that it is the same again, or it would keep the first run's values."""
-        input = held_until(self.input.detach(), gradient)
+        input = after(self.input.detach(), gradient)
         input.requires_grad_(self.input.requires_grad)
         return _Run(input=input, output=self.call(input), following=self.following, call=self.call)
 
@@ -417,7 +417,7 @@ class _Form(TorchFunctionMode):
         ):
             return found
         if function in TRIGONOMETRIC and self._passes.mesh.backend.weights_first:
-            return unfused(function(*args, **(kwargs or {})))
+            return kept_apart(function(*args, **(kwargs or {})))
         if function is torch.nn.functional.embedding and id(args[1]) in self._passes._by_tensor:
             return self._passes.embedding(args[0])
         return function(*args, **(kwargs or {}))

@@ -12,8 +12,9 @@ from functools import partial
 import torch
 
 from ...engine.torch_xla.mesh import DeviceMesh
-from ...engine.torch_xla.ops import name_scopes, scope
+from ...engine.torch_xla.ordering import read_backwards
 from ...engine.torch_xla.program import Program
+from ...engine.torch_xla.scopes import name_scopes, scope
 from ...errors import CheckpointError, lines, listed
 from ...files.checkpoint import Checkpoint
 from ...files.nonfinite import finite_only
@@ -354,7 +355,7 @@ class Trainer:
                 dropout = lora.Dropout(
                     self.options.lora.dropout,
                     self.seed,
-                    own[STEP] * self.options.grad_accum + index,
+                    own[STEP].to(torch.int64) * self.options.grad_accum + index,
                     own["rank.data"],
                     own["rank.model"],
                     self.plan,
@@ -382,9 +383,8 @@ class Trainer:
                 torch.cat([only_once * own["scalars"][1], square]), *self.mesh.shape
             )
         loss, norm = everywhere[:1], everywhere[1:].sqrt()
-        # `Program` puts outputs in the order in which the graph reads the donated buffers. An output that stands first and reads them all fixes that order, last one first.
-        # The update depends on it, or XLA would copy every buffer to have the old one for it.
-        order = torch.cat([own[name].flatten()[:1] for name in reversed(self.changing())])
+        # It stands first, and the update depends on it.
+        order = read_backwards([own[name] for name in self.changing()])
         finite = torch.isfinite(loss) & torch.isfinite(norm) & torch.isfinite(order).all()
         out = {"order": order, "report": torch.cat([loss, norm, finite.float()])}
         with scope("optimizer"):
