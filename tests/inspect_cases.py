@@ -13,7 +13,7 @@ import torch
 import parallama
 from parallama.__main__ import run
 from parallama.inference.llm import LLM
-from parallama.prove.inspection import Inspector
+from parallama.prove.inspector import Inspector
 
 Shards = list[torch.Tensor]
 
@@ -35,7 +35,7 @@ def inspected(
     inspector = Inspector(llm, batch=batch, max_model_len=max_model_len)
     found = inspector.inspect()
     read = {
-        name: inspector.contents(name) for pattern in contents for name in inspector.select(pattern)
+        name: inspector.read(name) for pattern in contents for name in inspector.select(pattern)
     }
     return {
         "document": found.to_dict(),

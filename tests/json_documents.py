@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 
 from json_reference import ROOT, Classes, Document, Key, flat, key, mesh, table
@@ -430,7 +431,7 @@ def page() -> str:
     """docs/json.md as it should be."""
     parts = [HEAD]
     for document in documents().values():
-        about = f"{document.about}\n\n" if document.about else ""
+        about = f"{textwrap.fill(document.about, 100)}\n\n" if document.about else ""
         parts.append(f"## {document.title}\n\n{about}{table(document)}")
     return "\n".join(parts)
 

@@ -13,6 +13,7 @@ CODE = {
     "null": b"\x31\xc0\xc3",  # xor eax, eax; ret
     "crash": b"\x8b\x04\x25\x00\x00\x00\x00\xc3",  # mov eax, [0]; ret
     "hang": b"\xeb\xfe",  # jmp to itself
+    "exit": b"\xb8\xe7\x00\x00\x00\x31\xff\x0f\x05",  # exit_group(0)
 }
 FUNCTIONS = 115  # as many as PJRT API 0.75 has
 

@@ -12,7 +12,7 @@ import pytest
 
 from parallama.engine.devices import versions
 from parallama.plan.mesh_shape import MeshShape
-from parallama.prove.audit import axis_of
+from parallama.prove.compiled_collectives import axis_of
 
 LAYER = "model.layers.*."
 DIVIDES = {"heads": 8, "kv_heads": 4, "intermediate": 48, "vocab": 96}
@@ -88,12 +88,12 @@ FAULTS = {
     "lm_head replicated": (
         "1x2",
         "lm_head",
-        "1 parameter(s) lie as [96, 64] on a device, planned [48, 64]",
+        "1 parameter(s) are stored as [96, 64] on a device, planned [48, 64]",
     ),
     "one layer replicated": (
         "1x8",
         "model.layers.1.mlp.down_proj",
-        "1 parameter(s) lie as [64, 48] on a device, planned [64, 6]",
+        "1 parameter(s) are stored as [64, 48] on a device, planned [64, 6]",
     ),
     "table gathered": (
         "2x2",
@@ -108,7 +108,7 @@ FAULTS = {
     "cache split over head_dim": (
         "1x2",
         "cache",
-        "0 of 4 tensors lie as [4, 2, 256, 8] on a device, as planned",
+        "0 of 4 tensors are stored as [4, 2, 256, 8] on a device, as planned",
     ),
     "cache not donated": (
         "1x2",

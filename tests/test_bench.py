@@ -124,7 +124,7 @@ def test_a_prefill_computes_two_flops_a_weight_and_token_and_causal_attention() 
         (["--dtype", "int4"], 2, "dtype 'int4' is unknown\nexpected float32 or bfloat16"),
         (["--train", "--peers", "hf-tp"], 2, "peer 'hf-tp' is unknown\nexpected one of hf"),
         (["--train", "--batch", "2,4"], 2, "--batch 2,4 with --train\nexpected one number"),
-        (["--train", "--prompt-tokens", "1"], 2, "prompt-tokens is 1\nexpected at least 2"),
+        (["--train", "--prompt-tokens", "1"], 2, "prompt-tokens is 1\nexpected a whole number of at least 2"),
         (["--train", "--repeats", "0"], 2, "repeats is 0\nexpected at least 1"),
         (
             ["--train", "--mesh", "2x1", "--batch", "3"],

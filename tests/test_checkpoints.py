@@ -28,6 +28,7 @@ from parallama.plan.mesh_shape import MeshShape
 from parallama.plan.placement import Blocks
 from parallama.train import checkpoints
 from parallama.train.manifest import BlockRuns
+from parallama.train.saver import Saver
 
 ERRORS = {
     errno.ENOSPC: ("No space left on device", "make room, then go on with --resume auto"),
@@ -368,7 +369,7 @@ def test_saving_the_same_step_again_changes_nothing(two: Path) -> None:
 
 def test_an_asynchronous_save_that_fails_is_heard_of_at_the_next_call(tmp_path: Path) -> None:
     disk, _ = counting(None, errno.ENOSPC, 3)
-    saver = checkpoints.Saver(tmp_path / "checkpoints", keep_last=2, asynchronous=True, disk=disk)
+    saver = Saver(tmp_path / "checkpoints", keep_last=2, asynchronous=True, disk=disk)
     saver.save(snapshot(1))
     with pytest.raises(RunError, match="there is no whole checkpoint yet"):
         saver.wait()

@@ -225,15 +225,6 @@ def test_a_complaint_whose_reader_has_gone_is_no_other_failure() -> None:
     assert (done.returncode, done.stdout) == (READER_GONE, "")
 
 
-def test_a_reader_that_has_had_enough_sees_what_it_asked_for(weightless: str) -> None:
-    command = [*COMMAND, "plan", weightless, "--json"]
-    shell = f"{subprocess.list2cmdline(command)} | head -c 1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(
-        ["bash", "-c", shell], capture_output=True, text=True, timeout=60, env=environment()
-    )
-    assert done.stdout == "{" and done.returncode in (0, READER_GONE) and done.stderr == ""
-
-
 def _nobody() -> int:
     """A pipe that is not read."""
     reading, writing = os.pipe()

@@ -183,7 +183,7 @@ def test_what_a_family_does_not_have_is_refused_with_the_reason(values, more, sa
 ROPES = [
     (
         {"partial_rotary_factor": 0.5},
-        "partial_rotary_factor 0.5 is not supported\nexpected 1: every head is turned whole",
+        "partial_rotary_factor 0.5 is not supported\nexpected 1: every head is rotated whole",
     ),
     (
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},

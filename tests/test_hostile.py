@@ -158,7 +158,7 @@ def test_a_template_cannot_open_files_and_its_process_ends_with_the_renderer():
         renderer.render([{"role": "user", "content": "\U0001f600 \u2028 \x00", "name": None}])
         == "\U0001f600 \u2028 \x00"
     )
-    process = renderer._process
+    process = renderer._bounded.process
     assert isinstance(process, subprocess.Popen) and process.poll() is None
     limits = Path(f"/proc/{process.pid}/limits").read_text(encoding="utf-8")
     assert [

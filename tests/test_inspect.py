@@ -313,7 +313,7 @@ def test_the_command_ends_with_1_and_says_what_lies_otherwise(
     else:
         assert (
             f"otherwise than planned: {finding}" in " ".join(out.split())
-            and "lies as planned" not in out
+            and "is placed as planned" not in out
         )
     if not options:
         rows = [
@@ -462,7 +462,7 @@ def test_the_tables_are_ascii_on_a_terminal_that_is_within_a_hundred_columns(
     assert (
         "KV cache 2 rows of 256 positions, made to be looked at (--batch, --max-model-len)" in lines
     )
-    assert lines[-1] == "Everything lies as planned."
+    assert lines[-1] == "Everything is placed as planned."
     assert [row.split()[1] for row in rows if "CPU:" in row] == ["CPU:0", "CPU:1", "CPU:2", "CPU:3"]
 
 
@@ -490,7 +490,7 @@ def test_a_tensor_is_shown_on_every_device_in_words(workers: Workers, models: Ti
     assert sum(line.startswith("SHA-256 ") for line in lines) == 16
     assert (
         "Tensors, one line a kind (measured)" not in lines
-        and lines[-1] == "Everything lies as planned."
+        and lines[-1] == "Everything is placed as planned."
     )
 
 

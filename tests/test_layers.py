@@ -5,67 +5,12 @@ Every rule here reads the source, and names file and line.
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from rooms import DESIGN, FILES, ROOMS, SOURCE, name_of, room_of, with_tables
 
-SOURCE = Path(__file__).parents[1] / "src" / "parallama"
-DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
-
-
-@dataclass(frozen=True)
-class Room:
-    """A folder of the package.
-
-    Attributes:
-        says: its responsibility.
-        may: the rooms that its files may import, besides itself.
-        pure: its files import no torch, torch_xla or transformers, and need no device.
-    """
-
-    says: str
-    may: str
-    pure: bool = False
-
-
-# From the bottom up. docs/design.md has the same table; a test holds the two together.
-ROOMS: dict[str, Room] = {
-    "root": Room("what everyone needs: errors, the machine, the environment", "", pure=True),
-    "model": Room("what a config means", "root", pure=True),
-    "plan": Room("where tensors are placed, and what that costs", "root model", pure=True),
-    "files": Room("untrusted files in and out", "root model plan"),
-    "engine/devices": Room("plugins, versions, known faults", "root", pure=True),
-    "engine": Room("the door: what every engine offers", "root plan engine/devices", pure=True),
-    "engine/torch_xla": Room("torch-xla's engine", "root model plan engine engine/devices"),
-    "sharded": Room("a plan put on a model", "root model plan files engine"),
-    "inference": Room("continuing texts", "root model plan files engine sharded"),
-    "evaluate": Room("tasks and scores", "root model plan files engine inference"),
-    "train": Room(
-        "runs, logs, checkpoints", "root model plan files engine engine/devices sharded inference"
-    ),
-    "train/torch_xla": Room(
-        "the optimizer step on torch-xla",
-        "root model plan files engine/torch_xla sharded train",
-    ),
-    "prove": Room(
-        "held against plan or transformers",
-        "root model plan files engine engine/devices sharded inference train",
-    ),
-    "bench": Room(
-        "measuring, beside peers",
-        "root model plan files engine engine/devices sharded inference train face",
-    ),
-    "cli": Room(
-        "one file a command",
-        "root model plan files engine engine/devices inference evaluate train prove bench face",
-    ),
-    "face": Room(
-        "what users call first", "root model plan files engine sharded inference prove cli"
-    ),
-}
-FACE = {"__init__", "__main__", "api"}
 # Imports that the table does not allow: (files, what they import) -> why.
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("engine/interface", "engine/torch_xla/mesh"): "the one place where an engine is chosen",
@@ -74,19 +19,25 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("sharded/reshard_model", "engine/torch_xla/mesh"): "the same model, moved",
     ("train/trainer", "engine/torch_xla/mesh"): "training is torch-xla's for now",
     ("train/trainer", "train/torch_xla/step"): "the one way to its steps",
-    ("train/loop", "train/torch_xla/lora"): "adapters are saved as PEFT has them",
+    ("train/trained_model", "train/torch_xla/lora"): "adapters are saved as PEFT has them",
     ("prove/module_parity", "engine/torch_xla/*"): "hooks look into transformers' own forward",
     ("prove/gradient_parity", "engine/torch_xla/*"): "a backward of torch, through `shard_model`",
-    ("prove/train_audit", "train/torch_xla/step"): "the audited program is the trainer's",
     ("bench/recipe", "engine/torch_xla/backends"): "a peer, as torch-xla's users write it",
 }
 # Files of other rooms that are pure, too.
 PURE_FILES = {
     *(f"train/{name}" for name in ("options", "layout", "schedule", "settings", "records")),
     *(f"train/{name}" for name in ("packing", "manifest", "logs", "report")),
+    *(f"train/{name}" for name in ("declared", "yaml_config", "watch", "signals")),
+    "train/torch_xla/state_layout",
+    *(f"train/{name}" for name in ("batch", "encoding", "data_sources", "corpus", "resume")),
     *("files/disk", "files/model_files", "files/manifest", "files/safetensors_header"),
-    *("files/weight_files", "files/gguf_header", "inference/text_stream"),
-    *("prove/hlo", "prove/tolerance", "prove/shipped_text"),
+    *("files/weight_files", "files/weight_reader", "files/gguf_header"),
+    *("files/bounded_process", "files/tokenizer_pipeline", "files/tokenizer_trial"),
+    *("files/bounded_tokenizer", "inference/text_stream"),
+    *("prove/hlo", "prove/tolerance", "prove/shipped_text", "prove/doctor", "prove/self_test"),
+    *("prove/findings", "prove/compiled_collectives", "prove/inspection"),
+    "evaluate/harness_logs",
     *("engine/torch_xla/onednn", "engine/torch_xla/flags", "inference/session_shapes"),
     *("inference/run_stats", "inference/sampling_defaults"),
     *("bench/keeper", "bench/profile", "bench/rows", "bench/train_rows", "bench/markdown_table"),
@@ -100,20 +51,6 @@ ENVIRONMENT_FILES = {
 }
 HEAVY = {"torch", "torch_xla", "transformers", "jax"}
 SHAPELESS_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "config"}
-FILES = sorted(SOURCE.rglob("*.py"))
-
-
-def name_of(path: Path) -> str:
-    """`plan/heads` for `plan/heads.py`."""
-    return path.relative_to(SOURCE).with_suffix("").as_posix()
-
-
-def room_of(name: str) -> str:
-    """The room of a file by its name: the longest that it stands in."""
-    if name in FACE:
-        return "face"
-    folder = name.rpartition("/")[0]
-    return folder if folder else "root"
 
 
 def place(path: Path, node: ast.AST | None = None) -> str:
@@ -211,6 +148,12 @@ def test_a_room_imports_only_rooms_that_the_table_allows():
 
 def exception(own: str, other: str) -> bool:
     return any(fnmatch(own, files) and fnmatch(other, what) for files, what in EXCEPTIONS)
+
+
+def test_the_design_has_this_table_and_every_file():
+    """`python tests/rooms.py` writes both into docs/design.md."""
+    text = DESIGN.read_text(encoding="utf-8")
+    assert text == with_tables(text)
 
 
 def test_rooms_are_in_order():

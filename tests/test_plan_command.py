@@ -523,7 +523,7 @@ REFUSALS: list[tuple[str, list[str], int, str]] = [
         "remat",
         ["tiny", "--train", "--remat", "some"],
         2,
-        "remat is 'some'\nexpected none, full, or n for every n-th layer",
+        "remat is 'some'\nexpected none, full or a whole number of at least 1",
     ),
     (
         "targets",

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from parallama.errors import ParallamaError
 from parallama.train import settings as settings_of
+from parallama.train import yaml_config
+from parallama.train.declared import declarations
 from parallama.train.schedule import Schedule
 from parallama.train.settings import TrainSettings
 
@@ -74,8 +76,8 @@ def options(**keys: Any) -> list[str]:
 def test_what_dump_config_writes_is_read_back_the_same(document: dict[str, Any]) -> None:
     settings = settings_of.make(document)
     written = settings_of.dump(settings)
-    assert settings_of.make(settings_of._load(written)) == settings
-    assert yaml.safe_load(written) == settings.model_dump()  # by any other reader of YAML, too
+    assert settings_of.make(yaml_config.parse(written)) == settings
+    assert yaml.safe_load(written) == settings.to_dict()  # by any other reader of YAML, too
 
 
 def test_options_win_over_the_file_and_values_are_read_as_in_yaml(tmp_path: Path) -> None:
@@ -124,25 +126,25 @@ BAD = {
         {"lora.rnk": 4},
         "config key 'lora.rnk' is unknown\ndid you mean 'rank'?",
     ),
-    "a word for a number": ({"lr": "fast"}, "config key 'lr' is 'fast'\nexpected a valid number"),
-    "a fraction of steps": ({"steps": 1.5}, "config key 'steps' is 1.5\nexpected a valid integer"),
-    "no steps": ({"steps": 0}, "config key 'steps' is 0\nexpected greater than or equal to 1"),
-    "a number for a truth value": ({"fsdp": 1}, "config key 'fsdp' is 1\nexpected a valid boolean"),
+    "a word for a number": ({"lr": "fast"}, "config key 'lr' is 'fast'\nexpected a number above 0"),
+    "a fraction of steps": ({"steps": 1.5}, "config key 'steps' is 1.5\nexpected a whole number of at least 1"),
+    "no steps": ({"steps": 0}, "config key 'steps' is 0\nexpected a whole number of at least 1"),
+    "a number for a truth value": ({"fsdp": 1}, "config key 'fsdp' is 1\nexpected true or false"),
     "a learning rate that is no number": (
         {"lr": ".nan"},
-        "config key 'lr' is nan\nexpected a finite number",
+        "config key 'lr' is nan\nexpected a number above 0",
     ),
     "a negative learning rate": (
         {"lr": -1e-4},
-        "config key 'lr' is -0.0001\nexpected greater than 0",
+        "config key 'lr' is -0.0001\nexpected a number above 0",
     ),
     "one of several words": (
         {"schedule": "cosin"},
-        "config key 'schedule' is 'cosin'\nexpected 'cosine', 'linear' or 'constant'",
+        "config key 'schedule' is 'cosin'\nexpected cosine, linear or constant",
     ),
     "a remat between": (
         {"remat": 0},
-        "config key 'remat' is 0\nexpected 'none' or 'full' or greater than or equal to 1",
+        "config key 'remat' is 0\nexpected none, full or a whole number of at least 1",
     ),
     "an unknown LoRA target": (
         {"lora.targets": "[q_prj]"},
@@ -166,7 +168,7 @@ BAD = {
     ),
     "a report to nobody": (
         {"report_to": "[tensorbord]"},
-        "config key 'report_to.0' is 'tensorbord'\nexpected 'tensorboard' or 'wandb'",
+        "config key 'report_to' is ['tensorbord']\nexpected a list of tensorboard or wandb",
     ),
 }
 
@@ -221,7 +223,7 @@ def test_a_config_file_that_is_not_there_says_so(tmp_path: Path) -> None:
 
 
 def test_every_key_has_a_description() -> None:
-    assert all(field.description for field in TrainSettings.model_fields.values())
+    assert all(each.help for each in declarations(TrainSettings))
 
 
 @settings(deadline=None, max_examples=60)

@@ -22,7 +22,7 @@ from parallama.files.skeleton import to_host
 from parallama.model.spec import ModelSpec
 from parallama.prove import reference as theirs
 from parallama.prove import shipped_text
-from parallama.prove.activations import points
+from parallama.prove.activations import activations
 from parallama.prove.metrics import compare_logits, max_abs_diff, pcc, relative_l2
 from parallama.prove.tolerance import Limits, Tolerance
 
@@ -84,7 +84,7 @@ class Asked:
         if key not in self._made:
             tiny = self._models(**sizes)
             ids = reference.random_ids(1, 24 + DECODE, tiny.vocab)[0].tolist()
-            request = theirs.Request(
+            request = theirs.ReferenceRequest(
                 model=tiny.folder,
                 ids=tuple(ids),
                 prefill=24,
@@ -541,7 +541,7 @@ def test_points_cover_every_module_with_weights_once_and_inputs_come_first(
     models: TinyModels, family: str
 ) -> None:
     tiny = models(family=family, heads=4, kv_heads=2)
-    watched = points(ModelSpec.from_config(tiny.model.config))
+    watched = activations(ModelSpec.from_config(tiny.model.config))
     names = [point.name for point in watched]
     with_weights = {
         name

@@ -217,8 +217,8 @@ def held(model: str, mesh: str, options: dict[str, Any]) -> dict[str, Any]:
         "positions": np.broadcast_to(np.arange(shape[2]), shape).copy(),
         "documents": np.zeros(shape, dtype=np.int64),
     }
-    arguments = made._arguments(batch_of(arrays), lr=0.0)
-    gradients = Program("gradients", made.mesh, made._trace_gradients, arguments)(arguments)
+    arguments = made.arguments(batch_of(arrays), lr=0.0)
+    gradients = Program("gradients", made.mesh, made.traced.gradients, arguments)(arguments)
     made.mesh.wait()
     each = [made.mesh.local_bytes(gradient) for gradient in gradients.values()]
     split = whole = 0

@@ -15,7 +15,7 @@ import parallama
 from parallama.__main__ import run
 from parallama.engine.torch_xla.steps import Steps
 from parallama.prove.module_parity import compare_modules, first_fault
-from parallama.prove.reference import Answers, Request
+from parallama.prove.reference import ReferenceOutputs, ReferenceRequest
 from parallama.prove.tolerance import Tolerance
 from parallama.prove.validation import judge
 
@@ -28,7 +28,7 @@ def judged(
 ) -> dict[str, Any]:
     """A validation with answers that are there already, and its document."""
     llm = parallama.load(request["model"], mesh=mesh, dtype=dtype, plan=plan)
-    found = judge(llm, Request(**request), Answers(Path(answers)))
+    found = judge(llm, ReferenceRequest(**request), ReferenceOutputs(Path(answers)))
     return asdict(found) | {
         "document": found.to_dict(),
         "faults": found.faults,
@@ -42,7 +42,7 @@ def with_fault(mesh: str, fault: str, request: dict[str, Any], answers: str) -> 
     PLANT[fault](llm.steps)
     tolerance = Tolerance(dtype="float32", devices=llm.mesh.shape.model)
     modules = compare_modules(
-        llm.steps, Answers(Path(answers)), request["ids"][: request["traced"]], tolerance
+        llm.steps, ReferenceOutputs(Path(answers)), request["ids"][: request["traced"]], tolerance
     )
     return {
         "alone": [

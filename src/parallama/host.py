@@ -1,4 +1,4 @@
-"""The machine that this process runs on: cores, what its processor can do, memory. Pure."""
+"""The machine that this process runs on: cores, processor features, memory. Pure."""
 
 from __future__ import annotations
 
@@ -14,28 +14,24 @@ from pathlib import Path
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of glibc's mallopt
 _peak_before = 0
 FEATURES = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_bf16",
-    "avx512_fp16",
-    "amx_tile",
-    "amx_bf16",
-    "amx_int8",
-    "asimd",
-    "sve",
-    "bf16",
+    *("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_bf16", "amx_int8"),
+    *("asimd", "sve", "bf16"),
 )
 """What of a processor matters for matrix products, as Linux names it."""
 
 
 @contextmanager
 def lean_host_memory() -> Iterator[Callable[[], None]]:
-    """While tensors come and go: give a freed tensor's memory back to the system, or to the next tensor.
+    """While tensors come and go: a freed tensor's memory goes back to the system.
 
-    glibc learns from freed blocks to keep ever larger ones (up to 32 MB) for itself, and a loader that frees a tensor for each that it makes then peaks at almost
-    twice the model. Blocks over 8 MB go back at once here; smaller ones are used again, which saves the system from clearing their pages each time, and what is left of
-    them goes back at the end, or when what is yielded is called.
+    Left alone, glibc keeps freed blocks of up to 32 MB, and a loader that frees a tensor for each
+    that it makes peaks at almost twice the model. Here blocks over 8 MB go back at once. Smaller
+    ones are used again, for the system clears each page that it hands out; what is left of them
+    goes back at the end.
+
+    Yields:
+        A function that gives back what is free now.
     """
     libc = _glibc()
     if libc is None:
@@ -50,9 +46,13 @@ def lean_host_memory() -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def reused_host_memory() -> Iterator[Callable[[], None]]:
-    """While many tensors come and few go: every block comes from one heap, and a freed one is the next one's.
+    """While many tensors come and few go: every block comes from one heap, and is used again.
 
-    The system clears each page that it hands out, which takes longer than to fill it. What is free goes back at the end, or when what is yielded is called.
+    The system clears each page that it hands out, which takes longer than to fill it. What is free
+    goes back at the end.
+
+    Yields:
+        A function that gives back what is free now.
     """
     libc = _glibc()
     if libc is None:
@@ -66,7 +66,10 @@ def reused_host_memory() -> Iterator[Callable[[], None]]:
 
 
 def _restore(libc: ctypes.CDLL) -> None:
-    """As glibc has it by itself once blocks of 32 MB have come and gone: a product's packed blocks come and go with it, and the system need not clear them anew."""
+    """What glibc comes to by itself once blocks of 32 MB have been freed.
+
+    A product's packed blocks of weights are then used again, and the system need not clear them.
+    """
     _set_malloc(libc, most_mapped=1 << 16, mapped_from=1 << 25, kept=1 << 26)
     libc.malloc_trim(0)
 
@@ -74,7 +77,13 @@ def _restore(libc: ctypes.CDLL) -> None:
 def _set_malloc(
     libc: ctypes.CDLL, *, most_mapped: int, kept: int, mapped_from: int | None = None
 ) -> None:
-    """Say how many blocks may be mapped by themselves, from how many bytes on, and how many bytes may be free at a heap's end before they go back."""
+    """Set glibc's thresholds.
+
+    Args:
+        most_mapped: blocks that may be mapped by themselves.
+        kept: bytes that may be free at the heap's end before they go back.
+        mapped_from: bytes from which on a block is mapped by itself.
+    """
     libc.mallopt(_M_MMAP_MAX, most_mapped)
     libc.mallopt(_M_TRIM_THRESHOLD, kept)
     if mapped_from is not None:
@@ -92,7 +101,9 @@ def _glibc() -> ctypes.CDLL | None:
 
 def usable_cores() -> int:
     """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def peak_rss_bytes() -> int:
@@ -102,9 +113,8 @@ def peak_rss_bytes() -> int:
 
 def high_water_bytes() -> int:
     """The most memory this process has held since `restart_high_water`, in bytes."""
-    held = _status_bytes(
-        "VmHWM:"
-    )  # getrusage counts what the process was before it became this program, too
+    # getrusage also counts what the process held before it became this program.
+    held = _status_bytes("VmHWM:")
     if held is not None:
         return held
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -132,7 +142,10 @@ def _status_bytes(field: str) -> int | None:
 
 
 def memory_bytes() -> tuple[int, int] | None:
-    """Bytes of memory that the machine has, and that are available now; None where the system doesn't tell."""
+    """Bytes of memory that the machine has, and that are available now.
+
+    None where the system doesn't tell.
+    """
     found: dict[str, int] = {}
     for line in _lines(Path("/proc/meminfo")):
         name, _, rest = line.partition(":")
@@ -143,7 +156,8 @@ def memory_bytes() -> tuple[int, int] | None:
 
 def processor() -> tuple[str, list[str]]:
     """The processor's name, and which of `FEATURES` it has."""
-    name, features = platform.processor() or platform.machine(), set[str]()
+    name = platform.processor() or platform.machine()
+    features: set[str] = set()
     for line in _lines(Path("/proc/cpuinfo")):
         key, _, value = line.partition(":")
         if key.strip() == "model name":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import isolated_process
-from ..errors import ParallamaError, RunError, UsageError, from_reply, lines, to_reply
+from ..errors import ParallamaError, RunError, UsageError, from_reply, lines, shown, to_reply
 from ..host import peak_rss_bytes, rss_bytes
 from ..plan.mesh_shape import MeshShape
 from .markdown_table import markdown_table
@@ -164,14 +164,23 @@ def _measure(asked: Mapping[str, Any], repeats: int, progress: Callable[[str], N
 
 
 def _read_apart(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """`read` in a process of its own."""
-    given = json.dumps(asked)
-    ended = isolated_process.run_module("parallama.bench.load", given, limit_s=_LIMIT_S)
-    if ended.code != 0:
-        raise RunError(lines(f"{asked['reader']} {ended.how}", ended.last_words))
-    answer: dict[str, Any] = json.loads(ended.out.splitlines()[-1])
+    """`read` in a process of its own.
+
+    Raises:
+        ParallamaError: what it refused with, or that a figure is missing.
+    """
+    reader = asked["reader"]
+    ended = isolated_process.run_module("parallama.bench.load", json.dumps(asked), limit_s=_LIMIT_S)
+    answer = ended.reply(reader)
     if "refused" in answer:
         raise from_reply(answer)
+    names = ["seconds", "bytes", "growth_bytes"]
+    if reader == "parallama":
+        names.append("device_bytes")
+    if any(type(answer.get(name)) not in (int, float) for name in names):
+        raise RunError(
+            lines(f"{reader} measured {shown(answer, 160)}", f"expected {', '.join(names)}")
+        )
     return answer
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import RunError, from_reply, lines
+from ..errors import RunError, from_reply, lines, shown
 from .keeper import family
 from .profile import kernel_names
 
@@ -131,9 +131,20 @@ class EngineProcess:
             raise RunError(lines(f"{self.name} took more than {limit_s:g} s")) from None
         except OSError:
             line = ""
-        if not line.endswith("\n"):  # it may have died within a line
+        if not line:
             raise RunError(lines(f"{self.name} has died: {self._last_words()}"))
-        reply: dict[str, Any] = json.loads(line)
+        try:
+            # It may have died within a line.
+            reply = json.loads(line) if line.endswith("\n") else None
+        except (ValueError, RecursionError):
+            reply = None
+        if not isinstance(reply, dict):
+            raise RunError(
+                lines(
+                    f"{self.name} answered {shown(line, 160)}",
+                    "expected a JSON object in one line",
+                )
+            )
         if "refused" in reply:
             raise from_reply(reply)
         if "error" in reply:

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Literal, get_args
 
-from ..errors import RunError, UsageError, lines
+from ..errors import RunError, UsageError, lines, shown
+from ..isolated_process import how_ended
 from .keeper import family
 from .rows import Profile
 
@@ -164,7 +165,15 @@ def _ended(command: list[str], log: IO[str]) -> Iterator[subprocess.Popen[bytes]
 def _report(data: Path) -> str:
     command = ["perf", "report", "--stdio", "--quiet", "--no-children", "--no-demangle"]
     command += ["--percent-limit", "0", "--fields", "sample,dso,sym", "--input", str(data)]
-    done = subprocess.run(
+    ended = subprocess.run(
         command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
-    return done.stdout
+    if ended.returncode != 0 or not count(ended.stdout):
+        said = shown(" ".join((ended.stderr or ended.stdout).split()), 200)
+        raise RunError(
+            lines(
+                f"perf report gave no samples: it {how_ended(ended.returncode)} and said {said}",
+                "expected lines of samples, object and symbol",
+            )
+        )
+    return ended.stdout

@@ -117,9 +117,7 @@ class Served:
 
     def __init__(self, given: dict[str, Any], versions: tuple[str, ...]) -> None:
         asked = given["train"]
-        options = StepOptions(
-            batch_size=asked["batch"], seq_len=asked["seq_len"], dtype=given["dtype"]
-        )
+        options = StepOptions(**asked["step"])
         began = time.perf_counter()
         engines: dict[str, Any] = {"parallama": Ours, "hf": HF}
         self.engine: TrainEngine = engines[given["engine"]](given, options, asked["lr"])

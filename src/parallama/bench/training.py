@@ -18,6 +18,8 @@ from ..files.config_json import read_config
 from ..model.spec import ModelSpec
 from ..plan.cost import train_flops
 from ..plan.mesh_shape import MeshShape
+from ..train.declared import declaration
+from ..train.options import StepOptions
 from .options import EngineOptions
 from .processes import EngineProcess
 from .profile import recording
@@ -45,13 +47,13 @@ class TrainOptions(EngineOptions):
     PEERS = TRAIN_PEERS
 
     peers: tuple[str, ...] = TRAIN_PEERS
-    batch: int = 4
+    batch: int = StepOptions.batch_size
     seq_len: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_least("batch", self.batch, 1)
-        self.check_least("prompt-tokens", self.seq_len, 2)
+        declaration(StepOptions, "batch_size").check(self.batch, "batch")
+        declaration(StepOptions, "seq_len").check(self.seq_len, "prompt-tokens")
         for mesh in self.meshes:
             if self.batch % mesh.data:
                 raise UsageError(
@@ -63,9 +65,12 @@ class TrainOptions(EngineOptions):
 
     def engine(self, name: str, mesh: MeshShape) -> dict[str, Any]:
         """See `EngineOptions.engine`; one that trains."""
-        return super().engine(name, mesh) | {
-            "train": {"batch": self.batch, "seq_len": self.seq_len, "lr": _LR}
-        }
+        step = StepOptions(
+            batch_size=self.batch,
+            seq_len=self.seq_len,
+            dtype=self.dtype,  # type: ignore[arg-type]
+        )
+        return super().engine(name, mesh) | {"train": {"step": step.to_dict(), "lr": _LR}}
 
 
 def run(options: TrainOptions, command: str, progress: Callable[[str], None]) -> TrainReport:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UsageError, lines
 from ..plan.collectives import INFERENCE, Phase
+from ..train.options import StepOptions
 from . import options, output
+from .train_options import AuditedStep
 
 if TYPE_CHECKING:
     from ..inference.sharded_model import Progress
-    from ..prove.audit import Audit
+    from ..prove.findings import Audit
 
 _PHASES: tuple[Phase, ...] = ("prefill", "decode", "train")
 
 
 def audit(
     *,
+    context: typer.Context,
     phase: Annotated[
         str, typer.Option("--phase", help="prefill, decode, train or all (the first two).")
     ] = "decode",
@@ -36,21 +39,7 @@ def audit(
             callback=options.within(1),
         ),
     ] = 64,
-    fsdp: Annotated[
-        bool, typer.Option("--fsdp", help="train: weights and their state split over data, too.")
-    ] = False,
-    sequence_parallel: Annotated[
-        bool,
-        typer.Option(
-            "--sequence-parallel", help="train: norms and residuals split along the sequence."
-        ),
-    ] = False,
-    grad_accum: Annotated[
-        int, typer.Option("--grad-accum", help="train: micro-steps of a step.")
-    ] = 1,
-    remat: Annotated[
-        str, typer.Option("--remat", help="train: none, full, or n for every n-th layer.")
-    ] = "none",
+    step: AuditedStep,
     accept_plan: Annotated[
         bool,
         typer.Option(
@@ -69,23 +58,16 @@ def audit(
         raise UsageError(
             lines(f"--phase {phase!r} is unknown", f"expected one of {', '.join(_PHASES)}, all")
         )
+    if phase != "train":
+        AuditedStep.refuse(context, "expected --phase train beside it")
     shape = chosen.shape
     batch = options.rows(batch, shape)
     _check_seq(seq, phase, chosen.positions())
     if phase == "train":
-        step: dict[str, Any] = {
-            "batch_size": batch,
-            "seq_len": seq,
-            "fsdp": fsdp,
-            "sequence_parallel": sequence_parallel,
-            "grad_accum": grad_accum,
-        }
-        step |= {
-            "remat": int(remat) if remat.isdigit() else remat,
-            "dtype": "float32" if chosen.dtype == "auto" else chosen.dtype,
-        }
+        dtype = StepOptions.dtype if chosen.dtype == "auto" else chosen.dtype
+        how = step.options(batch_size=batch, seq_len=seq, dtype=dtype)
         with output.only_json(as_json), output.progress(quiet) as progress:
-            audits = [_train(chosen, step, progress, accept_plan=accept_plan)]
+            audits = [_train(chosen, how, progress, accept_plan=accept_plan)]
     else:
         phases = INFERENCE if phase == "all" else [each for each in INFERENCE if each == phase]
         with output.only_json(as_json), output.progress(quiet) as progress:
@@ -135,7 +117,7 @@ def _inference(
 
 def _train(
     chosen: options.ModelOptions,
-    step: dict[str, Any],
+    how: StepOptions,
     progress: Progress | None,
     *,
     accept_plan: bool,
@@ -147,10 +129,9 @@ def _train(
     from ..plan.make_plan import make_plan
     from ..plan.overrides import read_overrides
     from ..prove.train_audit import audit_training
-    from ..train.options import StepOptions
     from ..train.trainer import make_trainer
 
-    how, shape = StepOptions(**step), chosen.shape
+    shape = chosen.shape
     # First, as in `load`: the devices start before transformers, which may import torch_xla.
     mesh = start(
         shape,
@@ -163,9 +144,15 @@ def _train(
     overrides = None if chosen.plan is None else read_overrides(chosen.plan)
     made = make_plan(ModelSpec.from_config(checkpoint.config), shape, overrides)
     report = None if progress is None else partial(progress, "loading")
-    return audit_training(
-        make_trainer(checkpoint, mesh, how, plan=made, progress=report), accept_plan=accept_plan
+    trainer = make_trainer(
+        checkpoint,
+        mesh,
+        how,
+        plan=made,
+        progress=report,
+        allow_nonfinite=chosen.allow_nonfinite,
     )
+    return audit_training(trainer, accept_plan=accept_plan)
 
 
 def _show(audit: Audit, title: str) -> None:

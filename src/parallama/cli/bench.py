@@ -14,10 +14,23 @@ from ..engine.devices.plugins import parse_options
 from ..errors import UsageError, lines
 from ..plan.mesh_shape import MeshShape
 from . import options, output
+from .unused_options import refuse
+
+_ALWAYS = {"model", "as_json", "quiet"}
+_MEANT = {
+    "make": {"make", *_ALWAYS},
+    "load": {"load", "mesh", "dtype", "repeats", "backend", "allow_nonfinite", *_ALWAYS},
+    "train": {
+        *("train", "mesh", "peers", "batch", "prompt", "repeats", "threads", "dtype"),
+        *("backend", "backend_option", "allow_nonfinite", "profile", *_ALWAYS),
+    },
+}
+"""The parameters that mean something in each mode."""
 
 
 def bench(
     *,
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -103,26 +116,16 @@ def bench(
     quiet: options.Quiet = False,
 ) -> None:
     """Measure prefill, decode and cold start, interleaved with what a user would pick instead."""
-    given = {
-        "--plot": plot,
-        "--peers": peers,
-        "--batch": batch,
-        "--prompt-tokens": prompt,
-        "--steps": steps,
-        "--threads": threads,
-        "--backend-option": backend_option,
-        "--profile": profile or None,
-    }
     if make is not None:
-        _refuse_beside("--make", given | {"--load": load or None, "--train": train or None})
+        _check_mode(context, "make")
         _make(make, model, as_json)
         return
     if load:
-        _refuse_beside("--load", given | {"--train": train or None})
+        _check_mode(context, "load")
         if backend != "cpu":
             raise UsageError(lines(f"--backend {backend} with --load", "expected cpu"))
     if train:
-        _refuse_beside("--train", {option: given[option] for option in ("--plot", "--steps")})
+        _check_mode(context, "train")
     say: Callable[[str], None] = (lambda _what: None) if quiet else output.say
     shared: dict[str, Any] = {
         "model": model,
@@ -143,8 +146,8 @@ def bench(
     if train:
         cases: dict[str, Any] = {
             "peers": _names(None if peers == "all" else peers),
-            "batch": _number("--batch", batch or "4"),
-            "seq_len": _number("--prompt-tokens", prompt or "256"),
+            **({} if batch is None else {"batch": _number("--batch", batch)}),
+            **({} if prompt is None else {"seq_len": _number("--prompt-tokens", prompt)}),
         }
         _train(shared | cases, say, as_json)
         return
@@ -157,10 +160,10 @@ def bench(
     _infer(shared | cases, say, plot, as_json)
 
 
-def _refuse_beside(mode: str, given: dict[str, Any]) -> None:
-    for option, value in given.items():
-        if value is not None:
-            raise UsageError(lines(f"{option} was given with {mode}", "expected one of the two"))
+def _check_mode(context: typer.Context, mode: str) -> None:
+    """Raise `UsageError` for an option that means nothing in a mode."""
+    names = {parameter.name for parameter in context.command.params}
+    refuse(context, names - _MEANT[mode], f"was given with --{mode}", "expected one of the two")
 
 
 def _make(shape: str, folder: str, as_json: bool) -> None:

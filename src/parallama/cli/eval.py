@@ -121,9 +121,11 @@ def evaluate(
     if batch_size is not None:
         options.rows(batch_size, chosen.shape, option="--batch-size")
     chosen.check_lengths(max_model_len)
-    from ..evaluate.evaluation import EvalOptions, find_tasks, write
-    from ..evaluate.evaluation import as_json as dumped
+    from ..evaluate.evaluation import EvalOptions
     from ..evaluate.evaluation import evaluate as run
+    from ..evaluate.results import as_json as dumped
+    from ..evaluate.results import write
+    from ..evaluate.tasks import find_tasks
 
     how = EvalOptions(
         num_fewshot=num_fewshot,

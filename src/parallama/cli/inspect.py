@@ -15,7 +15,7 @@ from ..plan.picture_files import check_target, write
 from . import options, output
 
 if TYPE_CHECKING:
-    from ..prove.source_slices import Content
+    from ..prove.shard_contents import ShardContent
 
 _PHASES: tuple[Phase, ...] = ("prefill", "decode")
 _DEFAULT_LENGTH = 256
@@ -80,7 +80,7 @@ def inspect(
     if plot is not None:
         check_target(plot)
     chosen.check_lengths(max_model_len)
-    from ..prove.inspection import Inspector, check_folder
+    from ..prove.inspector import Inspector, check_folder
 
     if hlo is not None:
         check_folder(hlo)
@@ -89,10 +89,10 @@ def inspect(
         length = min(_DEFAULT_LENGTH, llm.max_model_len) if max_model_len is None else max_model_len
         inspector = Inspector(llm, batch=batch, max_model_len=length)
         found = inspector.inspect()
-        contents: list[Content] = []
+        contents: list[ShardContent] = []
         findings = list(found.findings)
         for name in inspector.select(tensor) if tensor is not None else ():
-            parts, faults = inspector.contents(name)
+            parts, faults = inspector.read(name)
             contents += [part for part in parts if device in (None, part.device)]
             findings += faults
         saved = None if hlo is None else inspector.save_hlo(hlo, step)

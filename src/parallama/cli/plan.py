@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from ..errors import FitError, UsageError, lines
+from ..errors import FitError, lines
 from . import options, output
+from .train_options import PlannedStep
 
 
 def plan(
     *,
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -45,29 +47,7 @@ def plan(
         bool,
         typer.Option("--train", help="An optimizer step, too; --hardware then asks about that."),
     ] = False,
-    fsdp: Annotated[
-        bool, typer.Option("--fsdp", help="train: weights and their state split over data, too.")
-    ] = False,
-    sequence_parallel: Annotated[
-        bool,
-        typer.Option(
-            "--sequence-parallel", help="train: norms and residuals split along the sequence."
-        ),
-    ] = False,
-    grad_accum: Annotated[
-        int, typer.Option("--grad-accum", help="train: micro-steps of a step.")
-    ] = 1,
-    remat: Annotated[
-        str, typer.Option("--remat", help="train: none, full, or n for every n-th layer.")
-    ] = "none",
-    optimizer: Annotated[str, typer.Option("--optimizer", help="train: adamw or sgd.")] = "adamw",
-    lora_rank: Annotated[
-        int | None,
-        typer.Option("--lora.rank", help="train: adapters of this rank, and nothing else."),
-    ] = None,
-    lora_targets: Annotated[
-        str, typer.Option("--lora.targets", help="train: modules that get an adapter, with commas.")
-    ] = "q_proj,v_proj",
+    step: PlannedStep,
     overrides: options.PlanFile = None,
     hardware: Annotated[
         str | None,
@@ -99,20 +79,11 @@ def plan(
     from ..plan.overrides import read_overrides
     from ..plan.request import DEFAULT_PROMPT, Request
     from ..train.layout import train_step, training_plan
-    from ..train.options import LoraOptions, StepOptions, slots
+    from ..train.options import slots
 
     shape = options.mesh_shape(mesh, tensor_parallel_size)
-    given = {
-        "--fsdp": fsdp,
-        "--sequence-parallel": sequence_parallel,
-        "--grad-accum": grad_accum != 1,
-        "--remat": remat != "none",
-        "--optimizer": optimizer != "adamw",
-        "--lora.rank": lora_rank is not None,
-    }
-    alone = [name for name, was in given.items() if was]
-    if alone and not train:
-        raise UsageError(lines(f"{alone[0]} is about training", "expected --train beside it"))
+    if not train:
+        PlannedStep.refuse(context, "expected --train beside it")
     device = machines.named(hardware) if hardware is not None else None
     if plot is not None:
         picture_files.check_target(plot)
@@ -120,19 +91,9 @@ def plan(
     spec = known_configs.spec_of(document, f"the config of {model}")
     length = spec.max_positions if max_model_len is None else max_model_len
     tokens = min(DEFAULT_PROMPT, length) if seq is None else seq
-    how = StepOptions(
-        batch_size=max(batch, 1),  # of these `forecast` speaks
-        seq_len=max(tokens, 2),
-        grad_accum=grad_accum,
-        remat=int(remat) if remat.isdigit() else remat,  # type: ignore[arg-type]
-        fsdp=fsdp,
-        sequence_parallel=sequence_parallel,
-        optimizer=optimizer,  # type: ignore[arg-type]
-        lora=None
-        if lora_rank is None
-        else LoraOptions(rank=lora_rank, targets=tuple(lora_targets.split(","))),
-    )
-    if sequence_parallel and tokens % shape.model:
+    # Of sizes that are too small `forecast` speaks.
+    how = step.options(batch_size=max(batch, 1), seq_len=max(tokens, 2))
+    if how.sequence_parallel and tokens % shape.model:
         raise FitError(
             lines(
                 f"--seq is {tokens}",
@@ -155,7 +116,9 @@ def plan(
         model,
         made,
         request,
-        training_plan(made, fsdp=fsdp, lora=how.lora) if fsdp or how.lora is not None else None,
+        training_plan(made, fsdp=how.fsdp, lora=how.lora)
+        if how.fsdp or how.lora is not None
+        else None,
     )
     if plot is not None:
         panels = [

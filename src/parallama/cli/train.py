@@ -15,8 +15,8 @@ from ..errors import UsageError, lines
 from . import options, output
 
 if TYPE_CHECKING:
-    from ..train.loop import Watch
     from ..train.settings import TrainSettings
+    from ..train.watch import Watch
 
 PLAIN_LINES = 20
 """Without a terminal, so many steps of a run get a line, and every validation."""
@@ -77,7 +77,7 @@ def train(
     settings = settings_of.read(config, given)
     if dump_config:
         if as_json:
-            output.print_json(settings.model_dump(mode="json"))
+            output.print_json(settings.to_dict())
         else:
             typer.echo(settings_of.dump(settings), nl=False)
         return 0
@@ -101,7 +101,7 @@ def train(
 @contextmanager
 def _watch(settings: TrainSettings, quiet: bool) -> Iterator[Watch]:
     """Progress on standard error: a bar on a terminal, lines elsewhere."""
-    from ..train.loop import Watch
+    from ..train.watch import Watch
 
     if quiet:
         yield Watch()
@@ -136,7 +136,7 @@ def _bars() -> Iterator[Watch]:
         TimeRemainingColumn,
     )
 
-    from ..train.loop import Watch
+    from ..train.watch import Watch
 
     columns = (
         TextColumn("{task.description}"),

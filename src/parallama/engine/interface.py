@@ -246,6 +246,10 @@ class Engine(ABC):
         """What the backend calls its devices, in order."""
 
 
+SELF_TEST = "parallama.engine.torch_xla.selftest"
+"""The module that checks a backend, run in a process of its own with a JSON object as argument."""
+
+
 def start(
     shape: MeshShape | str | tuple[int, ...],
     *,

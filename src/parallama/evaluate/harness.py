@@ -1,7 +1,8 @@
 """lm-evaluation-harness's model interface, on a sharded model. Needs the extra `eval`.
 
-Texts become tokens as with the harness's own `hf` model, so that both score the same tokens: a context's last spaces belong to what follows it, an empty context is the tokenizer's BOS (or else
-EOS) token, and what is too long loses its beginning, which is counted in `cut`.
+Texts become tokens as in the harness's own `hf` model, so that both score the same tokens. Spaces
+at the end of a context belong to what follows, an empty context is the tokenizer's BOS (or EOS)
+token, and what is too long loses its beginning (counted in `cut`).
 """
 
 from __future__ import annotations
@@ -11,28 +12,16 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ..engine.sampling_params import SamplingParams
 from ..errors import UsageError, lines, shown
 from ..files.chat_template import Renderer, renderer_of
 from ..inference.llm import LLM
-from ..inference.session import Session
-from ..inference.text_stream import TextStream
-from ..plan.program_shapes import text_size
+from .generation import TaskGeneration
 from .scorer import Scorer, Text
 
-DEFAULT_NEW_TOKENS = 256
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# Of transformers' generation settings those that change nothing with this value.
-_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
-
 Pair = tuple[tuple[str, str], list[int], list[int]]
+"""Context and continuation as texts, and the token ids of each."""
 
 
 class HarnessLM(TemplateLM):  # type: ignore[misc]
@@ -40,17 +29,20 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     Args:
         llm: from `parallama.load`.
-        batch: sequences that are run at once, over all devices; a multiple of the mesh's "data" axis.
-        seed: of what tasks sample. Every request draws from a seed of its own.
+        batch: sequences that are run at once, over all devices; a multiple of the mesh's "data"
+            axis.
+        seed: for tasks that sample. Every request draws from a seed of its own.
 
     Attributes:
-        cut: requests that lost their beginning, for they were longer than `llm.max_model_len`.
-        programs_compiled: by torch-xla's own count, before each kind of requests was run.
+        cut: requests that lost their beginning, because they were longer than
+            `llm.max_model_len`.
+        programs_compiled: by the engine's own count, before each kind of requests was run.
         programs_after_warmup: the same, while they ran.
-        requests, tokens: what was run, without filling.
+        requests, tokens: what was run, without idle rows and padding.
 
     Raises:
-        UsageError: the batch doesn't divide, or the model has no tokenizer or one that has neither BOS nor EOS.
+        UsageError: the batch doesn't divide, or the model has no tokenizer or one that has
+            neither BOS nor EOS.
     """
 
     def __init__(self, llm: LLM, batch: int = 8, seed: int = 0) -> None:
@@ -78,12 +70,27 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             )
         self.llm = llm
         self.tokenizer = llm.tokenizer
-        self.cut = self.programs_compiled = self.programs_after_warmup = self.requests = (
-            self.generated
-        ) = 0
+        self.cut = self.requests = 0
         self._seed = seed
         self._scorer = Scorer(llm, batch)
+        self._generations: list[TaskGeneration] = []
         self._renderer: Renderer | None = None
+
+    # -- what was run
+
+    @property
+    def tokens(self) -> int:
+        return self._scorer.tokens + sum(each.tokens for each in self._generations)
+
+    @property
+    def programs_compiled(self) -> int:
+        made = sum(each.programs_compiled for each in self._generations)
+        return self._scorer.programs_compiled + made
+
+    @property
+    def programs_after_warmup(self) -> int:
+        made = sum(each.programs_after_warmup for each in self._generations)
+        return self._scorer.programs_after_warmup + made
 
     # -- what the harness asks for
 
@@ -94,10 +101,6 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     @property
     def max_length(self) -> int:
         return self.llm.max_model_len
-
-    @property
-    def tokens(self) -> int:
-        return self._scorer.tokens + self.generated
 
     @property
     def eot_token_id(self) -> int:
@@ -116,22 +119,26 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids. Special tokens are added as the tokenizer does it, but no second BOS where the text begins with one."""
+        """Token ids of a text.
+
+        The tokenizer adds its special tokens, but no second BOS where the text begins with one.
+        """
+        begins = self.tokenizer.decode(self.prefix_token_id)
+        if add_special_tokens is None and string.startswith(begins):
+            add_special_tokens = False
         given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        if add_special_tokens is None and string.startswith(
-            self.tokenizer.decode(self.prefix_token_id)
-        ):
-            given = {"add_special_tokens": False}
         return list(self.tokenizer.encode(string, **given))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as the model's chat template writes it; without `add_generation_prompt` it ends within its last message.
+        """A conversation in the model's chat template.
+
+        Without `add_generation_prompt` the text ends within the last message.
 
         Raises:
             UsageError: there is no template, or it refuses the messages.
-            CheckpointError: it is broken, or takes too long.
+            CheckpointError: the template is broken, or takes too long.
         """
         if self._renderer is None:
             if not getattr(self.tokenizer, "chat_template", None):
@@ -152,22 +159,20 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihood of whole texts, in windows of `max_length` that overlap by one token."""
-        windows: list[Pair] = []
+        pairs: list[Pair] = []
         counts = []
         for request in requests:
-            ids = self.tok_encode(request.args[0])
-            found = get_rolling_token_windows(
-                token_list=ids,
+            text = request.args[0]
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            pairs = [make_disjoint_window(window) for window in found]
-            windows += [
-                ((request.args[0], ""), context, continuation) for context, continuation in pairs
-            ]
-            counts.append(len(pairs))
-        scores = iter(self._scored(windows, len(requests)))
+            found = [make_disjoint_window(window) for window in windows]
+            pairs += [((text, ""), context, continuation) for context, continuation in found]
+            counts.append(len(found))
+        scores = iter(self._scored(pairs, len(requests)))
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def loglikelihood(
@@ -208,158 +213,61 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             kept = (before + after)[-(self.max_length + 1) :]
             self.cut += len(kept) < len(before) + len(after)
             texts.append(Text(kept, len(after)))
-        began = self.llm.mesh.compilations()
         self._scorer.warm_up(texts)
-        ready = self.llm.mesh.compilations()
         scores = self._scorer(texts, self.llm.report("scoring"))
-        self._count(requests, began, ready)
+        self.requests += requests
         return [(score.logprob, score.greedy) for score in scores]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue texts until one of the strings that their task stops at, or an end-of-text token."""
-        groups: dict[str, list[int]] = {}
+        """Continue texts, each until a stop string of its task or an end-of-text token."""
+        tasks: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(index)
-        texts: dict[int, str] = {}
-        began = self.llm.mesh.compilations()
-        made = [_Generation(self, requests[members[0]].args[1]) for members in groups.values()]
+            tasks.setdefault(repr(request.args[1]), []).append(index)
         batches = []
-        for generation, members in zip(made, groups.values(), strict=True):
-            encoded = {index: generation.encode(requests[index].args[0]) for index in members}
-            order = sorted(members, key=lambda index: -len(encoded[index]))
+        for members in tasks.values():
+            generation = self._generation(requests[members[0]].args[1])
+            prompts = {
+                index: self._prompt(requests[index].args[0], generation.room) for index in members
+            }
+            order = sorted(members, key=lambda index: -len(prompts[index]))
             for first in range(0, len(order), self.batch_size):
                 rows = order[first : first + self.batch_size]
-                batches.append((generation, rows, [encoded[row] for row in rows]))
-        shapes = {
-            (id(generation), generation.longest(prompts)): (generation, rows, prompts)
-            for generation, rows, prompts in batches
-        }
-        for generation, rows, prompts in shapes.values():
-            generation.session(prompts, rows)
-        ready = self.llm.mesh.compilations()
+                batches.append((generation, [prompts[row] for row in rows], rows))
+        ready = set()
+        for generation, prompts_of_rows, rows in batches:
+            shape = (id(generation), generation.longest(prompts_of_rows))
+            if shape not in ready:
+                generation.warm_up(prompts_of_rows, rows)
+                ready.add(shape)
+        texts: dict[int, str] = {}
         progress = self.llm.report("generating")
-        for generation, rows, prompts in batches:
-            texts.update(zip(rows, generation.run(prompts, rows), strict=True))
+        for generation, prompts_of_rows, rows in batches:
+            texts.update(zip(rows, generation.run(prompts_of_rows, rows), strict=True))
             if progress is not None:
                 progress(len(texts), len(requests))
-        self._count(len(requests), began, ready)
+        self.requests += len(requests)
         return [texts[index] for index in range(len(requests))]
 
-    def seed_of(self, request: int) -> int:
-        """The seed of a request: the same prompt asked for several times has several texts."""
-        return ((self._seed << 32) + request) % (1 << 64)
-
-    def _count(self, requests: int, began: int, ready: int) -> None:
-        self.requests += requests
-        self.programs_compiled += ready - began
-        self.programs_after_warmup += self.llm.mesh.compilations() - ready
-
-
-class _Generation:
-    """How one task's texts are generated.
-
-    Args:
-        given: the harness's generation settings.
-
-    Raises:
-        UsageError: a setting is not known, or leaves no room for a context.
-    """
-
-    def __init__(self, harness: HarnessLM, given: dict[str, Any]) -> None:
-        settings: dict[str, Any] = dict(normalize_gen_kwargs(given, DEFAULT_NEW_TOKENS))
-        llm = harness.llm
-        self.harness = harness
-        self.new: int = settings.pop("max_gen_toks")
-        self.until = handle_stop_sequences(
-            settings.pop("until"), eos=harness.tokenizer.decode(harness.eot_token_id)
+    def _generation(self, settings: dict[str, Any]) -> TaskGeneration:
+        made = TaskGeneration(
+            self.llm,
+            self.tokenizer,
+            settings,
+            batch=self.batch_size,
+            eos_text=self.tokenizer.decode(self.eot_token_id),
+            seed_of=self._seed_of,
         )
-        self.room = llm.max_model_len - self.new
-        if self.new < 1 or self.room < 1:
-            raise UsageError(
-                lines(
-                    f"the task generates {self.new} tokens",
-                    f"expected at least one, and fewer than {llm.max_model_len}, the model's limit with its context",
-                )
-            )
-        sampled = settings.pop("do_sample")
-        sampling = {name: settings.pop(name) for name in _SAMPLING if name in settings}
-        unknown = {
-            name: value
-            for name, value in settings.items()
-            if value is not None and _NEUTRAL.get(name) != value
-        }
-        if unknown:
-            name, value = next(iter(unknown.items()))
-            raise UsageError(
-                lines(
-                    f"the task's generation setting {name!r} is {shown(value)}",
-                    f"known: do_sample, until, max_gen_toks, {', '.join(_SAMPLING)}",
-                )
-            )
-        self._sampling = sampling | ({} if sampled else {"temperature": 0.0})
-        if sampled and "temperature" not in sampling:
-            self._sampling["temperature"] = 1.0
-        # A stop string that is a special token is not part of any text: the token ends it.
-        special = set(harness.tokenizer.all_special_tokens)
-        stops = {
-            harness.tokenizer.convert_tokens_to_ids(string)
-            for string in self.until
-            if string in special
-        }
-        self.ends = [*llm.eos_ids, *sorted(stops - set(llm.eos_ids))]
+        self._generations.append(made)
+        return made
 
-    def encode(self, context: str) -> list[int]:
-        ids = self.harness.tok_encode(context)
+    def _prompt(self, context: str, room: int) -> list[int]:
+        """Token ids of a context to continue, of which the last `room` are kept."""
+        ids = self.tok_encode(context)
         if not ids:
             raise UsageError(lines("a context to continue has no tokens", "expected some text"))
-        self.harness.cut += len(ids) > self.room
-        return ids[-self.room :]
+        self.cut += len(ids) > room
+        return ids[-room:]
 
-    def longest(self, prompts: Sequence[Sequence[int]]) -> int:
-        """How long a batch's prompts may be: of the few sizes that texts are scored in, so that batches share programs."""
-        return min(
-            text_size(max(len(prompt) for prompt in prompts), self.harness.llm.max_model_len),
-            self.room,
-        )
-
-    def session(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> Session:
-        """For a batch, which fills it."""
-        llm, longest = self.harness.llm, self.longest(prompts)
-        params: list[SamplingParams] = [
-            llm.sampling_params(**self._sampling, seed=self.harness.seed_of(row)) for row in rows
-        ]
-        return llm.session(
-            params,
-            capacity=longest + self.new,
-            longest_prompt=longest,
-            eos=self.ends,
-            batch=self.harness.batch_size,
-        )
-
-    def run(self, prompts: Sequence[list[int]], rows: Sequence[int]) -> list[str]:
-        """The texts that follow, each until it ends."""
-        session, tokenizer, ends = (
-            self.session(prompts, rows),
-            self.harness.tokenizer,
-            set(self.ends),
-        )
-        streams = [TextStream(tokenizer, self.until) for _ in prompts]
-        tokens: list[list[int]] = [[] for _ in prompts]
-        live = set(range(len(prompts)))
-        choices = session.prefill(prompts)
-        steps = session.decode(self.new - 1)
-        while True:
-            for choice in choices:
-                if choice.row in live:
-                    tokens[choice.row].append(choice.token)
-                    streams[choice.row].push(choice.token)
-                    if choice.token in ends or streams[choice.row].stopped:
-                        live.discard(choice.row)
-            following = next(steps, None) if live else None
-            if following is None:
-                break
-            choices = following
-        self.harness.generated += sum(len(row) for row in tokens)
-        # What a text is cut at is the harness's to say.
-        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
-        return [postprocess_generated_text(text, self.until, None) for text in texts]
+    def _seed_of(self, request: int) -> int:
+        """The seed of a request: a prompt that is asked for several times gets several texts."""
+        return ((self._seed << 32) + request) % (1 << 64)

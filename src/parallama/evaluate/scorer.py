@@ -1,4 +1,7 @@
-"""Scores texts that are there already, in batches of one size and of few lengths: all programs are compiled before the first batch, and none after."""
+"""Scores given texts, in batches of one size and of few lengths.
+
+All programs are compiled before the first batch, and none after it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from ..plan.program_shapes import text_size
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids, of which the last `scored` are to be judged behind all that come before them."""
+    """Token ids, of which the last `scored` are scored, given all that come before them."""
 
     ids: Sequence[int]
     scored: int
@@ -26,11 +29,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Score:
-    """What a text's scored tokens got.
+    """The score of a text.
 
     Attributes:
-        logprob: sum of their log-probabilities, in nats.
-        greedy: greedy decoding would choose just these.
+        logprob: sum of the scored tokens' log-probabilities, in nats.
+        greedy: greedy decoding would choose exactly these tokens.
     """
 
     logprob: float
@@ -42,22 +45,27 @@ class Scorer:
 
     Args:
         llm: the model.
-        batch: texts that are run at once, over all devices; a batch that is not full is filled up with idle rows.
+        batch: texts that are run at once, over all devices. A batch that is not full is filled up
+            with idle rows.
 
     Attributes:
-        tokens: what was run so far, without filling.
+        tokens: tokens that were run so far, without idle rows and padding.
+        programs_compiled: by the engine's own count, in `warm_up`.
+        programs_after_warmup: the same, while texts were scored.
     """
 
     def __init__(self, llm: LLM, batch: int) -> None:
         self.batch = batch
-        self.tokens = 0
+        self.tokens = self.programs_compiled = self.programs_after_warmup = 0
         self._llm = llm
 
     def warm_up(self, texts: Sequence[Text]) -> None:
-        """Compile every program that scoring these texts takes."""
+        """Compile every program that is needed to score these texts."""
         longest = [len(texts[row].ids) - 1 for row in self._checked(texts)[:: self.batch]]
         keys = [self._key(length) for length in longest]
-        self._llm.programs.warm_up(keys, self._llm.report("compiling"))
+        with self._llm.mesh.counted() as compiled:
+            self._llm.programs.warm_up(keys, self._llm.report("compiling"))
+            self.programs_compiled += compiled()
 
     def __call__(
         self, texts: Sequence[Text], progress: Callable[[int, int], None] | None = None
@@ -65,11 +73,12 @@ class Scorer:
         """Score texts, longest first.
 
         Args:
-            texts: each of at least two tokens; the last of `max_model_len` and one tokens is only scored.
-            progress: called with texts done and their number.
+            texts: each of 2 to `max_model_len + 1` tokens. The last token of a text is only
+                scored, so it needs no position.
+            progress: called with the number of texts done, and of all.
 
         Returns:
-            A score a text, in their order.
+            A score for each text, in their order.
 
         Raises:
             UsageError: a text is too short or too long, or an id is not of the vocabulary.
@@ -77,8 +86,8 @@ class Scorer:
         """
         order = self._checked(texts)
         scores: dict[int, Score] = {}
-        for batch in range(0, len(order), self.batch):
-            rows = order[batch : batch + self.batch]
+        for first in range(0, len(order), self.batch):
+            rows = order[first : first + self.batch]
             scores.update(zip(rows, self._run([texts[row] for row in rows]), strict=True))
             if progress is not None:
                 progress(len(scores), len(texts))
@@ -122,13 +131,15 @@ class Scorer:
         for row, text in enumerate(rows):
             ids[row, : len(text.ids) - 1] = torch.tensor(text.ids[:-1])
             targets[row, : len(text.ids) - 1] = torch.tensor(text.ids[1:])
-        out = llm.programs[key](state.text_arguments(llm.steps, ids, targets, longest=longest))
-        logprobs, greedy = (
-            llm.mesh.fetch(out[name], STATE_AXES[name]).tolist() for name in ("logprobs", "greedy")
-        )
+        with llm.mesh.counted() as compiled:
+            given = state.text_arguments(llm.steps, ids, targets, longest=longest)
+            out = llm.programs[key](given)
+            logprobs = llm.mesh.fetch(out["logprobs"], STATE_AXES["logprobs"]).tolist()
+            greedy = llm.mesh.fetch(out["greedy"], STATE_AXES["greedy"]).tolist()
+            self.programs_after_warmup += compiled()
         self.tokens += sum(len(text.ids) - 1 for text in rows)
         scores = []
         for row, text in enumerate(rows):
-            places = slice(len(text.ids) - 1 - text.scored, len(text.ids) - 1)
-            scores.append(Score(math.fsum(logprobs[row][places]), all(greedy[row][places])))
+            scored = slice(len(text.ids) - 1 - text.scored, len(text.ids) - 1)
+            scores.append(Score(math.fsum(logprobs[row][scored]), all(greedy[row][scored])))
         return scores

@@ -1,6 +1,7 @@
 """Checkpoints as folders of safetensors, and what every checkpoint has.
 
-Nothing is unpickled, and no code of a checkpoint is run: the config is read as JSON and must name a model type that this package knows.
+Nothing is unpickled, and no code of a checkpoint is run: the config is read as JSON, and must name
+a model type that this package knows.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..errors import CheckpointError, cause, lines, shown
 from ..model.config_checks import check_config, check_generation, declared
 from ..model.spec import ModelSpec
 from . import model_files, tokenizer_files
-from .tensor_source import TensorSource, mapped
+from .tensor_source import TensorSource, safetensors_sources
 from .weight_files import WeightFiles, check_second_head, survey
 
 
@@ -55,7 +56,9 @@ class Checkpoint(Protocol):
 
 
 def config_from_dict(document: Any, origin: str) -> Any:
-    """A transformers config object from the contents of a config.json; no code but transformers' own is looked at.
+    """A transformers config object from the contents of a config.json.
+
+    No code but transformers' own is looked at.
 
     Raises:
         CheckpointError: not a supported model, or values that transformers refuses.
@@ -73,9 +76,8 @@ def config_from_dict(document: Any, origin: str) -> Any:
         config = made.from_dict(declared(document, {field.name for field in fields(made)}))
     except Exception as error:  # transformers validates with several exception types
         raise CheckpointError(lines(f"{origin}: transformers refuses it: {cause(error)}")) from None
-    config.head_dim = (
-        spec.head_dim
-    )  # not every family declares it, and some leave it open and then fail on it
+    # Not every family declares it, and some leave it open and then fail on it.
+    config.head_dim = spec.head_dim
     from transformers.activations import ACT2FN
 
     if config.hidden_act not in ACT2FN:
@@ -89,16 +91,16 @@ def config_from_dict(document: Any, origin: str) -> Any:
 
 
 class SafetensorsFolder(Checkpoint):
-    """A folder as transformers saves it: config.json, one or several safetensors files, a tokenizer."""
+    """A folder as transformers saves it: config.json, safetensors files, a tokenizer."""
 
     def __init__(self, folder: Path) -> None:
         self.location = folder
         self.config = config_from_dict(model_files.read_config(folder), "config.json")
         self.spec = ModelSpec.from_config(self.config)
         generation = model_files.find(folder, "generation_config.json")
-        self.generation: dict[str, Any] = (
-            model_files.read_json(generation) if generation is not None else {}
-        )
+        self.generation: dict[str, Any] = {}
+        if generation is not None:
+            self.generation = model_files.read_json(generation)
         check_generation(self.generation, "generation_config.json", self.spec.vocab)
         self.weights: WeightFiles = survey(folder, self.spec)
         self.ignored: Mapping[str, str] = self.weights.ignored
@@ -107,9 +109,9 @@ class SafetensorsFolder(Checkpoint):
         return self.weights.parameters[name].file.name
 
     def sources(self, spec: ModelSpec) -> Sequence[TensorSource]:
-        assert spec == self.spec
+        assert spec == self.spec, "the spec is that of the checkpoint's own config"
         check_second_head(self.weights)
-        return mapped(self.weights.parameters)
+        return safetensors_sources(self.weights.parameters)
 
     def tokenizer(self) -> Any | None:
         return tokenizer_files.read(self.location, self.spec.model_type)

@@ -1,4 +1,7 @@
-"""A model's config, wherever it is, where no weights are needed. Only a `.gguf` file takes torch and transformers to read."""
+"""A model's config, where no weights are needed: from a name, a folder, a file or the hub.
+
+Only a `.gguf` file takes torch and transformers to read.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import environment
 from ..errors import CheckpointError, cause, lines, shown
 from ..model import known_configs
 from .locate import locate
@@ -17,7 +21,8 @@ def read_config(model: str) -> Mapping[str, Any]:
     """The contents of a model's config.json.
 
     Args:
-        model: a name of `configs`, a folder, a config.json, a `.gguf` file or a hub id, from which config.json alone is downloaded.
+        model: a name of `known_configs`, a folder, a config.json, a `.gguf` file or a hub id, of
+            which config.json alone is downloaded.
 
     Raises:
         CheckpointError: there is no such model, or its config cannot be read.
@@ -32,7 +37,8 @@ def read_config(model: str) -> Mapping[str, Any]:
         raise CheckpointError(
             lines(
                 f"model {shown(model)} is not there",
-                "expected a folder, a config.json, a .gguf file, a hub id (org/name), or a name that parallama knows:",
+                "expected a folder, a config.json, a .gguf file, a hub id (org/name), "
+                "or a name that parallama knows:",
                 known_names,
             )
         ) from None
@@ -41,13 +47,7 @@ def read_config(model: str) -> Mapping[str, Any]:
     if located.kind == "folder":
         return read_folder(located.path)
     if located.path.suffix == ".gguf":
-        from .. import environment
-
-        environment.expect_no_devices()
-        from .gguf_file import GgufFile  # with torch and transformers
-
-        document: Mapping[str, Any] = GgufFile(located.path).config.to_dict()
-        return document
+        return _config_of_gguf(located.path)
     if located.path.suffix == ".json":
         return read_json(located.path)
     raise CheckpointError(
@@ -56,6 +56,14 @@ def read_config(model: str) -> Mapping[str, Any]:
             "expected a config.json, a .gguf file, or a folder with config.json",
         )
     )
+
+
+def _config_of_gguf(path: Path) -> Mapping[str, Any]:
+    environment.expect_no_devices()
+    from .gguf_file import GgufFile  # with torch and transformers
+
+    document: Mapping[str, Any] = GgufFile(path).config.to_dict()
+    return document
 
 
 def _config_from_hub(hub_id: str) -> Path:
@@ -68,7 +76,7 @@ def _config_from_hub(hub_id: str) -> Path:
         raise CheckpointError(
             lines(f"model {hub_id!r} is no valid hub id: {cause(error)}")
         ) from None
-    except Exception as error:  # the hub client raises many kinds, network ones among them
+    except Exception as error:  # the hub's client raises many kinds, network ones among them
         raise CheckpointError(
             lines(
                 f"the config.json of {hub_id!r} cannot be had from the hub: {type(error).__name__}",

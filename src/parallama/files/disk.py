@@ -1,7 +1,7 @@
-"""File operations that are on the disk when they return, each announced before it is done. Pure.
+"""File operations, each announced before it is done, and what makes them durable. Pure.
 
-The order in which a checkpoint is written is what makes it safe (see `checkpoints`), so all of its operations go through here: a test that kills the process before the k-th one kills it before
-every one.
+What is written whole or not at all (a checkpoint, an export, a log) owes that to the order of its
+operations. They all go through here, so that a test can kill the process before each of them.
 """
 
 from __future__ import annotations
@@ -14,18 +14,25 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, BinaryIO
 
 from ..errors import RunError, UsageError, cause, lines
 
 _CHUNK = 1 << 24
-_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
-_PLACE = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_REMEDIES = {
+    "make room": {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
+    "make the folder writable": {errno.EACCES, errno.EPERM, errno.EROFS},
+    "choose another --out": {
+        *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+    },
+}
 
 
 class Disk:
-    """Durable file operations; every one may raise `OSError`.
+    """File operations; every one may raise `OSError`.
+
+    What was written to a file, and a file's name in its folder, is on the disk for sure only when
+    the file, and the folder, were synced.
 
     Args:
         before: called before each operation with its name and path.
@@ -35,11 +42,29 @@ class Disk:
         self._before = before or (lambda _operation, _path: None)
 
     def make_folder(self, path: Path) -> None:
+        """A new folder, with those that it is in."""
         self._before("make folder", path)
         path.mkdir(parents=True)
 
+    def create(self, path: Path) -> BinaryIO:
+        """A new file, to be written with `write_at` and synced."""
+        self._before("create", path)
+        return path.open("xb")
+
+    def write_at(
+        self, path: Path, stream: BinaryIO, place: int, content: bytes | memoryview
+    ) -> None:
+        """Write to a file of `create`, from a place on."""
+        self._before("write", path)
+        stream.seek(place)
+        stream.write(content)
+
     def write(self, path: Path, content: bytes) -> str:
-        """Write a new file and its content through to the disk; gives back the SHA-256 of what was written."""
+        """Write a new file and its content through to the disk.
+
+        Returns:
+            The SHA-256 of what was written.
+        """
         self._before("create", path)
         hashed = hashlib.sha256()
         with path.open("xb", buffering=0) as stream:
@@ -53,10 +78,31 @@ class Disk:
             os.fsync(stream.fileno())
         return hashed.hexdigest()
 
-    def sync(self, path: Path, stream: IO[str]) -> None:
-        """Write what was written to an open file, which is there for long, through to the disk."""
+    def replace(self, path: Path, content: bytes) -> None:
+        """Give a file, new or old, its content whole or not at all."""
+        unfinished = path.with_name(f".{path.name}.part")
+        self.remove(unfinished)
+        self.write(unfinished, content)
+        self.rename(unfinished, path)
+        self.sync_folder(path.parent)
+
+    def copy(self, source: Path, path: Path) -> None:
+        """A new file with another's content, through to the disk."""
+        with source.open("rb") as read, self.create(path) as stream:
+            self._before("write", path)
+            shutil.copyfileobj(read, stream, _CHUNK)
+            self.sync(path, stream)
+
+    def sync(self, path: Path, stream: IO[Any]) -> None:
+        """Write what was written to an open file through to the disk."""
         self._before("sync", path)
+        stream.flush()
         os.fsync(stream.fileno())
+
+    def sync_file(self, path: Path) -> None:
+        """Write through to the disk what somebody else wrote to a file."""
+        with path.open("rb") as stream:
+            self.sync(path, stream)
 
     def sync_folder(self, path: Path) -> None:
         """Write a folder's entries through to the disk."""
@@ -94,14 +140,10 @@ def sha256(path: Path) -> str:
 
 def remedy(error: OSError) -> str:
     """What to do about an error, in words."""
-    known = {
-        "make room": _ROOM,
-        "make the folder writable": _RIGHTS,
-        "choose another --out": _PLACE,
-    }
-    return next(
-        (what for what, numbers in known.items() if error.errno in numbers), "check the disk"
-    )
+    for what, numbers in _REMEDIES.items():
+        if error.errno in numbers:
+            return what
+    return "check the disk"
 
 
 def unwritable(what: str, path: Path, error: OSError) -> RunError:
@@ -116,7 +158,9 @@ def unwritable(what: str, path: Path, error: OSError) -> RunError:
 
 
 class RunLock:
-    """Holds a run's folder for this process; the system lets go of it when the process ends, however it does.
+    """Holds a run's folder for this process.
+
+    The system lets go of it when the process ends, however it does.
 
     Raises:
         UsageError: another process holds it.
@@ -137,7 +181,8 @@ class RunLock:
             self._stream.close()
             raise UsageError(
                 lines(
-                    f"the run's folder {str(folder)!r} is being written by another process (id {holder})",
+                    f"the run's folder {str(folder)!r} is being written "
+                    f"by another process (id {holder})",
                     "expected a folder for each run",
                     "wait for it, or choose another --out",
                 )

@@ -1,6 +1,6 @@
 """Hand a model back: a folder that transformers loads, with everything that came with the weights.
 
-What loading did is undone: zero and repeated heads, padded sizes, splits. Tied weights stay tied. The folder appears under its name when it is whole, or not at all.
+The folder appears under its name when it is whole and on the disk, or not at all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from ..errors import RunError, UsageError, cause, lines
 from ..model.spec import ModelSpec
 from . import manifest, model_files, nonfinite, tokenizer_files
 from .checkpoint import Checkpoint, SafetensorsFolder
-from .weight_writer import SHARD_BYTES, Kind, write
+from .disk import Disk
+from .weight_writer import SHARD_BYTES, Kind, kind_of, write
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What weights can be cast to, by name."""
@@ -66,52 +67,54 @@ def export_weights(
     shard_bytes: int = SHARD_BYTES,
     allow_nonfinite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    disk: Disk | None = None,
 ) -> Exported:
-    """Write weights with the config, generation config, tokenizer and chat template of a checkpoint.
+    """Write weights with the config, generation config, tokenizer and templates of a checkpoint.
 
     Args:
-        tensors: every parameter of the source's model by transformers' name, as in a checkpoint, on the host, in any order. One at a time is held.
+        tensors: every parameter of the source's model by transformers' name, as in a checkpoint, on
+            the host, in any order. One at a time is held.
         source: what the weights were made from.
         out: the folder; made with its parents, and must be empty if it is there.
         dtype: to write them in, or one for each.
         progress: called with bytes written and all.
+        disk: what files are written with.
 
     Raises:
-        UsageError: the folder has something in it.
-        CheckpointError: a tensor holds NaN or infinity (or does so in `dtype`), unless that is allowed.
+        UsageError: the folder has something in it; or the tensors are not the model's.
+        CheckpointError: a tensor holds NaN or infinity (or does so in `dtype`), unless that is
+            allowed.
         RunError: the folder cannot be written.
     """
     began = time.perf_counter()
-    spec = ModelSpec.from_config(source.config)
-    kinds = {
-        name: Kind(shape=shape, dtype=dtype if isinstance(dtype, torch.dtype) else dtype[name])
-        for name, shape in spec.parameters()
-    }
+    disk = disk or Disk()
+    kinds = _kinds(ModelSpec.from_config(source.config), dtype)
     total = sum(kind.nbytes for kind in kinds.values())
 
     def passing() -> Iterator[tuple[str, torch.Tensor]]:
         done = 0
         for name, tensor in tensors:
-            cast = tensor.to(kinds[name].dtype)
+            kind = kind_of(name, tensor, kinds)
+            cast = tensor.to(kind.dtype)
             if not allow_nonfinite:
-                nonfinite.refuse(name, cast, f"the model in {_word(kinds[name].dtype)}")
+                nonfinite.refuse(name, cast, f"the model in {_word(kind.dtype)}")
             yield name, cast
-            done += kinds[name].nbytes
+            done += kind.nbytes
             if progress is not None:
                 progress(done, total)
 
-    with _folder_at(Path(out)) as (folder, unfinished):
-        dtypes = {kind.dtype for kind in kinds.values()}
-        files = write(unfinished, passing(), kinds, shard_bytes)
-        files += _write_config(source, unfinished, dtypes.pop() if len(dtypes) == 1 else None)
-        files += _write_others(source, unfinished)
-        manifest.write(unfinished, files)
+    dtypes = list({kind.dtype for kind in kinds.values()})
+    with _folder_at(Path(out), disk) as (folder, unfinished):
+        files = write(unfinished, passing(), kinds, shard_bytes, disk)
+        files += _write_config(source, unfinished, dtypes[0] if len(dtypes) == 1 else None, disk)
+        files += _write_others(source, unfinished, disk)
+        manifest.write(unfinished, files, disk)
         files.append(manifest.NAME)
         size = sum((unfinished / name).stat().st_size for name in files)
     return Exported(
         folder=folder,
         files=tuple(files),
-        dtype=_word(*{kind.dtype for kind in kinds.values()}),
+        dtype=_word(*dtypes),
         parameters=sum(math.prod(kind.shape) for kind in kinds.values()),
         bytes=size,
         seconds=time.perf_counter() - began,
@@ -126,8 +129,11 @@ def export_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     allow_nonfinite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    disk: Disk | None = None,
 ) -> Exported:
-    """Write a checkpoint as a folder, straight from its files, without a device; see `export_weights`.
+    """Write a checkpoint as a folder, straight from its files, without a device.
+
+    See `export_weights`.
 
     Args:
         dtype: `auto` is each tensor's own (float32 where it was quantized), or a name of `DTYPES`.
@@ -148,14 +154,25 @@ def export_checkpoint(
         shard_bytes=shard_bytes,
         allow_nonfinite=allow_nonfinite,
         progress=progress,
+        disk=disk,
     )
 
 
+def _kinds(spec: ModelSpec, dtype: torch.dtype | Mapping[str, torch.dtype]) -> dict[str, Kind]:
+    """Every parameter's shape and dtype."""
+    kinds = {}
+    for name, shape in spec.parameters():
+        to = dtype if isinstance(dtype, torch.dtype) else dtype.get(name)
+        if to is None:
+            raise UsageError(lines(f"there is no dtype for {name}", "expected one for each"))
+        kinds[name] = Kind(shape=shape, dtype=to)
+    return kinds
+
+
 def stored_dtypes(source: Checkpoint) -> dict[str, torch.dtype]:
-    """What every parameter of a checkpoint is in, there; float32 where it is quantized."""
-    return {
-        tensor.name: tensor.dtype for tensor in source.sources(ModelSpec.from_config(source.config))
-    }
+    """The dtype of every parameter in a checkpoint; float32 where it is quantized."""
+    sources = source.sources(ModelSpec.from_config(source.config))
+    return {tensor.name: tensor.dtype for tensor in sources}
 
 
 def resolve(name: str) -> torch.dtype:
@@ -170,7 +187,11 @@ def resolve(name: str) -> torch.dtype:
 
 
 def check_free(out: str | Path) -> Path:
-    """Raise `UsageError` unless a folder can be made there: nothing is written over."""
+    """The path of a folder that can be made there: nothing is written over.
+
+    Raises:
+        UsageError: there is a file, or a folder with something in it.
+    """
     folder = Path(os.path.realpath(Path(out).expanduser()))
     if folder.is_dir() and any(folder.iterdir()):
         raise UsageError(
@@ -184,15 +205,23 @@ def check_free(out: str | Path) -> Path:
 
 
 @contextmanager
-def _folder_at(out: Path) -> Iterator[tuple[Path, Path]]:
-    """A folder under another name beside it, which gets its own when all went well and is removed otherwise."""
+def _folder_at(out: Path, disk: Disk) -> Iterator[tuple[Path, Path]]:
+    """A folder beside it, which gets its name when all went well, and is removed otherwise.
+
+    Its files are to be synced by then.
+    """
     folder = check_free(out)
     unfinished = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.part"
     try:
-        unfinished.mkdir(parents=True)
+        parents = [unfinished.parent, *unfinished.parent.parents]
+        made = [parent for parent in parents if not parent.exists()]
+        disk.make_folder(unfinished)
         try:
             yield folder, unfinished
-            unfinished.rename(folder)
+            disk.sync_folder(unfinished)
+            disk.rename(unfinished, folder)
+            for parent in dict.fromkeys([folder.parent, *(each.parent for each in made)]):
+                disk.sync_folder(parent)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
@@ -204,19 +233,20 @@ def _folder_at(out: Path) -> Iterator[tuple[Path, Path]]:
         ) from None
 
 
-def _write_config(source: Checkpoint, folder: Path, dtype: torch.dtype | None) -> list[str]:
-    """config.json, as it came, but for what is written: the dtype, and no key that names code."""
-    document: dict[str, Any] = (
-        dict(model_files.read_config(source.location))
-        if isinstance(source, SafetensorsFolder)
-        else _described(source.config)
-    )
+def _write_config(
+    source: Checkpoint, folder: Path, dtype: torch.dtype | None, disk: Disk
+) -> list[str]:
+    """config.json as it came, but with the dtype written, and without keys that name code."""
+    if isinstance(source, SafetensorsFolder):
+        document: dict[str, Any] = dict(model_files.read_config(source.location))
+    else:
+        document = _described(source.config)
     for key in _CODE_KEYS:
         document.pop(key, None)
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in document and "dtype" not in document else "dtype"
         document[key] = _word(dtype)
-    _write_json(folder / "config.json", document)
+    disk.write(folder / "config.json", _json(document))
     return ["config.json"]
 
 
@@ -228,27 +258,50 @@ def _described(config: Any) -> dict[str, Any]:
     return {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]} | document
 
 
-def _write_others(source: Checkpoint, folder: Path) -> list[str]:
-    """Generation config, tokenizer and chat template: a folder's own files as they are, or what another checkpoint says."""
+def _write_others(source: Checkpoint, folder: Path, disk: Disk) -> list[str]:
+    """Generation config, tokenizer and chat templates.
+
+    They are a folder's own files as they are, or what another checkpoint says.
+    """
     if isinstance(source, SafetensorsFolder):
-        own = tokenizer_files.files(source.location)
-        generation = model_files.find(source.location, "generation_config.json")
-        own |= {generation.name: generation} if generation is not None else {}
-        for name, path in own.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / name)
-        return list(own)
+        return _copy_others(source.location, folder, disk)
+    there = set(folder.rglob("*"))
     if source.generation:
-        _write_json(folder / "generation_config.json", source.generation)
+        disk.write(folder / "generation_config.json", _json(source.generation))
     tokenizer = source.tokenizer()
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    return sorted(name for name in there if name != "config.json" and not name.startswith("model"))
+    new = sorted(path for path in folder.rglob("*") if path.is_file() and path not in there)
+    for path in new:
+        disk.sync_file(path)
+    names = [str(path.relative_to(folder)) for path in new]
+    _sync_inner(folder, names, disk)
+    return names
 
 
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _copy_others(origin: Path, folder: Path, disk: Disk) -> list[str]:
+    own = tokenizer_files.files(origin)
+    generation = model_files.find(origin, "generation_config.json")
+    if generation is not None:
+        own[generation.name] = generation
+    for name, path in own.items():
+        copy = folder / name
+        if not copy.parent.exists():
+            disk.make_folder(copy.parent)
+        disk.copy(path, copy)
+    _sync_inner(folder, own, disk)
+    return list(own)
+
+
+def _sync_inner(folder: Path, names: Iterable[str], disk: Disk) -> None:
+    """Sync the folders within a folder that some files of it are in."""
+    for inner in dict.fromkeys((folder / name).parent for name in names):
+        if inner != folder:
+            disk.sync_folder(inner)
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def _word(*dtypes: torch.dtype) -> str:

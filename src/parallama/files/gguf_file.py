@@ -1,4 +1,7 @@
-"""A model in one GGUF file: transformers' own GGUF reader parses it, tensors are dequantized one at a time."""
+"""A model in one GGUF file, whose tensors are dequantized one at a time.
+
+transformers' GGUF reader parses the header, and turns blocks into numbers.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,17 @@ from ..errors import CheckpointError, cause, lines, listed
 from ..model.families import FAMILIES
 from ..model.spec import ModelSpec
 from . import gguf_header
+from .bounded_tokenizer import bound
 from .checkpoint import Checkpoint, config_from_dict
 from .tensor_source import Slices, TensorSource
+from .weight_reader import WeightReader
 
 _ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-"""What is known of the converter: which names, which order of rows."""
-# Architectures whose converter interleaves the two halves of each query and key head.
-# GGML's numbers of the types that hold plain values.
-_PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+"""Those whose converter is known: its names, its order of rows."""
 _INTERLEAVED = ("llama", "mistral")
+"""Those whose converter interleaves the two halves of each query and key head."""
+_PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+"""GGML's numbers of the types that hold plain values."""
 
 
 class GgufFile(Checkpoint):
@@ -32,76 +37,31 @@ class GgufFile(Checkpoint):
     """
 
     def __init__(self, path: Path) -> None:
-        from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-        from transformers.integrations.gguf.reader import (
-            GgufHeader,
-            load_gguf_state_dict,
-            read_gguf_metadata,
-        )
+        from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
         self.location = path
-        gguf_header.check(path)
         self.ignored: Mapping[str, str] = {}
-        try:
-            metadata, _ = read_gguf_metadata(str(path))
-            header = GgufHeader.from_file(str(path))
-            end = header.data_start + max(
-                (info.offset + info.nbytes for info in header.tensors), default=0
-            )
-            self._tensors: dict[str, Any] = load_gguf_state_dict(header)
-            self._shapes = {info.name: info.shape for info in header.tensors}
-        except Exception as error:  # a damaged header leads the reader anywhere
-            raise CheckpointError(
-                lines(
-                    f"{path.name} is not a GGUF file that can be read: {cause(error)}",
-                    "expected GGUF version 2 or 3",
-                )
-            ) from None
-        if end > path.stat().st_size:
-            raise CheckpointError(
-                lines(
-                    f"{path.name} is cut short: {path.stat().st_size} bytes",
-                    f"expected {end}; download it again",
-                )
-            )
-        _check_apart(
-            path, [(info.offset, info.offset + info.nbytes, info.name) for info in header.tensors]
-        )
-        architecture = header.architecture
-        if architecture in FAMILIES and architecture not in _ARCHITECTURES:
-            raise CheckpointError(
-                lines(
-                    f"{path.name} holds a {architecture} model, which is not supported as GGUF",
-                    f"expected one of {', '.join(_ARCHITECTURES)}",
-                    "use the safetensors checkpoint",
-                )
-            )
-        names = GGUF_CONFIG_MAPPING.get(architecture, {})
-        prefix = f"{architecture}."
-        document = {
-            names[key.removeprefix(prefix)]: value
-            for key, value in metadata.items()
-            if key.startswith(prefix) and names.get(key.removeprefix(prefix))
-        }
-        scaling = metadata.get(f"{prefix}rope.scaling.type", "none")
-        if scaling != "none" or "rope_freqs.weight" in self._tensors:
-            raise CheckpointError(
-                lines(
-                    f"{path.name} scales its rotary frequencies",
-                    "expected plain ones: GGUF does not say enough to rebuild them",
-                    "use the safetensors checkpoint",
-                )
-            )
-        document |= {
-            "model_type": architecture,
-            "tie_word_embeddings": "output.weight" not in self._tensors,
-        }
-        document.setdefault("vocab_size", metadata.get("tokenizer.ggml.tokens"))
-        self.generation: dict[str, Any] = {
-            theirs: metadata[f"tokenizer.ggml.{ours}"]
-            for theirs, ours in (("eos_token_id", "eos_token_id"), ("bos_token_id", "bos_token_id"))
-            if f"tokenizer.ggml.{ours}" in metadata
-        }
+        with gguf_header.private_copy(path) as copy:
+            try:
+                metadata, _ = read_gguf_metadata(str(copy))
+                header = GgufHeader.from_file(str(copy))
+            except Exception as error:  # a damaged header leads the reader anywhere
+                text = cause(error).replace(str(copy), str(path))
+                raise CheckpointError(
+                    lines(
+                        f"{path.name} is not a GGUF file that can be read: {text}",
+                        "expected GGUF version 2 or 3",
+                    )
+                ) from None
+        self._tensors = {info.name: info for info in header.tensors}
+        self._data_start: int = header.data_start
+        self._reader = WeightReader(path)
+        spans = [(info.offset, info.offset + info.nbytes, info.name) for info in header.tensors]
+        _check_whole(path, header.data_start + max((end for _, end, _ in spans), default=0))
+        _check_apart(path, spans)
+        _check_supported(path, header.architecture, metadata, self._tensors)
+        document, self.generation = _described(header.architecture, metadata)
+        document["tie_word_embeddings"] = "output.weight" not in self._tensors
         self.config = config_from_dict(document | self.generation, path.name)
         self.spec = ModelSpec.from_config(self.config)
 
@@ -110,7 +70,10 @@ class GgufFile(Checkpoint):
         return self.location.name
 
     def sources(self, spec: ModelSpec) -> Sequence[TensorSource]:
-        """Every parameter of `spec.parameters()`, fp32 where it was quantized; see `Checkpoint.sources`."""
+        """Every parameter of `spec.parameters()`; see `Checkpoint.sources`.
+
+        What was quantized is float32.
+        """
         import gguf
 
         architecture = next(
@@ -128,12 +91,13 @@ class GgufFile(Checkpoint):
                     )
                 )
             unread.discard(theirs)
-            self._check(theirs, shape)
-            interleaved = spec.model_type in _INTERLEAVED and ("q_proj" in name or "k_proj" in name)
-            heads = (
-                (spec.query_heads if "q_proj" in name else spec.kv_heads) if interleaved else None
+            info = self._tensors[theirs]
+            self._check(info, shape)
+            heads = _interleaved_heads(name, spec)
+            start = self._data_start + info.offset
+            found.append(
+                _GgufTensor(name, self.location.name, self._reader, info, start, heads=heads)
             )
-            found.append(_GgufTensor(name, self.location.name, shape, self._tensors[theirs], heads))
         if unread:
             raise CheckpointError(
                 lines(
@@ -143,13 +107,23 @@ class GgufFile(Checkpoint):
             )
         return found
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        found = tuple(self._shapes[name])
-        if found != shape:
+    def _check(self, info: Any, shape: tuple[int, ...]) -> None:
+        from transformers.integrations.gguf.dequant import GGML_BLOCK
+
+        which = f"{self.location.name}: tensor {info.name}"
+        if tuple(info.shape) != shape:
             raise CheckpointError(
                 lines(
-                    f"{self.location.name}: tensor {name} has shape {list(found)}",
+                    f"{which} has shape {list(info.shape)}",
                     f"expected {list(shape)}, from the config",
+                )
+            )
+        block, _ = GGML_BLOCK.get(info.ggml_type, (1, 0))
+        if shape[-1] % block:
+            raise CheckpointError(
+                lines(
+                    f"{which} has rows of {shape[-1]} numbers, quantized in blocks of {block}",
+                    "expected rows of whole blocks",
                 )
             )
 
@@ -161,29 +135,43 @@ class GgufFile(Checkpoint):
             get_gguf_tokenizer,
         )
 
-        try:
-            architecture, described, config = get_gguf_tokenizer(str(self.location))
-            backend, more = convert_gguf_tokenizer(architecture, described)
-            return PreTrainedTokenizerFast(tokenizer_object=backend, **config, **more)
-        except Exception as error:  # the converter raises whatever a damaged vocabulary leads it to
-            raise CheckpointError(
-                lines(f"the tokenizer in {self.location.name} cannot be read: {cause(error)}")
-            ) from None
+        with gguf_header.private_copy(self.location) as copy:
+            try:
+                architecture, described, config = get_gguf_tokenizer(str(copy))
+                backend, more = convert_gguf_tokenizer(architecture, described)
+                made = PreTrainedTokenizerFast(tokenizer_object=backend, **config, **more)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # anything, and Rust's panics are no `Exception`
+                raise CheckpointError(
+                    lines(f"the tokenizer in {self.location.name} cannot be read: {cause(error)}")
+                ) from None
+        return bound(made, repr(self.location.name))
 
 
 class _GgufTensor(TensorSource):
-    """A tensor of the file: the whole of it is dequantized when a part of it is first asked for.
+    """A tensor of the file: the whole of it is read when a part of it is first asked for.
 
     Args:
-        stored: as transformers' reader gives it.
+        reader: of the file.
+        info: what transformers' reader says of it.
+        start: its first byte.
         heads: of a query or key weight whose rotary pairs are interleaved.
     """
 
     def __init__(
-        self, name: str, file: str, shape: tuple[int, ...], stored: Any, heads: int | None
+        self,
+        name: str,
+        file: str,
+        reader: WeightReader,
+        info: Any,
+        start: int,
+        *,
+        heads: int | None,
     ) -> None:
-        super().__init__(name, file, shape, _PLAIN.get(stored.ggml_type, torch.float32))
-        self._stored = stored
+        super().__init__(name, file, tuple(info.shape), _PLAIN.get(info.ggml_type, torch.float32))
+        self._reader, self._start = reader, start
+        self._type, self._stored_bytes = info.ggml_type, info.nbytes
         self._heads = heads
         self._whole: torch.Tensor | None = None
 
@@ -196,25 +184,86 @@ class _GgufTensor(TensorSource):
         self._whole = None
 
     def _dequantized(self) -> torch.Tensor:
-        from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
+        from transformers.integrations.gguf.dequant import dequantize
 
-        values = self._stored[...]
-        self.bytes_read += values.nbytes
-        if self._stored.ggml_type in GGML_BLOCK:
-            values = dequantize(values, self._stored.ggml_type)
+        stored = torch.empty(self._stored_bytes, dtype=torch.uint8)
+        self._reader.fill(stored.numpy().data, self._start)
+        self.bytes_read += self._stored_bytes
+        plain = _PLAIN.get(self._type)
+        values = dequantize(stored, self._type) if plain is None else stored.view(plain)
         values = values.reshape(self.shape)
         return values if self._heads is None else _split_halves(values, self._heads)
 
 
+def _described(
+    architecture: str, metadata: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config and the generation config that the metadata amount to."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+
+    names = GGUF_CONFIG_MAPPING.get(architecture, {})
+    prefix = f"{architecture}."
+    document = {
+        names[key.removeprefix(prefix)]: value
+        for key, value in metadata.items()
+        if key.startswith(prefix) and names.get(key.removeprefix(prefix))
+    }
+    document["model_type"] = architecture
+    document.setdefault("vocab_size", metadata.get("tokenizer.ggml.tokens"))
+    generation = {
+        name: metadata[f"tokenizer.ggml.{name}"]
+        for name in ("eos_token_id", "bos_token_id")
+        if f"tokenizer.ggml.{name}" in metadata
+    }
+    return document, generation
+
+
+def _interleaved_heads(name: str, spec: ModelSpec) -> int | None:
+    """Heads of a weight whose rotary pairs are interleaved in the file."""
+    if spec.model_type not in _INTERLEAVED:
+        return None
+    if "q_proj" in name:
+        return spec.query_heads
+    return spec.kv_heads if "k_proj" in name else None
+
+
 def _split_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's interleaving: rotary pairs `(2i, 2i + 1)` become `(i, i + D / 2)` of each head."""
-    half = weight.shape[0] // heads // 2
-    return (
-        weight.reshape(heads, half, 2, *weight.shape[1:])
-        .transpose(1, 2)
-        .reshape(weight.shape)
-        .contiguous()
-    )
+    """Undo llama.cpp's interleaving of each head's rows.
+
+    Rotary pairs `(2i, 2i + 1)` become `(i, i + D / 2)`.
+    """
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def _check_supported(
+    path: Path, architecture: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> None:
+    if architecture in FAMILIES and architecture not in _ARCHITECTURES:
+        raise CheckpointError(
+            lines(
+                f"{path.name} holds a {architecture} model, which is not supported as GGUF",
+                f"expected one of {', '.join(_ARCHITECTURES)}",
+                "use the safetensors checkpoint",
+            )
+        )
+    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in tensors:
+        raise CheckpointError(
+            lines(
+                f"{path.name} scales its rotary frequencies",
+                "expected plain ones: GGUF does not say enough to rebuild them",
+                "use the safetensors checkpoint",
+            )
+        )
+
+
+def _check_whole(path: Path, end: int) -> None:
+    size = path.stat().st_size
+    if end > size:
+        raise CheckpointError(
+            lines(f"{path.name} is cut short: {size} bytes", f"expected {end}; download it again")
+        )
 
 
 def _check_apart(path: Path, spans: list[tuple[int, int, str]]) -> None:

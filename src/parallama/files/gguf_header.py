@@ -1,6 +1,7 @@
-"""The header of a GGUF file, walked once before a reader believes it: absurd counts and lengths would cost that reader time and memory. Pure.
+"""The header of a GGUF file, walked once before a reader believes it. Pure.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Absurd counts and lengths would cost that reader time and memory. The format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -9,24 +10,36 @@ import math
 import os
 import stat
 import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NoReturn
 
 from ..errors import CheckpointError, cause, lines, shown
+from .weight_reader import WeightReader
 
 _MOST_ENTRIES = 1 << 16
 _MOST_ELEMENTS = 1 << 22
 _LONGEST_TEXT = 16 << 20
+_LONGEST_HEADER = 256 << 20
+_MOST_SQUARES = 1 << 30
+"""Of a vocabulary's lengths, added up: transformers tries every split of every token."""
 _MOST_DIMS = 4
+_MOST_NUMBERS = 1 << 50
 _WIDTHS = {0: 1, 1: 1, 7: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 10: 8, 11: 8, 12: 8}
 _TEXT, _ARRAY = 8, 9
 
 
-def check(path: Path) -> None:
+def check(path: Path) -> int:
     """Walk metadata and tensor table; no value is kept but names.
 
+    Returns:
+        Their bytes, from the file's beginning on.
+
     Raises:
-        CheckpointError: not a regular file, or not a GGUF whose counts and lengths are those of a model.
+        CheckpointError: not a regular file, or not a GGUF whose counts and lengths are those of a
+            model.
     """
     try:
         # Not blocking: opening a FIFO would wait for its writer.
@@ -34,8 +47,29 @@ def check(path: Path) -> None:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 _refuse(path, "it is no regular file")
             _Walk(path, file).run()
+            length = file.tell()
     except OSError as error:
         _refuse(path, error.strerror or cause(error))
+    if length > _LONGEST_HEADER:
+        _refuse(path, f"its header has {length} bytes, more than {_LONGEST_HEADER}")
+    return length
+
+
+@contextmanager
+def private_copy(path: Path) -> Iterator[Path]:
+    """A file of the header alone, checked, for a reader that maps it.
+
+    Nobody else can cut it while it is read: a mapped file that is cut ends the process.
+
+    Raises:
+        CheckpointError: as `check`.
+    """
+    header = bytearray(check(path))
+    WeightReader(path).fill(memoryview(header), 0)
+    with tempfile.TemporaryDirectory(prefix="parallama-gguf-") as folder:
+        copy = Path(folder) / path.name
+        copy.write_bytes(header)
+        yield copy
 
 
 def _refuse(path: Path, what: str) -> NoReturn:
@@ -78,10 +112,9 @@ class _Walk:
             (dims,) = self._unpack("<I")
             self._count(dims, _MOST_DIMS, f"dims of tensor {shown(name)}")
             shape = self._unpack(f"<{dims}Q")
-            if math.prod(shape) > 1 << 50 or 0 in shape:
-                _refuse(
-                    self._path, f"tensor {shown(name)} has the shape {shown(list(reversed(shape)))}"
-                )
+            if math.prod(shape) > _MOST_NUMBERS or 0 in shape:
+                in_order = shown(list(reversed(shape)))
+                _refuse(self._path, f"tensor {shown(name)} has the shape {in_order}")
             self._skip(12)  # type and offset: the reader's sizes tell where the tensor ends
 
     def _value(self, kind: int) -> None:
@@ -95,12 +128,20 @@ class _Walk:
             if element in _WIDTHS:
                 self._skip(count * _WIDTHS[element])
             elif element == _TEXT:
-                for _ in range(count):
-                    self._skip(*self._unpack("<Q"))
+                self._texts(count)
             else:
                 _refuse(self._path, f"its metadata has an array of type {element}")
         else:
             _refuse(self._path, f"its metadata has a value of type {kind}")
+
+    def _texts(self, count: int) -> None:
+        squares = 0
+        for _ in range(count):
+            (length,) = self._unpack("<Q")
+            squares += length**2
+            if squares > _MOST_SQUARES:
+                _refuse(self._path, "its metadata has an array of texts that are too long")
+            self._skip(length)
 
     def _count(self, count: int, most: int, what: str) -> None:
         if count > most:

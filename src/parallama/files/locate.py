@@ -1,4 +1,4 @@
-"""What a model's name stands for: a folder, a file, a hub id or a shipped name. No torch."""
+"""What a model's name stands for: a folder, a file, a hub id or a shipped name. Pure."""
 
 from __future__ import annotations
 
@@ -39,22 +39,9 @@ def locate(model: str) -> Located:
         CheckpointError: it is none of these.
     """
     if model in SHIPPED:
-        package, hub_id = SHIPPED[model]
-        found = importlib.util.find_spec(package)
-        for folder in (found.submodule_search_locations or []) if found else []:
-            for file in sorted(Path(folder).glob("*.gguf")):
-                return Located(kind="file", path=file)
-        return Located(kind="hub", hub_id=hub_id)
-    try:
-        path = Path(model).expanduser()
-        there = bool(model) and path.exists()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ):  # a name too long for the file system, a home that doesn't exist, a NUL
-        path, there = Path(), False
-    if there:
+        return _shipped(*SHIPPED[model])
+    path = _existing(model)
+    if path is not None:
         return Located(kind="folder" if path.is_dir() else "file", path=path)
     if (
         re.fullmatch(r"[\w.-]+/[\w.-]+", model)
@@ -65,6 +52,26 @@ def locate(model: str) -> Located:
     raise CheckpointError(
         lines(
             f"model {shown(model)} is not there",
-            f"expected a folder, a .gguf file, a hub id (org/name) or a shipped name ({', '.join(SHIPPED)})",
+            "expected a folder, a .gguf file, a hub id (org/name) "
+            f"or a shipped name ({', '.join(SHIPPED)})",
         )
     )
+
+
+def _shipped(package: str, hub_id: str) -> Located:
+    found = importlib.util.find_spec(package)
+    folders = found.submodule_search_locations if found is not None else None
+    for folder in folders or []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return Located(kind="file", path=file)
+    return Located(kind="hub", hub_id=hub_id)
+
+
+def _existing(model: str) -> Path | None:
+    """The path that a name is, if there is one."""
+    try:
+        path = Path(model).expanduser()
+        return path if model and path.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        # A name too long for the file system, a home that doesn't exist, a NUL.
+        return None

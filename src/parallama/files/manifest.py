@@ -1,6 +1,7 @@
 """manifest.json of an exported model: size and SHA-256 of each of its files. Pure.
 
-{"format": "parallama-manifest", "version": 1, "files": {"model.safetensors": {"bytes": 1234, "sha256": "ab..."}}}
+{"format": "parallama-manifest", "version": 1,
+ "files": {"model.safetensors": {"bytes": 1234, "sha256": "ab..."}}}
 A name is that of a file in the folder, or `additional_chat_templates/NAME`.
 """
 
@@ -8,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, cause, lines, shown
 from . import model_files
+from .disk import Disk
 
 NAME = "manifest.json"
 _FORMAT, _VERSION = "parallama-manifest", 1
@@ -28,8 +29,11 @@ class Entry:
     sha256: str
 
 
-def write(folder: Path, names: Iterable[str]) -> Path:
+def write(folder: Path, names: Iterable[str], disk: Disk | None = None) -> Path:
     """Write the manifest of these files of a folder, whole or not at all.
+
+    Args:
+        disk: what it is written with.
 
     Returns:
         The manifest's path.
@@ -47,12 +51,8 @@ def write(folder: Path, names: Iterable[str]) -> Path:
         entry = measure(path)
         files[name] = {"bytes": entry.bytes, "sha256": entry.sha256}
     text = json.dumps({"format": _FORMAT, "version": _VERSION, "files": files}, indent=2) + "\n"
-    path, unfinished = folder / NAME, folder / f".{NAME}.part"
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    path = folder / NAME
+    (disk or Disk()).replace(path, text.encode())
     return path
 
 
@@ -88,7 +88,7 @@ def read(folder: Path) -> Mapping[str, Entry] | None:
 
 
 def check(folder: Path) -> Mapping[str, Entry] | None:
-    """Hold every file that the manifest names against it.
+    """Check every file that the manifest names against it.
 
     Returns:
         What was checked, or None if the folder has no manifest.
@@ -103,7 +103,7 @@ def check(folder: Path) -> Mapping[str, Entry] | None:
 
 
 def check_file(folder: Path, name: str, entry: Entry) -> None:
-    """Hold one file against what the manifest says of it.
+    """Check one file against what the manifest says of it.
 
     Raises:
         CheckpointError: it is missing or differs.
@@ -130,11 +130,9 @@ def check_file(folder: Path, name: str, entry: Entry) -> None:
 def _find(folder: Path, name: str) -> Path | None:
     """A file of the folder, or of the one folder that a model folder can have."""
     inside, _, inner = name.partition("/")
-    return (
-        model_files.find(folder, inner, inside=inside)
-        if inside == model_files.TEMPLATES
-        else model_files.find(folder, name)
-    )
+    if inside == model_files.TEMPLATES:
+        return model_files.find(folder, inner, inside=inside)
+    return model_files.find(folder, name)
 
 
 def measure(path: Path) -> Entry:

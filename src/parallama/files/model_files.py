@@ -1,7 +1,8 @@
 """Files of a model folder: regular ones, and none outside of it. Pure.
 
-A name that leads elsewhere (`..`, an absolute path, a link), or to something that would hang whoever reads it (a FIFO, a device), is an error before
-anything is opened. The hub's cache is made of links; those into its own blobs are followed.
+A name that leads elsewhere (`..`, an absolute path, a link) is an error before anything is opened.
+So is one of something that would hang its reader (a FIFO, a device). The hub's cache is made of
+links: those into its own blobs are followed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ ADAPTER = "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
 """The one folder that a model folder can have whose files belong to the model."""
 JSON_LIMIT_BYTES = 2 << 20
-"""The longest JSON that is read: ten times what the largest models' indexes have. As Python objects, hostile JSON takes up to thirty times its length."""
+"""The longest JSON that is read: ten times what the largest models' indexes have.
+
+As Python objects, hostile JSON takes up to thirty times its length.
+"""
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -34,10 +38,11 @@ def find(folder: Path, name: str, inside: str = "") -> Path | None:
     """The path of a file in a model folder, or None if there is none of this name.
 
     Args:
-        inside: a folder in the model folder that the file lies in.
+        inside: a folder in the model folder that holds the file.
 
     Raises:
-        CheckpointError: the name is no plain file name, or what it names is no regular file, or lies outside of the folder.
+        CheckpointError: the name is no plain file name, or what it names is no regular file, or is
+            outside of the folder.
     """
     if not is_plain(name):
         raise CheckpointError(
@@ -120,7 +125,8 @@ def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> Any:
     """The JSON in a file of a checkpoint.
 
     Raises:
-        CheckpointError: it can't be read, is longer than the limit, isn't JSON, or has a key twice in one object.
+        CheckpointError: it can't be read, is longer than the limit, isn't JSON, or has a key twice
+            in one object.
     """
     try:
         with path.open("rb") as file:
@@ -149,7 +155,7 @@ def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> Any:
 
 
 class _RepeatedKey(ValueError):
-    """A key that stands twice in one object."""
+    """A key that one object has twice."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -160,7 +166,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name is that of a file in the folder itself: no path, no `..`, nothing that the file system refuses."""
+    """Whether a name is that of a file in the folder itself.
+
+    It is no path, not `..`, and nothing that the file system refuses.
+    """
     try:
         length = len(os.fsencode(name))
     except UnicodeEncodeError:
@@ -169,7 +178,10 @@ def is_plain(name: str) -> bool:
 
 
 def _encloses(folder: Path, target: Path) -> bool:
-    """Whether a resolved path lies in a resolved folder, or in the blobs that a snapshot of the hub's cache links to."""
+    """Whether a resolved path is in a resolved folder, or in the blobs that the hub's cache keeps.
+
+    A snapshot of the cache links to these.
+    """
     if target.is_relative_to(folder):
         return True
     if folder.parent.name != "snapshots":

@@ -1,4 +1,4 @@
-"""Weights that hold NaN or infinity: a damaged or diverged model, whose every answer would be wrong."""
+"""Weights that hold NaN or infinity: a damaged or diverged model, whose every answer is wrong."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ _PIECE = 1 << 20
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no number of a floating-point tensor is NaN or infinite. One pass at the speed of a sum, and no copy of it."""
-    # A sum is finite only if all its terms are; it may overflow where they are, so then each is looked at.
+    """Whether no number of a floating-point tensor is NaN or infinite.
+
+    One pass at the speed of a sum, without a copy.
+    """
+    # A sum is finite only if all its terms are. Finite terms may overflow: then each is looked at.
     return bool(torch.isfinite(tensor.sum())) or count_nonfinite(tensor) == 0
 
 
@@ -29,15 +32,17 @@ def refuse(name: str, part: torch.Tensor, file: str) -> None:
         name: of the tensor.
         file: that it is from.
     """
-    if not is_finite(part):
-        count = count_nonfinite(part)
-        raise CheckpointError(
-            lines(
-                f"{file}: tensor {name} holds NaN or infinity ({count} of {part.numel()} numbers that were read)",
-                "expected finite weights",
-                "--allow-nonfinite (allow_nonfinite=True) loads them all the same",
-            )
+    if is_finite(part):
+        return
+    count = count_nonfinite(part)
+    raise CheckpointError(
+        lines(
+            f"{file}: tensor {name} holds NaN or infinity "
+            f"({count} of {part.numel()} numbers that were read)",
+            "expected finite weights",
+            "--allow-nonfinite (allow_nonfinite=True) loads them all the same",
         )
+    )
 
 
 def finite_only(

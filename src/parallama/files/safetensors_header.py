@@ -1,8 +1,8 @@
-"""The header of a safetensors file, read and held against the file's size before any tensor is. Pure.
+"""The header of a safetensors file, checked against its size before a tensor is read. Pure.
 
-A file is eight bytes with the header's length, the header (a JSON object: tensor name -> dtype, shape, offsets), and the tensors' bytes; see
-https://github.com/huggingface/safetensors#format. The tensors must cover those bytes without a gap or an overlap. What is wrong is said with the tensor's
-name. The header is scanned piece by piece, so a hostile one takes no more memory than it has bytes.
+A file is eight bytes with the header's length, the header (a JSON object: tensor name -> dtype,
+shape, offsets), and the tensors' bytes, which must have no gap and no overlap. See
+https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def _header(file: Path) -> tuple[bytes, int]:
             if not 2 <= length <= LONGEST_BYTES:
                 _damaged(
                     file,
-                    f"its header should have {length} bytes, which is not between 2 and {LONGEST_BYTES}",
+                    f"its header should have {length} bytes, "
+                    f"which is not between 2 and {LONGEST_BYTES}",
                 )
             header = stream.read(length)
     except OSError as error:
@@ -106,7 +107,10 @@ def _header(file: Path) -> tuple[bytes, int]:
 
 
 def _parse(file: Path, header: bytes, most: int) -> list[tuple[str, dict[str, Any]]]:
-    """What the header says of each tensor, not judged yet."""
+    """What the header says of each tensor, not judged yet.
+
+    It is scanned piece by piece, so that a hostile one takes no more memory than it has bytes.
+    """
     _check_utf8(file, header)
     found: list[tuple[str, dict[str, Any]]] = []
     seen: set[str] = set()
@@ -131,7 +135,8 @@ def _parse(file: Path, header: bytes, most: int) -> list[tuple[str, dict[str, An
                 if len(found) >= most:
                     _damaged(
                         file,
-                        f"its header names more than {most} tensors, far more than the config explains",
+                        f"its header names more than {most} tensors, "
+                        "far more than the config explains",
                     )
                 entry = _ENTRY.match(header, key.end())
                 if entry is None:
@@ -213,7 +218,8 @@ def _fields(file: Path, name: str, entry: bytes) -> dict[str, Any]:
     if set(fields) != {"dtype", "shape", "data_offsets"}:
         _damaged(
             file,
-            f"tensor {shown(name)} has the fields {shown(sorted(fields))}, not dtype, shape and data_offsets",
+            f"tensor {shown(name)} has the fields {shown(sorted(fields))}, "
+            "not dtype, shape and data_offsets",
         )
     return fields
 
@@ -221,22 +227,18 @@ def _fields(file: Path, name: str, entry: bytes) -> dict[str, Any]:
 def _placed(
     file: Path, entries: list[tuple[str, dict[str, Any]]], data_start: int, size: int
 ) -> dict[str, StoredTensor]:
-    """The tensors, each held against its size, and all together against the file's."""
+    """The tensors, each checked against its size, and all together against the file's."""
     found = [_tensor(file, name, fields, data_start, size) for name, fields in entries]
     found.sort(key=lambda tensor: (tensor.start, tensor.end))
-    covered, last = data_start, None
+    covered, before = data_start, "the header"
     for tensor in found:
+        name = shown(tensor.name)
         if tensor.start > covered:
-            _damaged(
-                file,
-                f"{tensor.start - covered} bytes before tensor {shown(tensor.name)} belong to no tensor",
-            )
+            gap = tensor.start - covered
+            _damaged(file, f"{gap} bytes before tensor {name} belong to no tensor")
         if tensor.start < covered:
-            _damaged(
-                file,
-                f"tensor {shown(tensor.name)} overlaps {shown(last.name) if last is not None else 'the header'}",
-            )
-        covered, last = tensor.end, tensor
+            _damaged(file, f"tensor {name} overlaps {before}")
+        covered, before = tensor.end, name
     if covered < size:
         _damaged(file, f"{size - covered} bytes behind its last tensor belong to none")
     return {tensor.name: tensor for tensor in found}
@@ -246,32 +248,23 @@ def _tensor(
     file: Path, name: str, fields: dict[str, Any], data_start: int, size: int
 ) -> StoredTensor:
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    which = f"tensor {shown(name)}"
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        _damaged(file, f"tensor {shown(name)} is of the unknown dtype {shown(dtype)}")
-    if (
-        not isinstance(shape, list)
-        or len(shape) > _MOST_DIMS
-        or not all(type(dim) is int and dim >= 0 for dim in shape)
-    ):
-        _damaged(file, f"tensor {shown(name)} has the shape {shown(shape)}")
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(type(offset) is int and offset >= 0 for offset in offsets)
-    ):
-        _damaged(file, f"tensor {shown(name)} has the offsets {shown(offsets)}")
+        _damaged(file, f"{which} is of the unknown dtype {shown(dtype)}")
+    if not _are_sizes(shape) or len(shape) > _MOST_DIMS:
+        _damaged(file, f"{which} has the shape {shown(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        _damaged(file, f"{which} has the offsets {shown(offsets)}")
     start, end = offsets
     if end < start or data_start + end > size:
         _damaged(
             file,
-            f"tensor {shown(name)} lies at bytes {shown(start)} to {shown(end)}, and there are {size - data_start}",
+            f"{which} is at bytes {shown(start)} to {shown(end)}, "
+            f"and there are {size - data_start}",
         )
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (end - start):
-        _damaged(
-            file,
-            f"tensor {shown(name)} of shape {shown(shape)} and dtype {dtype} has {end - start} bytes",
-        )
+        _damaged(file, f"{which} of shape {shown(shape)} and dtype {dtype} has {end - start} bytes")
     return StoredTensor(
         file=file,
         name=name,
@@ -280,3 +273,7 @@ def _tensor(
         start=data_start + start,
         end=data_start + end,
     )
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from ..errors import CheckpointError, cause, lines
 from .safetensors_header import StoredTensor
+from .weight_reader import WeightReader
 
 Slices = tuple[slice, ...]
 """Start and stop of every dim."""
@@ -19,7 +18,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "
 
 
 class TensorSource(ABC):
-    """A parameter as it lies in a checkpoint.
+    """A parameter as it is stored in a checkpoint.
 
     Attributes:
         name: transformers' name.
@@ -42,74 +41,72 @@ class TensorSource(ABC):
 
     @abstractmethod
     def read(self, slices: Slices | None = None) -> torch.Tensor:
-        """Some slices of it, or all; not to be written to."""
+        """Some slices of it, or all; not to be written to.
+
+        Raises:
+            CheckpointError: the file ends too early, or cannot be read.
+        """
 
     @abstractmethod
     def release(self) -> None:
         """Give back the memory that reading took."""
 
 
-class MappedTensor(TensorSource):
-    """A tensor in a mapped file: `read` gives views, and only what is then copied from them is read from the disk."""
+class SafetensorsSource(TensorSource):
+    """A tensor of a safetensors file: each `read` gives memory of its own.
 
-    def __init__(self, name: str, stored: StoredTensor, mapped: mmap.mmap) -> None:
+    Args:
+        stored: where it is.
+        reader: of that file.
+    """
+
+    def __init__(self, name: str, stored: StoredTensor, reader: WeightReader) -> None:
         super().__init__(name, stored.file.name, stored.shape, _DTYPES[stored.dtype])
-        self._map = mapped
+        self._reader = reader
         self._start = stored.start
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
-        count = math.prod(self.shape)
-        flat = (
-            torch.frombuffer(self._map, dtype=self.dtype, count=count, offset=self._start)
-            if count
-            else torch.empty(0, dtype=self.dtype)
-        )
-        part = flat.view(self.shape)
-        part = part if slices is None else part[slices]
+        slices = slices or tuple(slice(0, size) for size in self.shape)
+        part = torch.empty([cut.stop - cut.start for cut in slices], dtype=self.dtype)
         self.bytes_read += part.nbytes
-        if part.numel() and part.is_contiguous() and hasattr(mmap, "MADV_WILLNEED"):
-            self._advise(
-                mmap.MADV_WILLNEED, self._start + (part.data_ptr() - flat.data_ptr()), part.nbytes
-            )
+        buffer, at = part.view(-1).view(torch.uint8).numpy().data, 0
+        for start, count in self._runs(slices):
+            self._reader.fill(buffer[at : at + count], self._start + start)
+            at += count
         return part
 
     def release(self) -> None:
-        """The pages go from this process's memory; a view that somebody still holds reads them again from the file."""
-        if self.nbytes and hasattr(mmap, "MADV_DONTNEED"):
-            self._advise(mmap.MADV_DONTNEED, self._start, self.nbytes)
+        """Nothing is kept."""
 
-    def _advise(self, advice: int, start: int, count: int) -> None:
-        first = start // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(advice, first, start + count - first)
+    def _runs(self, slices: Slices) -> Iterator[tuple[int, int]]:
+        """The bytes of some slices, in order: where each run begins in the tensor, and its length.
+
+        A run goes over the last dim that is cut, and the whole ones behind it.
+        """
+        cut = [part.stop - part.start < size for part, size in zip(slices, self.shape, strict=True)]
+        last = max((dim for dim, is_cut in enumerate(cut) if is_cut), default=0)
+        steps = [
+            math.prod(self.shape[dim + 1 :]) * self.dtype.itemsize for dim in range(len(self.shape))
+        ]
+        first, count = 0, self.dtype.itemsize
+        if slices:
+            first = slices[last].start * steps[last]
+            count = (slices[last].stop - slices[last].start) * steps[last]
+        for index in itertools.product(*(range(part.start, part.stop) for part in slices[:last])):
+            outside = sum(number * step for number, step in zip(index, steps, strict=False))
+            yield outside + first, count
 
 
-def mapped(tensors: Mapping[str, StoredTensor]) -> list[MappedTensor]:
-    """Tensors of safetensors files, by parameter name, whose headers were read already; nothing else is read yet.
+def safetensors_sources(tensors: Mapping[str, StoredTensor]) -> list[SafetensorsSource]:
+    """Tensors of safetensors files, by parameter name, whose headers were read already.
 
-    The mappings are private: nothing is ever written back.
+    Nothing else is read yet.
 
     Raises:
-        CheckpointError: a file cannot be mapped.
+        CheckpointError: a file cannot be opened.
     """
-    # Not reserved: a file may be larger than what the machine would promise to a writer.
-    flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
-    maps: dict[Path, mmap.mmap] = {}
-    for path in dict.fromkeys(stored.file for stored in tensors.values()):
-        try:
-            with path.open("rb") as file:
-                maps[path] = mmap.mmap(
-                    file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE
-                )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                lines(f"{path.name} cannot be read: {cause(error)}", "expected a safetensors file")
-            ) from None
-        last = max(stored.end for stored in tensors.values() if stored.file == path)
-        if last > len(maps[path]):
-            raise CheckpointError(
-                lines(
-                    f"{path.name} is damaged: it was cut while it was read",
-                    "expected a whole safetensors file; download it again",
-                )
-            )
-    return [MappedTensor(name, stored, maps[stored.file]) for name, stored in tensors.items()]
+    files = dict.fromkeys(stored.file for stored in tensors.values())
+    readers = {path: WeightReader(path) for path in files}
+    return [
+        SafetensorsSource(name, stored, readers[stored.file]) for name, stored in tensors.items()
+    ]

@@ -1,4 +1,8 @@
-"""The tokenizer of a model folder: its files, checked, are all that transformers gets to see, and of its config no key that names code or other files."""
+"""The tokenizer of a model folder.
+
+transformers gets to see nothing but its files, checked, and a config without the keys that name code
+or other files.
+"""
 
 from __future__ import annotations
 
@@ -8,44 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, cause, lines, shown
-from . import model_files
+from . import model_files, tokenizer_load_trial
+from .bounded_tokenizer import bound
+from .tokenizer_pipeline import is_bounded_file
 
+_FAST = "tokenizer.json"
 _ANY_OF = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _PLAIN = (
-    *(
-        "tokenizer.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-    ),
-    *(
-        "vocab.json",
-        "merges.txt",
-        "vocab.txt",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "tekken.json",
-        "tiktoken.model",
-    ),
+    *("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "tekken.json", "tiktoken.model"),
 )
 _CONFIG, _TEMPLATES = "tokenizer_config.json", model_files.TEMPLATES
 _LIMIT_BYTES = 256 << 20
-_CODE_KEYS = (
-    "auto_map",
-    "trust_remote_code",
-    "name_or_path",
-    "init_inputs",
-    "processor_class",
+_CODE_KEYS = {
+    *("auto_map", "trust_remote_code", "name_or_path", "init_inputs", "processor_class"),
     "fast_tokenizer_files",
-)
+}
 
 
 def read(folder: Path, model_type: str) -> Any | None:
-    """transformers' tokenizer of a model folder, or None if there is none. Nothing outside of the folder is read.
+    """transformers' tokenizer of a model folder, or None if there is none.
+
+    Nothing outside of the folder is read. Every call of the tokenizer ends: with tokens or text, or
+    a `CheckpointError`.
 
     Args:
-        model_type: the model's, which stands for a tokenizer's class where its config names none.
+        model_type: the model's, which says the tokenizer's class where its config names none.
 
     Raises:
         CheckpointError: one of its files is not a regular file of the folder, or cannot be read.
@@ -57,19 +50,20 @@ def read(folder: Path, model_type: str) -> Any | None:
         stage = Path(staged)
         (stage / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
         if _CONFIG in found:
-            (stage / _CONFIG).write_text(
-                json.dumps(_read_config(found.pop(_CONFIG))), encoding="utf-8"
-            )
+            config = _read_config(found.pop(_CONFIG))
+            (stage / _CONFIG).write_text(json.dumps(config), encoding="utf-8")
         for name, path in found.items():
             (stage / name).parent.mkdir(exist_ok=True)
             (stage / name).symlink_to(path.resolve())
-        tokenizer = _load(stage, folder)
+        if _FAST not in found or not is_bounded_file(_content(found[_FAST])):
+            tokenizer_load_trial.check(stage, folder)
+        tokenizer = load(stage, folder)
     tokenizer.name_or_path = str(folder)
-    return tokenizer
+    return bound(tokenizer, repr(str(folder)))
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """A folder's files of its tokenizer and chat templates that are there, by their paths within it.
+    """A folder's files of its tokenizer and chat templates, by their paths within it.
 
     Raises:
         CheckpointError: one of them is not a regular file of the folder, or too large.
@@ -91,7 +85,16 @@ def files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _load(stage: Path, folder: Path) -> Any:
+def load(stage: Path, folder: Path) -> Any:
+    """transformers' tokenizer of files that were checked.
+
+    Args:
+        stage: where they are.
+        folder: what they are of, for messages.
+
+    Raises:
+        CheckpointError: transformers refuses them.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -104,6 +107,15 @@ def _load(stage: Path, folder: Path) -> Any:
         text = cause(error).replace(str(stage), str(folder))
         raise CheckpointError(
             lines(f"the tokenizer in {str(folder)!r} cannot be read: {text}")
+        ) from None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            lines(f"{path.name} cannot be read: {error.strerror or cause(error)}")
         ) from None
 
 
@@ -120,7 +132,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if code is not None and not (isinstance(code, dict) and code.get("AutoTokenizer") is None):
         raise CheckpointError(
             lines(
-                f"the tokenizer in {str(path.parent)!r} cannot be read: {_CONFIG} names code of its own: {shown(code)}",
+                f"the tokenizer in {str(path.parent)!r} cannot be read: "
+                f"{_CONFIG} names code of its own: {shown(code)}",
                 "expected a tokenizer of transformers: code of a checkpoint is never run",
             )
         )

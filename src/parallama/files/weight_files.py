@@ -1,4 +1,7 @@
-"""The safetensors files of a model folder, held against the config before any tensor is read: which file holds which parameter. Pure."""
+"""Which safetensors file of a model folder holds which parameter. Pure.
+
+The files' headers and the index are checked against the config before any tensor is read.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +22,8 @@ STORED_DTYPES = ("F32", "BF16", "F16", "F64")
 """Dtypes that weights can have in a file."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _PICKLES = (
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".pickle",
-    ".joblib",
-    ".npz",
-    ".npy",
-    ".h5",
-    ".msgpack",
+    *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"),
+    *(".npz", ".npy", ".h5", ".msgpack"),
 )
 _ROTARY_TABLE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -42,7 +36,8 @@ class WeightFiles:
         files: those that are read.
         parameters: every parameter's name -> its tensor.
         ignored: tensors and files that a model can do without -> why each is not read.
-        second_head: the head of a model that shares the embedding's weight, where the files hold it as well; it must be equal.
+        second_head: the head of a model that shares the embedding's weight, where the files hold it
+            as well; it must be equal.
     """
 
     files: tuple[Path, ...]
@@ -52,20 +47,47 @@ class WeightFiles:
 
 
 def survey(folder: Path, spec: ModelSpec) -> WeightFiles:
-    """Find every parameter of a model in a folder's safetensors files. Only headers and the index are read.
+    """Find every parameter of a model in a folder's safetensors files.
+
+    Only headers and the index are read.
 
     Raises:
-        CheckpointError: a file is missing or damaged; a tensor is missing, unexpected, or not as the config says.
+        CheckpointError: a file is missing or damaged; a tensor is missing, unexpected, or not as
+            the config says.
     """
     index = model_files.find(folder, INDEX)
     claimed = None if index is None else _read_index(index)
     names = _without_index(folder) if claimed is None else sorted(set(claimed.values()))
     wanted = dict(spec.parameters())
+    where = _stored(folder, names, claimed, most=2 * len(wanted) + 256)
+    sources = {name: name for name in wanted}
+    if spec.tied and _EMBEDDING not in where and _HEAD in where:
+        sources[_EMBEDDING] = _HEAD
+    ignored = _left_over(where, set(sources.values()), wanted, spec)
+    parameters = _match(where, sources, wanted, len(names))
+    if claimed is not None:
+        _check_claims(claimed, where)
+    second = where.get(_HEAD) if spec.tied and sources[_EMBEDDING] == _EMBEDDING else None
+    return WeightFiles(
+        files=tuple(folder / name for name in names),
+        parameters=parameters,
+        ignored=ignored | _other_files(folder, names),
+        second_head=second,
+    )
+
+
+def _stored(
+    folder: Path, names: list[str], claimed: Mapping[str, str] | None, most: int
+) -> dict[str, StoredTensor]:
+    """Every tensor of some files, each where the index claims that it is.
+
+    Args:
+        claimed: tensor to file, of the index, if there is one.
+        most: refuse a file of more tensors.
+    """
     where: dict[str, StoredTensor] = {}
     for name in names:
-        for tensor in safetensors_header.read(
-            _file(folder, name), most=2 * len(wanted) + 256
-        ).values():
+        for tensor in safetensors_header.read(_file(folder, name), most).values():
             if tensor.name in where:
                 raise CheckpointError(
                     lines(
@@ -81,22 +103,13 @@ def survey(folder: Path, spec: ModelSpec) -> WeightFiles:
                     )
                 )
             where[tensor.name] = tensor
-    ignored: dict[str, str] = {}
-    parameters = _match(where, wanted, spec, ignored, len(names))
-    if claimed is not None:
-        _check_claims(claimed, where)
-    ignored |= _other_files(folder, names)
-    second = where.get(_HEAD) if spec.tied and parameters[_EMBEDDING].name == _EMBEDDING else None
-    return WeightFiles(
-        files=tuple(folder / name for name in names),
-        parameters=parameters,
-        ignored=ignored,
-        second_head=second,
-    )
+    return where
 
 
 def check_second_head(weights: WeightFiles) -> None:
-    """A head that is stored beside the embedding whose weight it shares must be equal to it, or it would be ignored wrongly. Reads both.
+    """Check that a head which is stored beside the embedding that it shares is equal to it.
+
+    Otherwise it would be ignored wrongly. Reads both.
 
     Raises:
         CheckpointError: it differs.
@@ -107,7 +120,8 @@ def check_second_head(weights: WeightFiles) -> None:
             lines(
                 f"{second.file.name}: tensor {second.name} differs from {embedding.name}",
                 "expected the same: the config has tie_word_embeddings",
-                "set tie_word_embeddings to false in config.json if the model has a head of its own",
+                "set tie_word_embeddings to false in config.json "
+                "if the model has a head of its own",
             )
         )
 
@@ -130,18 +144,18 @@ def _equal(one: StoredTensor, other: StoredTensor, piece: int = 1 << 20) -> bool
     return True
 
 
-def _match(
+def _left_over(
     where: Mapping[str, StoredTensor],
+    used: set[str],
     wanted: Mapping[str, tuple[int, ...]],
     spec: ModelSpec,
-    ignored: dict[str, str],
-    files: int,
-) -> dict[str, StoredTensor]:
-    """Every parameter's tensor, of the right shape and dtype; and what is left over, with the reason."""
-    sources = {name: name for name in wanted}
-    if spec.tied and _EMBEDDING not in where and _HEAD in where:
-        sources[_EMBEDDING] = _HEAD
-    used = set(sources.values())
+) -> dict[str, str]:
+    """The stored tensors that no parameter is read from, each with the reason why not.
+
+    Raises:
+        CheckpointError: there is no such reason.
+    """
+    ignored = {}
     for name, tensor in where.items():
         if name in used:
             continue
@@ -157,6 +171,21 @@ def _match(
                     f"expected only those of a {spec.model_type} model with this config",
                 )
             )
+    return ignored
+
+
+def _match(
+    where: Mapping[str, StoredTensor],
+    sources: Mapping[str, str],
+    wanted: Mapping[str, tuple[int, ...]],
+    files: int,
+) -> dict[str, StoredTensor]:
+    """Every parameter's tensor, of the right shape and dtype.
+
+    Args:
+        sources: parameter to the name of its tensor.
+        files: their number, for the message.
+    """
     parameters = {}
     for name, shape in wanted.items():
         if sources[name] in where:
@@ -260,7 +289,8 @@ def _without_index(folder: Path) -> list[str]:
 
 def _other_files(folder: Path, read: list[str]) -> dict[str, str]:
     """Files of weights that are not read; two whole models in one folder are an error."""
-    others = [name for name in _names(folder) if name.endswith(".safetensors") and name not in read]
+    stored = [name for name in _names(folder) if name.endswith(".safetensors")]
+    others = [name for name in stored if name not in read]
     if SINGLE in others:
         raise CheckpointError(
             lines(

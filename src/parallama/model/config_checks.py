@@ -1,6 +1,8 @@
-"""What of a model's JSON files has nothing to do with splitting it, but would break a run later: numerics, token ids, sampling defaults. Pure.
+"""Checks of a model's JSON files: numerics, token ids, sampling defaults. Pure.
 
-Sizes are `spec`'s business. Keys that name code (`auto_map`, attention implementations) are never handed on: only what a config class declares is.
+What is refused here has nothing to do with splitting a model, but would break a run later; `spec`
+checks sizes. Keys that name code (`auto_map`, attention implementations) are never handed
+on: only what a config class declares is.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from ..errors import CheckpointError, lines, shown
 
 FLOAT_NAMES = ("float64", "float32", "bfloat16", "float16")
 """What a config may say that its weights are."""
-# What config.json files of older releases call things that config classes declare by another name; they convert these themselves.
+# Names of older releases, which the config classes of today convert themselves.
 _OLD_KEYS = (
     "rope_theta",
     "rope_scaling",
@@ -21,7 +23,7 @@ _OLD_KEYS = (
     "original_max_position_embeddings",
     "partial_rotary_factor",
 )
-# Declared, but not for a config file to set: what a model returns, and labels of tasks that are not ours.
+# Declared, but not for a config file to set: what a model returns, and labels of other tasks.
 _NOT_OURS = (
     "output_hidden_states",
     "return_dict",
@@ -34,7 +36,7 @@ _NOT_OURS = (
 
 
 def declared(document: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
-    """What of a config.json a config class may see."""
+    """The keys of a config.json that a config class may see."""
     return {
         key: value
         for key, value in document.items()
@@ -53,9 +55,8 @@ def check_config(document: Mapping[str, Any], origin: str, vocab: int) -> None:
     _number(document, "attention_dropout", origin, 0, 1)
     for key in ("dtype", "torch_dtype"):
         value = document.get(key)
-        if value is not None and not (
-            isinstance(value, str) and value.removeprefix("torch.") in (*FLOAT_NAMES, "auto")
-        ):
+        name = value.removeprefix("torch.") if isinstance(value, str) else value
+        if name not in (None, "auto", *FLOAT_NAMES):
             raise CheckpointError(
                 lines(
                     f"{origin}: {key} is {shown(value)}",
@@ -115,7 +116,9 @@ def end_ids(value: Any, origin: str, vocab: int) -> list[int]:
     Raises:
         CheckpointError: they are no ids of the vocabulary.
     """
-    ids = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+    if value is None:
+        return []
+    ids = list(value) if isinstance(value, (list, tuple)) else [value]
     if not all(type(token) is int and 0 <= token < vocab for token in ids):
         raise CheckpointError(
             lines(
@@ -124,34 +127,6 @@ def end_ids(value: Any, origin: str, vocab: int) -> list[int]:
             )
         )
     return ids
-
-
-def _number(
-    document: Mapping[str, Any],
-    key: str,
-    origin: str,
-    least: float,
-    most: float,
-    *,
-    above: bool = False,
-) -> None:
-    value = document.get(key)
-    if value is None:
-        return
-    good = (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and abs(value) < 1e300
-        and least <= value <= most
-    )
-    if not good or (above and value == least):
-        upper = f" to {most:g}" if math.isfinite(most) else " up"
-        raise CheckpointError(
-            lines(
-                f"{origin}: {key} is {shown(value)}",
-                f"expected a number {'above' if above else 'from'} {least:g}{upper}",
-            )
-        )
 
 
 def eos_ids(named: Any, tokenizer: Any | None, vocab: int) -> list[int]:
@@ -163,3 +138,28 @@ def eos_ids(named: Any, tokenizer: Any | None, vocab: int) -> list[int]:
     if named is not None:
         return end_ids(named, "the model", vocab)
     return end_ids(getattr(tokenizer, "eos_token_id", None), "the tokenizer", vocab)
+
+
+def _number(
+    document: Mapping[str, Any],
+    key: str,
+    origin: str,
+    least: float,
+    most: float,
+    *,
+    above: bool = False,
+) -> None:
+    """Refuse what is no number from `least` to `most`, or with `above` is `least` itself."""
+    value = document.get(key)
+    if value is None:
+        return
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    good = is_number and abs(value) < 1e300 and least <= value <= most
+    if not good or (above and value == least):
+        upper = f" to {most:g}" if math.isfinite(most) else " up"
+        raise CheckpointError(
+            lines(
+                f"{origin}: {key} is {shown(value)}",
+                f"expected a number {'above' if above else 'from'} {least:g}{upper}",
+            )
+        )

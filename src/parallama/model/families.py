@@ -1,7 +1,8 @@
-"""The families of models that are supported, as data: what transformers' config classes and modules say of each. Pure.
+"""The families of models that are supported, as data. Pure.
 
-A family belongs here if transformers' own module tree has Llama's names and shapes: then its forward runs as it is, and no model code of ours is needed. Tests
-hold every entry against the installed transformers: its parameters, its tensor-parallel plan, its defaults, and its logits and tokens on several meshes.
+A family belongs here if transformers' module tree has Llama's names and shapes: then its forward
+runs as it is, without model code of ours. Tests hold every entry against the installed
+transformers.
 """
 
 from __future__ import annotations
@@ -30,13 +31,17 @@ class Family:
     """What a `model_type` means.
 
     Attributes:
-        tp_plan: transformers' `base_model_tp_plan`, styles by our names; for callers that have a config.json and no transformers at hand.
+        tp_plan: transformers' `base_model_tp_plan`, styles by our names; for callers that have a
+            config.json and no transformers at hand.
         defaults: what a config.json means where it is silent, as in transformers' config class.
-        qkv_bias, output_bias, mlp_bias: whether these projections have biases, or the name of the config's switch for it.
+        qkv_bias, output_bias, mlp_bias: whether these projections have biases, or the name of the
+            config's switch for it.
         head_norms: queries and keys are normalised per head.
-        windows: which layers see a sliding window only: none, every one if the config has a `sliding_window`, those that `layer_types` names, or those only if
+        windows: which layers see a sliding window only: none, every one if the config has a
+            `sliding_window`, those that `layer_types` names, or those only if
             `use_sliding_window` is on.
-        layers_without_rotary: the config's `no_rope_layers` say which layers turn nothing.
+        layers_without_rotary: the config's `no_rope_layers` say which layers have no rotary
+            embedding.
     """
 
     tp_plan: Mapping[str, str] = field(default_factory=lambda: dict(_ATTENTION_AND_MLP))
@@ -125,31 +130,16 @@ TP_PLANS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 )
 """The tensor-parallel plan of each family."""
 
-# Why a model that transformers has is none of ours. Families that aren't named here, nor shown up by their config's keys (`features`), are refused without a reason.
+# Why a model that transformers has is none of ours. A family that is not named here, nor found by
+# its config's keys (`unsupported`), is refused without a reason.
 _REFUSED: Mapping[str, tuple[str, ...]] = {
     "mixture of experts": (
-        "mixtral",
-        "qwen2_moe",
-        "qwen3_moe",
-        "deepseek_v2",
-        "deepseek_v3",
-        "gpt_oss",
-        "llama4_text",
-        "dbrx",
+        *("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"),
+        *("gpt_oss", "llama4_text", "dbrx"),
     ),
     "query, key and value are one fused weight": (
-        *(
-            "phi3",
-            "gpt2",
-            "gpt_neox",
-            "gpt_bigcode",
-            "falcon",
-            "bloom",
-            "mpt",
-            "codegen",
-            "persimmon",
-        ),
-        *("baichuan", "internlm2", "qwen", "chatglm"),
+        *("phi3", "gpt2", "gpt_neox", "gpt_bigcode", "falcon", "bloom", "mpt", "codegen"),
+        *("persimmon", "baichuan", "internlm2", "qwen", "chatglm"),
     ),
     "gate and up are one fused weight": ("glm", "glm4"),
     "soft-capping of logits": ("gemma2",),

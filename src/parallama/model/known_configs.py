@@ -1,7 +1,7 @@
-"""Configs of well-known models, by name: what their published config.json says of shapes and numerics. Pure data.
+"""Configs of well-known models, by name, for commands that need no weights. Pure data.
 
-For commands that need no weights. Token ids and the like are left out; a test holds every entry against transformers and against the published
-number of parameters.
+They are what the published config.json says of shapes and numerics, without token ids and the
+like. A test holds every entry against transformers and the published number of parameters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .config_checks import check_config
 from .spec import ModelSpec
 
 ITEMSIZES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2})
-"""What weights, cache and activations can be -> bytes of a number."""
+"""Dtypes of weights, cache and activations -> bytes of a number."""
 ALIASES: Mapping[str, str] = MappingProxyType({"smollm2": "smollm2-135m"})
 """Names of shipped models -> the config that they have."""
 
@@ -97,7 +97,8 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "llama-2-70b": _llama2(kv_heads=8, **_70B),
         # meta-llama/Meta-Llama-3-8B
         "llama-3-8b": _llama3(positions=8192, **_8B),
-        # meta-llama/Llama-3.1-8B, -70B, -405B (the 405B's first upload had 16 KV heads, which were 8 stored twice)
+        # meta-llama/Llama-3.1-8B, -70B, -405B
+        # (the 405B's first upload had 16 KV heads, which were 8 stored twice)
         "llama-3.1-8b": _llama3(rope_scaling=_ROPE_8, **_8B),
         "llama-3.1-70b": _llama3(rope_scaling=_ROPE_8, **_70B),
         "llama-3.1-405b": _llama3(
@@ -187,7 +188,9 @@ def named(name: str) -> Mapping[str, Any] | None:
 
 
 def spec_of(document: Any, origin: str) -> ModelSpec:
-    """The sizes in the contents of a config.json, without transformers; refuses what loading refuses, as far as that shows without it.
+    """The sizes in the contents of a config.json, without transformers.
+
+    What loading refuses is refused here too, as far as that shows without transformers.
 
     Args:
         origin: what to call it in a message.
@@ -211,7 +214,9 @@ def stored_dtype(document: Mapping[str, Any]) -> str | None:
 
 
 def loaded_dtype(asked: str, document: Mapping[str, Any]) -> str:
-    """What loading on an accelerator makes of `--dtype`: `auto` is the config's own dtype where that is one we compute in, else float32.
+    """What loading on an accelerator makes of `--dtype`.
+
+    `auto` is the config's own dtype where that is one we compute in, else float32.
 
     Raises:
         UsageError: no such dtype.

@@ -1,4 +1,7 @@
-"""Rotary embedding as a config.json describes it, by transformers' names. Pure; the frequencies themselves are transformers' own."""
+"""Rotary embedding as a config.json describes it, by transformers' names. Pure.
+
+The frequencies themselves are transformers' own.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ class Rope:
 
     Attributes:
         kind: one of `ROPE_TYPES`.
-        reach: positions that it was stretched to, where the config says that apart from `max_position_embeddings`.
+        reach: positions that it was stretched to, where the config says that apart from
+            `max_position_embeddings`.
     """
 
     kind: str
@@ -37,17 +41,11 @@ def read_rope(values: Mapping[str, Any], *, head_dim: int, positions: int, origi
         origin: what to call it in a message.
 
     Raises:
-        CheckpointError: it is not one of `ROPE_TYPES`, turns only a part of each head, differs between layers, or a number in it is missing or absurd.
+        CheckpointError: it is not one of `ROPE_TYPES`, rotates only a part of each head, differs
+            between layers, or a number in it is missing or absurd.
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise CheckpointError(
-            lines(
-                f"{origin}: rope type {shown(rope)} is not supported",
-                f"expected one of {', '.join(ROPE_TYPES)}",
-            )
-        )
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
     if kind not in ROPE_TYPES:
         raise CheckpointError(
             lines(
@@ -55,6 +53,30 @@ def read_rope(values: Mapping[str, Any], *, head_dim: int, positions: int, origi
                 f"expected one of {', '.join(ROPE_TYPES)}",
             )
         )
+    _check_one_for_all(values, rope, origin)
+    theta = rope if "rope_theta" in rope else {"rope_theta": values.get("rope_theta", 10000.0)}
+    _Numbers(theta, origin).number("rope_theta", above=1)
+    if kind == "default":
+        return Rope(kind=kind)
+    given = _Numbers(rope, origin)
+    factor = given.number("factor", least=1, optional=kind == "longrope")
+    original = None
+    if kind not in ("linear", "dynamic"):
+        # As in transformers, the config's own key wins over the one among the rope's parameters.
+        outside = "original_max_position_embeddings" in values
+        original = (_Numbers(values, origin) if outside else given).number(
+            "original_max_position_embeddings", above=1, optional=not outside
+        )
+    _check_parameters(kind, given, head_dim)
+    # The longest sequence is what vLLM takes for it, too.
+    stretched = {"linear": positions, "dynamic": positions, "yarn": original or positions}.get(kind)
+    if stretched is None or factor is None:
+        return Rope(kind=kind)
+    return Rope(kind=kind, reach=int(stretched * factor))
+
+
+def _check_one_for_all(values: Mapping[str, Any], rope: Mapping[str, Any], origin: str) -> None:
+    """Refuse what differs between layers, axes or parts of a head."""
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise CheckpointError(
             lines(
@@ -75,22 +97,13 @@ def read_rope(values: Mapping[str, Any], *, head_dim: int, positions: int, origi
             raise CheckpointError(
                 lines(
                     f"{origin}: partial_rotary_factor {shown(part)} is not supported",
-                    "expected 1: every head is turned whole",
+                    "expected 1: every head is rotated whole",
                 )
             )
-    theta = rope if "rope_theta" in rope else {"rope_theta": values.get("rope_theta", 10000.0)}
-    _Numbers(theta, origin).number("rope_theta", above=1)
-    if kind == "default":
-        return Rope(kind=kind)
-    given = _Numbers(rope, origin)
-    factor = given.number("factor", least=1, optional=kind == "longrope")
-    original = None
-    if kind not in ("linear", "dynamic"):
-        # As transformers reads it: beside the rope's parameters it wins over within them.
-        outside = "original_max_position_embeddings" in values
-        original = (_Numbers(values, origin) if outside else given).number(
-            "original_max_position_embeddings", above=1, optional=not outside
-        )
+
+
+def _check_parameters(kind: str, given: _Numbers, head_dim: int) -> None:
+    """Refuse numbers that this type of rotary embedding cannot work with."""
     if kind == "llama3":
         low = given.number("low_freq_factor", above=0)
         given.number("high_freq_factor", above=low or 0)
@@ -104,14 +117,10 @@ def read_rope(values: Mapping[str, Any], *, head_dim: int, positions: int, origi
     elif kind == "dynamic" and head_dim <= 2:
         raise CheckpointError(
             lines(
-                f"{origin}: head_dim is {head_dim}", "expected more than 2 for rope type 'dynamic'"
+                f"{given.origin}: head_dim is {head_dim}",
+                "expected more than 2 for rope type 'dynamic'",
             )
         )
-    # What vLLM takes for the longest sequence, too.
-    stretched = {"linear": positions, "dynamic": positions, "yarn": original or positions}.get(kind)
-    return Rope(
-        kind=kind, reach=None if stretched is None or factor is None else int(stretched * factor)
-    )
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,7 @@ class _Numbers:
         above: float = -math.inf,
         optional: bool = False,
     ) -> float | None:
+        """A number within bounds; None if it is optional and not there."""
         value: Any = self.rope.get(name)
         if value is None and optional:
             return None
@@ -143,6 +153,7 @@ class _Numbers:
         return float(value)
 
     def numbers(self, name: str, count: int) -> None:
+        """Refuse what is no list of so many numbers above 0."""
         value = self.rope.get(name)
         if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
             raise CheckpointError(
@@ -159,9 +170,5 @@ class _Numbers:
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and abs(value) < 1e18
-    )
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) < 1e18  # not so for NaN, too

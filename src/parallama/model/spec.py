@@ -1,4 +1,4 @@
-"""What of a model's config matters for splitting it: sizes, biases, ties. Pure data."""
+"""What in a model's config matters for splitting it: sizes, biases, ties. Pure data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class ModelSpec:
         head_dim: `D`.
         intermediate: `F`.
         vocab: `V`.
-        max_positions: the longest sequence the model was made for, in tokens, what its rotary embedding was stretched to included.
+        max_positions: the longest sequence that the model was made for, or that its rotary
+            embedding was stretched to, in tokens.
         tied: the head shares the embedding's weight.
         qkv_bias, output_bias, mlp_bias: which projections have biases.
         head_norms: queries and keys are normalised per head (Qwen3).
@@ -67,13 +68,12 @@ class ModelSpec:
             origin: what to call it in a message.
 
         Raises:
-            CheckpointError: the model type, or what the config asks for, is not supported, or a size is missing or absurd.
+            CheckpointError: the model type, or what the config asks for, is not supported; or a
+                size is missing or absurd.
         """
         values = dict(config) if isinstance(config, Mapping) else config.to_dict()
         family = read_family(values, origin)
-        own_plan = (
-            None if isinstance(config, Mapping) else getattr(config, "base_model_tp_plan", None)
-        )
+        own_plan = getattr(config, "base_model_tp_plan", None)
 
         def size(name: str, default: int | None = None) -> int:
             value = values.get(name, family.defaults.get(name))
@@ -102,7 +102,8 @@ class ModelSpec:
         if heads % kv_heads:
             raise CheckpointError(
                 lines(
-                    f"{origin}: num_attention_heads {heads} does not divide by num_key_value_heads {kv_heads}",
+                    f"{origin}: num_attention_heads {heads} does not divide "
+                    f"by num_key_value_heads {kv_heads}",
                     "expected a multiple: every KV head serves as many query heads",
                 )
             )
@@ -112,7 +113,7 @@ class ModelSpec:
             raise CheckpointError(
                 lines(
                     f"{origin}: head_dim is {head_dim}",
-                    "expected an even number: rotary embedding turns pairs",
+                    "expected an even number: rotary embedding rotates pairs",
                 )
             )
         check_layers(values, family, layers, origin)

@@ -1,4 +1,4 @@
-"""Token ids are the model's. Pure."""
+"""Token ids, held against the model's vocabulary. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from ..errors import UsageError, lines
 
 
 def check_ids(ids: Iterable[int], vocab: int) -> None:
-    """Raise `UsageError` unless every token id is one of the model's: XLA clamps others silently or reads garbage."""
+    """Raise `UsageError` unless every token id is one of the model's.
+
+    XLA would silently clamp others, or read garbage.
+    """
     for token in ids:
         if not 0 <= token < vocab:
             raise UsageError(

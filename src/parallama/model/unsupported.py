@@ -1,4 +1,4 @@
-"""What a config asks for that is not supported: refused with the reason, never run wrongly. Pure."""
+"""What a config asks for that is not supported: refused with the reason. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from .families import FAMILIES, REASONS, Family
 
 PLAIN_WEIGHTS = "expected plain weights: float32, bfloat16 or float16"
 ATTENTION_TYPES = ("full_attention", "sliding_attention")
-"""The kinds of attention a layer can have, by transformers' names."""
+"""What a layer can attend to, by transformers' names."""
 
-# Keys of a config.json, any of which says more than Llama's module tree can hold, with the reason. Null, false and a count of 0 or 1 say nothing.
+# Reason to keys of a config.json, each of which asks for more than Llama's module tree can hold.
+# Null, false and a count of 0 or 1 ask for nothing.
 _FEATURES: Mapping[str, tuple[str, ...]] = {
     "mixture of experts": (
         "num_experts",
@@ -45,15 +46,13 @@ def read_family(values: Mapping[str, Any], origin: str) -> Family:
     model_type = values.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        reason = (
-            REASONS.get(model_type, unsupported_feature(values))
-            if isinstance(model_type, str)
-            else None
-        )
+        reason = None
+        if isinstance(model_type, str):
+            reason = REASONS.get(model_type) or unsupported_feature(values)
+        why = f": {reason}" if reason else ""
         raise CheckpointError(
             lines(
-                f"model_type {shown(model_type)} is not supported"
-                + (f": {reason}" if reason else ""),
+                f"model_type {shown(model_type)} is not supported{why}",
                 f"expected one of {', '.join(sorted(FAMILIES))}",
             )
         )
@@ -62,7 +61,7 @@ def read_family(values: Mapping[str, Any], origin: str) -> Family:
             raise CheckpointError(lines(f"{origin} has a {key}", PLAIN_WEIGHTS))
     reason = unsupported_feature(values)
     if reason is not None:
-        key = next(key for key in _FEATURES[reason] if _says(values.get(key)))
+        key = next(key for key in _FEATURES[reason] if _asks(values.get(key)))
         raise CheckpointError(
             lines(
                 f"{origin}: {key} is {shown(values[key])}: {reason} is not supported",
@@ -81,45 +80,23 @@ def read_family(values: Mapping[str, Any], origin: str) -> Family:
 
 def unsupported_feature(values: Mapping[str, Any]) -> str | None:
     """The first feature that a config asks for and no family here has."""
-    return next(
-        (
-            reason
-            for reason, keys in _FEATURES.items()
-            if any(_says(values.get(key)) for key in keys)
-        ),
-        None,
-    )
+    for reason, keys in _FEATURES.items():
+        if any(_asks(values.get(key)) for key in keys):
+            return reason
+    return None
 
 
 def check_layers(values: Mapping[str, Any], family: Family, layers: int, origin: str) -> None:
-    """Raise `CheckpointError` unless what the config says of single layers is what the family's modules do."""
+    """Raise `CheckpointError` unless single layers are as the family's modules have them."""
     window = values.get("sliding_window", family.defaults.get("sliding_window"))
-    # transformers' Ministral makes its masks for windows whether a layer has one or not.
-    nothing = "" if family.windows == "layer types" else "null or "
     if family.windows == "switched layer types" and not values.get("use_sliding_window"):
         window = None
-    elif (
-        family.windows != "none"
-        and (window is not None or family.windows == "layer types")
-        and (type(window) is not int or not 1 <= window < 1 << 31)
-    ):
-        raise CheckpointError(
-            lines(
-                f"{origin}: sliding_window is {shown(window)}",
-                f"expected {nothing}a whole number of at least 1",
-            )
-        )
+    elif family.windows != "none":
+        _check_window(window, family, origin)
     kinds = values.get("layer_types")
     if kinds is not None:
         _check_list(kinds, "layer_types", ATTENTION_TYPES, layers, origin)
-        if family.windows == "every layer":
-            allowed: tuple[str, ...] = (
-                ("full_attention",) if window is None else ("sliding_attention",)
-            )
-        elif family.windows == "none" or window is None:
-            allowed = ("full_attention",)
-        else:
-            allowed = ATTENTION_TYPES
+        allowed = _allowed_types(family, window)
         wrong = next((kind for kind in kinds[:layers] if kind not in allowed), None)
         if wrong is not None:
             raise CheckpointError(
@@ -129,17 +106,44 @@ def check_layers(values: Mapping[str, Any], family: Family, layers: int, origin:
                 )
             )
     if family.layers_without_rotary:
-        turned = values.get("no_rope_layers")
-        if turned is not None:
-            _check_list(turned, "no_rope_layers", (0, 1), layers, origin)
-        interval = values.get("no_rope_layer_interval", 4)
-        if turned is None and (type(interval) is not int or interval < 1):
-            raise CheckpointError(
-                lines(
-                    f"{origin}: no_rope_layer_interval is {shown(interval)}",
-                    "expected a whole number of at least 1",
-                )
+        _check_rotary_layers(values, layers, origin)
+
+
+def _check_window(window: Any, family: Family, origin: str) -> None:
+    # transformers' Ministral makes its masks for windows whether a layer has one or not.
+    needed = family.windows == "layer types"
+    if window is None and not needed:
+        return
+    if type(window) is not int or not 1 <= window < 1 << 31:
+        raise CheckpointError(
+            lines(
+                f"{origin}: sliding_window is {shown(window)}",
+                f"expected {'' if needed else 'null or '}a whole number of at least 1",
             )
+        )
+
+
+def _allowed_types(family: Family, window: int | None) -> tuple[str, ...]:
+    full, sliding = ATTENTION_TYPES
+    if window is None or family.windows == "none":
+        return (full,)
+    return (sliding,) if family.windows == "every layer" else ATTENTION_TYPES
+
+
+def _check_rotary_layers(values: Mapping[str, Any], layers: int, origin: str) -> None:
+    """`no_rope_layers` says 1 of a layer with rotary embedding; without it every n-th has none."""
+    rotary = values.get("no_rope_layers")
+    if rotary is not None:
+        _check_list(rotary, "no_rope_layers", (0, 1), layers, origin)
+        return
+    interval = values.get("no_rope_layer_interval", 4)
+    if type(interval) is not int or interval < 1:
+        raise CheckpointError(
+            lines(
+                f"{origin}: no_rope_layer_interval is {shown(interval)}",
+                "expected a whole number of at least 1",
+            )
+        )
 
 
 def _check_list(value: Any, name: str, allowed: Sequence[Any], layers: int, origin: str) -> None:
@@ -158,5 +162,5 @@ def _check_list(value: Any, name: str, allowed: Sequence[Any], layers: int, orig
         )
 
 
-def _says(value: Any) -> bool:
+def _asks(value: Any) -> bool:
     return value is True or value not in (None, False, 0, 1)

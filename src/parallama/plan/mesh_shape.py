@@ -59,7 +59,7 @@ class MeshShape(dict[str, int]):
             if type(size) is not int or size < 1:
                 raise UsageError(
                     lines(
-                        f"mesh axis {axis!r} has size {size!r}",
+                        f"mesh axis {axis!r} has size {shown(size)}",
                         "expected a whole number of at least 1",
                     )
                 )

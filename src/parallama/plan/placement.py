@@ -11,6 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ..errors import PlanError, cause, lines
 from ..model.spec import ModelSpec
 from .heads import EMPTY, HeadLayout, padded
 from .mesh_shape import MeshShape
@@ -186,14 +187,27 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote."""
-        document = json.loads(text)
-        return cls(
-            model=ModelSpec(**document["model"]),
-            mesh=MeshShape(document["mesh"]),
-            head_layout=HeadLayout(**_with_tuples(document["heads"])),
-            placements=tuple(Placement(**_with_tuples(each)) for each in document["placements"]),
-        )
+        """Read what `to_json` wrote.
+
+        Raises:
+            PlanError: the text is no such JSON.
+        """
+        try:
+            document = json.loads(text)
+            placements = [Placement(**_with_tuples(each)) for each in document["placements"]]
+            return cls(
+                model=ModelSpec(**document["model"]),
+                mesh=MeshShape(document["mesh"]),
+                head_layout=HeadLayout(**_with_tuples(document["heads"])),
+                placements=tuple(placements),
+            )
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise PlanError(
+                lines(
+                    f"a text of {len(text)} characters is no plan: {cause(error)}",
+                    "expected JSON as Plan.to_json gives it",
+                )
+            ) from None
 
 
 def _padded_blocks(dim: int, size: int, full: int) -> Blocks:

@@ -20,10 +20,11 @@ from ..plan.placement import Plan
 from ..sharded.layout import take_off_gradient
 from ..sharded.shard_model import shard_model
 from .metrics import pcc, relative_l2
-from .reference import Answers
+from .reference import ReferenceOutputs
 
 SMALL = 1e-3
-"""A gradient whose elements are this small beside those of all parameters is held against this share of theirs: what is zero but for rounding has no relative error."""
+"""The least size of a gradient's elements that a difference is divided by, as a share of the root
+mean square of all gradients. A gradient that is zero but for rounding has no relative error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,39 +43,54 @@ class GradientFigures:
     ok: bool
 
 
+def torch_mesh(mesh: Engine) -> DeviceMesh:
+    """The mesh, of an engine on which torch computes gradients.
+
+    Raises:
+        BackendError: it is another engine's.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise BackendError(
+            lines(
+                f"backend {mesh.backend.name!r} computes no gradients by torch",
+                "expected a backend of torch-xla: the loss is differentiated by torch's autograd",
+            )
+        )
+    return mesh
+
+
 def compare_gradients(
     model: str,
     plan: Plan,
     mesh: Engine,
     dtype: torch.dtype,
     ids: Sequence[int],
-    answers: Answers,
+    reference: ReferenceOutputs,
     limit: float,
 ) -> list[GradientFigures]:
-    """Run the language-model loss of a text on the sharded model, backward too, and hold each gradient against the reference's.
+    """Compare the gradients of a text's language-model loss, parameter by parameter.
 
     Args:
-        model: its name, as for `loading.find`. It is loaded once more, for training.
+        model: its name, as for `find`. It is loaded once more, for training.
         limit: the tolerance of relative L2.
+
+    Raises:
+        BackendError: torch computes no gradients on this engine.
     """
-    if not isinstance(mesh, DeviceMesh):
-        raise BackendError(
-            lines(
-                f"backend {mesh.backend.name!r} has no autograd of torch",
-                "expected one that torch-xla runs",
-            )
-        )
-    wanted = {placement.name: answers.gradient(placement.name) for placement in plan.parameters}
+    mesh = torch_mesh(mesh)
+    wanted = {placement.name: reference.gradient(placement.name) for placement in plan.parameters}
     count = sum(gradient.numel() for gradient in wanted.values())
-    rms = math.sqrt(
-        sum(float(gradient.double().square().sum()) for gradient in wanted.values()) / count
-    )
+    squares = sum(float(gradient.double().square().sum()) for gradient in wanted.values())
+    small = SMALL * math.sqrt(squares / count)
     found = []
     for name, ours in _gradients(skeleton.to_host(find(model), dtype), plan, mesh, ids).items():
-        distance = relative_l2(ours, wanted[name], floor=SMALL * rms * math.sqrt(ours.numel()))
+        distance = relative_l2(ours, wanted[name], floor=small * math.sqrt(ours.numel()))
         found.append(
             GradientFigures(
-                name=name, relative_l2=distance, pcc=pcc(ours, wanted[name]), ok=distance <= limit
+                name=name,
+                relative_l2=distance,
+                pcc=pcc(ours, wanted[name]),
+                ok=distance <= limit,
             )
         )
     return found
@@ -83,7 +99,10 @@ def compare_gradients(
 def _gradients(
     model: Any, plan: Plan, mesh: DeviceMesh, ids: Sequence[int]
 ) -> dict[str, torch.Tensor]:
-    """By parameter name, on the host, in the checkpoint's layout. Every row of the mesh runs the text: the mean loss is that of one."""
+    """Gradients by parameter name, on the host, in the checkpoint's layout.
+
+    Every data row of the mesh runs the text: the mean loss is that of one.
+    """
     batch = torch.tensor([list(ids)] * mesh.shape.data)
     model = shard_model(model, mesh, plan)
     logits = model(input_ids=batch, use_cache=False).logits

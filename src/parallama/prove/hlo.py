@@ -1,7 +1,8 @@
-"""What an optimized HLO module says of itself: its collectives, which outputs take over which inputs' buffers, and what it copies. Pure text in, data out.
+"""Reads an optimized HLO module: its collectives, the buffers that its outputs take over, and what
+it copies. Pure.
 
-The text is what XLA writes for `--xla_dump_hlo_as_text` after its last pass. With torch-xla's debug metadata every instruction carries the scopes in which it was traced,
-and those are module names here (see `ops.scope`).
+The text is what XLA writes for `--xla_dump_hlo_as_text` after its last pass. Every instruction
+names the scopes in which it was traced: the model's modules (see `ops.scope`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from ..errors import RunError, lines, shown
 
 COLLECTIVES = (
     "all-reduce",
@@ -20,15 +23,12 @@ COLLECTIVES = (
     "collective-broadcast",
     "ragged-all-to-all",
 )
-_BITS = {
-    "pred": 8,
-    "s4": 4,
-    "u4": 4,
-    "bf16": 16,
-}  # the others end in theirs: f32, s64, u8, f8e4m3fn
+# In the names of other dtypes the first number is their bits, as in f32, s64 and f8e4m3fn.
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(
-    r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][\w-]*)\((?P<rest>.*)$"
+    r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = "
+    r"(?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][\w-]*)\((?P<rest>.*)$"
 )
 _SCOPE_COUNT = re.compile(r"\.\d+$")
 
@@ -42,6 +42,11 @@ class Array:
 
     @property
     def bytes(self) -> int:
+        """Its size.
+
+        Raises:
+            RunError: the dtype's name doesn't tell its bits.
+        """
         return math.prod(self.shape) * _bits(self.dtype) // 8
 
 
@@ -50,11 +55,11 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        opcode: as `dot`; of an asynchronous pair only the start is given, without `-start`.
+        opcode: as `dot`. Of an asynchronous pair only the start is there, without `-start`.
         results: the arrays of its result; several where it is a tuple.
         operands: names of the instructions that it reads.
-        computation: the computation it stands in.
-        entry: that is the entry computation, not one called from it.
+        computation: the computation that it is in.
+        entry: that is the entry computation, not one that is called from it.
         scope: the innermost module in which it was traced, or "".
         text: the whole line.
     """
@@ -73,6 +78,11 @@ class Instruction:
         """Of its results, on one device."""
         return sum(array.bytes for array in self.results)
 
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Of its first result, on one device; None where it has none."""
+        return self.results[0].shape if self.results else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
@@ -89,18 +99,21 @@ class Module:
     @property
     def parameters(self) -> dict[int, Instruction]:
         """The module's arguments by number."""
-        found = (i for i in self.instructions if i.entry and i.opcode == "parameter")
-        return {int(i.text.split(" parameter(")[1].split(")")[0]): i for i in found}
+        found = (each for each in self.of("parameter") if each.entry)
+        return {int(each.text.split(" parameter(")[1].split(")")[0]): each for each in found}
 
     def of(self, *opcodes: str) -> list[Instruction]:
-        """The instructions of some kinds, in any computation."""
-        return [i for i in self.instructions if i.opcode in opcodes]
+        """The instructions with one of these opcodes, in any computation."""
+        return [each for each in self.instructions if each.opcode in opcodes]
 
     def next_of(self, start: Instruction, opcode: str) -> Instruction | None:
-        """The first instruction of a kind that reads what `start` makes, at once or through others of the same computation."""
-        within = [i for i in self.instructions if i.computation == start.computation]
+        """The first instruction with this opcode that reads the result of `start`.
+
+        It reads it directly, or through other instructions of the same computation.
+        """
+        within = [each for each in self.instructions if each.computation == start.computation]
         reached = {start.name}
-        for each in within[within.index(start) + 1 :]:  # instructions stand after what they read
+        for each in within[within.index(start) + 1 :]:  # instructions come after what they read
             if not reached.isdisjoint(each.operands):
                 if each.opcode == opcode:
                     return each
@@ -116,43 +129,52 @@ def parse(text: str) -> Module:
     """Read an optimized HLO module.
 
     Raises:
-        ValueError: the text is no HLO module.
+        RunError: the text is no HLO module.
     """
     header, _, body = text.partition("\n")
     if not header.startswith("HloModule "):
-        raise ValueError("the text does not begin with HloModule")
+        raise RunError(
+            lines(
+                f"a program's text does not begin with HloModule, but with {shown(header)}",
+                "expected optimized HLO, as XLA writes it",
+            )
+        )
     return Module(aliases=_aliases(header), instructions=tuple(_instructions(body)))
 
 
 def replica_groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The groups of devices that a collective's line names: `{{0,1},{2,3}}`, `[2,4]<=[8]` or `[4,2]<=[2,4]T(1,0)`; pairs of a permute become the groups that they connect.
+    """The groups of devices that a collective's line names.
+
+    They are written as `{{0,1},{2,3}}`, `[2,4]<=[8]` or `[4,2]<=[2,4]T(1,0)`. The pairs of a
+    permute become the groups that they connect.
 
     Args:
-        devices: how many there are; an empty list stands for all of them together.
+        devices: device count; an empty list stands for all of them together.
     """
     if match := re.search(r"source_target_pairs={({.*?})}", text):
         return _connected(re.findall(r"{(\d+),(\d+)}", match[1]))
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        return _iota(int(match[1]), int(match[2]), [int(n) for n in match[3].split(",")], match[4])
+        return _iota(int(match[1]), int(match[2]), _numbers(match[3]), match[4])
     if match := re.search(r"replica_groups={((?:{[\d,]*},?)*)}", text):
-        groups = tuple(
-            tuple(int(n) for n in group.split(",")) for group in re.findall(r"{([\d,]+)}", match[1])
-        )
+        groups = tuple(tuple(_numbers(group)) for group in re.findall(r"{([\d,]+)}", match[1]))
         return groups or (tuple(range(devices)),)
     return (tuple(range(devices)),)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _iota(
     count: int, size: int, dims: list[int], permutation: str | None
 ) -> tuple[tuple[int, ...], ...]:
     """XLA's short form: all numbers in a grid of `dims`, transposed, cut into `count` groups."""
-    order = [int(n) for n in permutation.split(",")] if permutation else list(range(len(dims)))
+    order = _numbers(permutation) if permutation else list(range(len(dims)))
     strides = [math.prod(dims[at + 1 :]) for at in range(len(dims))]
     numbers = [0]
     for axis in order:
-        numbers = [
-            number + step * strides[axis] for number in numbers for step in range(dims[axis])
-        ]
+        steps = [step * strides[axis] for step in range(dims[axis])]
+        numbers = [number + step for number in numbers for step in steps]
     return tuple(tuple(numbers[group * size : (group + 1) * size]) for group in range(count))
 
 
@@ -169,14 +191,10 @@ def _connected(pairs: list[tuple[str, str]]) -> tuple[tuple[int, ...], ...]:
 
 def _aliases(header: str) -> dict[int, int]:
     match = re.search(r"input_output_alias={(.*?)}(?:, \w+=|$)", header)
-    return (
-        {
-            int(out or 0): int(number)
-            for out, number in re.findall(r"{(\d*)}: \((\d+), {}", match[1])
-        }
-        if match
-        else {}
-    )
+    if match is None:
+        return {}
+    pairs = re.findall(r"{(\d*)}: \((\d+), {}", match[1])
+    return {int(output or 0): int(parameter) for output, parameter in pairs}
 
 
 def _instructions(body: str) -> Iterator[Instruction]:
@@ -189,15 +207,14 @@ def _instructions(body: str) -> Iterator[Instruction]:
         match = _INSTRUCTION.match(line)
         if match is None or match["opcode"].endswith("-done"):
             continue
-        arrays = tuple(
-            Array(dtype=dtype, shape=_dims(dims)) for dtype, dims in _ARRAY.findall(match["shape"])
-        )
         opcode = match["opcode"]
+        arrays = tuple(
+            Array(dtype=dtype, shape=tuple(_numbers(dims)) if dims else ())
+            for dtype, dims in _ARRAY.findall(match["shape"])
+        )
         if opcode.endswith("-start"):
             opcode = opcode.removesuffix("-start")
-            arrays = arrays[
-                len(arrays) // 2 :
-            ]  # an asynchronous start carries its operands as well
+            arrays = arrays[len(arrays) // 2 :]  # the first half are its operands
         operands = re.findall(r"%([\w.-]+)", match["rest"].split("), ")[0])
         yield Instruction(
             name=match["name"],
@@ -211,20 +228,28 @@ def _instructions(body: str) -> Iterator[Instruction]:
         )
 
 
-def _dims(text: str) -> tuple[int, ...]:
-    return tuple(int(size) for size in text.split(",")) if text else ()
-
-
 def _bits(dtype: str) -> int:
     if dtype in _BITS:
         return _BITS[dtype]
     digits = re.match(r"[a-z]+(\d+)", dtype)
-    assert digits is not None, dtype
+    if digits is None:
+        raise RunError(
+            lines(
+                f"a program has numbers of dtype {shown(dtype)}",
+                "expected a name that tells its bits, as f32, s64 or f8e4m3fn",
+            )
+        )
     return int(digits[1])
 
 
 def _scope(line: str) -> str:
-    """`model.1/model.layers.0.2/model.layers.0.mlp.5/aten__mul` -> `model.layers.0.mlp`: torch-xla numbers every entry of a scope."""
+    """The innermost module that an instruction was traced in.
+
+    `model.1/model.layers.0.2/model.layers.0.mlp.5/aten__mul` is `model.layers.0.mlp`: torch-xla
+    numbers every entry of a scope, and ends with operations.
+    """
     match = re.search(r'op_name="([^"]*)"', line)
-    parts = [part for part in match[1].split("/") if "__" not in part] if match else []
+    if match is None:
+        return ""
+    parts = [part for part in match[1].split("/") if "__" not in part]
     return _SCOPE_COUNT.sub("", parts[-1]) if parts else ""

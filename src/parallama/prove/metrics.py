@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 
 _POSITIONS = 64
-"""So many positions at once: float64 logits of a whole sequence would be the largest thing in memory."""
+"""Positions at once: float64 logits of a whole sequence would be the largest tensor in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogitFigures:
-    """Logits against a reference's.
+    """How logits differ from a reference's.
 
     Attributes:
         pcc: Pearson's correlation of all logits.
@@ -25,9 +25,9 @@ class LogitFigures:
         max_abs_diff: largest difference of one logit.
         top1_agreement: share of positions with the same best token.
         top5_agreement: share of the reference's five best tokens that are among the five best here.
-        kl_nats: mean over positions of KL(reference || ours), of next-token distributions.
+        kl_nats: mean over positions of KL(reference || ours) of the next token's distributions.
         perplexity: of the text, by these logits; None where no token follows.
-        reference_perplexity: by the reference's.
+        reference_perplexity: by the reference's logits.
     """
 
     pcc: float
@@ -69,7 +69,7 @@ def max_abs_diff(ours: torch.Tensor, reference: torch.Tensor) -> float:
 def compare_logits(
     ours: torch.Tensor, reference: torch.Tensor, targets: Sequence[int]
 ) -> LogitFigures:
-    """Hold logits against a reference's.
+    """Compare logits with a reference's.
 
     Args:
         ours: `[N, V]`.

@@ -1,19 +1,28 @@
-"""How far two correct runs of a model may lie apart: relative L2 distances, by dtype. Pure.
+"""How far two correct runs of a model may differ: relative L2 distances, by dtype. Pure.
 
-Rounding is all that may differ between a sharded run and a single-device one: the sums are the same, taken in another order. Let `u` be the unit roundoff of
-the run's dtype (2^-24 for float32, 2^-8 for bfloat16) and `U` = 2^-24 that of the accumulators, which are float32. (A TPU multiplies float32 in bfloat16 passes unless it is told
-otherwise. That is not allowed for here, and would be reported.)
+Only rounding may differ between a sharded run and one on a single device: the sums are the same,
+taken in another order. Let `u` be the unit roundoff of the run's dtype (2^-24 for float32, 2^-8 for
+bfloat16), and `U` = 2^-24 that of the accumulators, which are float32. (A TPU multiplies float32 in
+bfloat16 passes unless it is told otherwise. That is not allowed for here, and would be reported.)
 
-- One product of `K` terms (`product`). Inputs, weights and the result are each rounded to the run's dtype; where the sum is split over `n` devices, so is every addition of the
-  all-reduce, `log2(n)` deep. Roundings are independent and add up as a random walk: `sqrt(3 + log2(n)) * u`. The accumulation adds `sqrt(K) * U`: the
-  probabilistic bound of Higham and Mary (SIAM J. Sci. Comput. 41, 2019), relative to the result for terms of random sign.
-- Attention (`attention`). The exponential turns the absolute error of a score into the relative error of its weight; `SCORES` is the size of a score that is allowed for.
-- Angles (`rotary`). An angle is position times frequency, in float32: its absolute error, and that of its cosine, is `U` times the position.
-- A whole run (`depth`). Every layer adds two branches to the residual stream, each with the error of a product of its own: a random walk of `2 * layers + 1` steps.
-- Gradients (`gradient`). Backward is a walk twice as long, over products of two operands that are in error each. The loss's sum over the vocabulary is left out: summed in one loop its error has
-  one direction and no bound here would hold, so `loss` doesn't do that and the reference takes its loss in float64.
+- One product of `K` terms (`product`). Inputs, weights and the result are each rounded to the run's
+  dtype. Where the sum is split over `n` devices, so is every addition of the all-reduce, which is
+  `log2(n)` deep. Roundings are independent and add up as a random walk: `sqrt(3 + log2(n)) * u`.
+  The accumulation adds `sqrt(K) * U`: the probabilistic bound of Higham and Mary (SIAM J. Sci.
+  Comput. 41, 2019), relative to the result, for terms of random sign.
+- Attention (`attention`). The exponential makes the absolute error of a score the relative error of
+  its weight. `SCORES` is the size of a score that is allowed for.
+- Angles (`rotary`). An angle is position times frequency, in float32. Its absolute error, and that
+  of its cosine, is `U` times the position.
+- A whole run (`depth`). Every layer adds two branches to the residual stream, each with the error
+  of a product of its own: a random walk of `2 * layers + 1` steps.
+- Gradients (`gradient`). Backward is a walk twice as long, over products of two operands that both
+  have errors. The loss's sum over the vocabulary is left out. Summed in one loop its error has one
+  direction, and no bound here would hold; so `loss` sums otherwise, and the reference computes its
+  loss in float64.
 
-`HEADROOM` stands before all of them: these are laws of growth, not bounds with sharp constants. Right runs stay within half of the tolerances in `tests/test_validate.py`.
+`HEADROOM` multiplies all of them: these are laws of growth, not bounds with sharp constants.
+Correct runs stay within half of the tolerances in `tests/test_validate.py`.
 """
 
 from __future__ import annotations
@@ -51,7 +60,7 @@ class Tolerance:
         )
 
     def attention(self, terms: int) -> float:
-        """Of attention whose scores and mixtures have so many terms together."""
+        """Of attention whose scores and mixtures together have so many terms."""
         return SCORES * self.product(terms)
 
     def rotary(self, positions: int) -> float:

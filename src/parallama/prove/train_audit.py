@@ -1,10 +1,13 @@
-"""Hold a compiled training step against its plan: collectives to the byte, what the devices store, and whether the state is updated in place."""
+"""Holds a compiled training step against its plan: its collectives to the byte, what the devices
+store, and whether the state is updated in place.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ..plan.layer_patterns import without_layer
 from ..plan.make_plan import make_plan
@@ -13,16 +16,23 @@ from ..plan.train_collectives import expected_in_training
 from ..plan.train_cost import train_memory
 from ..train.layout import train_step, training_plan
 from ..train.options import slots
-from ..train.torch_xla.step import Trainer
 from . import hlo
-from .audit import Audit, Finding, collectives_of, differences, over_the_least
+from .audit import one_program
+from .compiled_collectives import collectives_of, differences, over_the_least
+from .findings import Audit, Finding
+
+if TYPE_CHECKING:
+    from ..train.trainer import Trainer
+
+_SCALAR_BYTES = 64
+"""Copies of a few numbers cost nothing."""
 
 
 def audit_training(trainer: Trainer, *, accept_plan: bool = False) -> Audit:
-    """Compile the step of a trainer that hasn't yet, and judge it.
+    """Compile the step of a trainer that isn't compiled yet, and judge it.
 
     Args:
-        accept_plan: only judge the program against the plan.
+        accept_plan: judge only the program against the plan.
 
     Raises:
         RunError: the engine was not started with `keep_hlo`.
@@ -31,35 +41,16 @@ def audit_training(trainer: Trainer, *, accept_plan: bool = False) -> Audit:
     program = trainer.compile()
     modules = [hlo.parse(text) for text in program.hlo()]
     step = train_step(options, plan.model.layers, trainer.mesh.traits.sum_bytes)
-    wanted, found = expected_in_training(plan, step), collectives_of(modules, plan, _traced_in)
-    findings = [*differences(wanted, found), *_stored(trainer)]
+    wanted = expected_in_training(plan, step)
+    found = collectives_of(modules, plan, _scope)
     changing = trainer.changing()
     aliased = sum(len(module.aliases) for module in modules)
-    copies = list(_copies(trainer, modules))
-    if aliased != len(changing):
-        findings.append(
-            Finding(
-                module="state",
-                what=f"{len(changing) - aliased} of {len(changing)} tensors are not updated in place: each step writes them anew",
-                bytes=0,
-            )
-        )
-    if copies:
-        findings.append(
-            Finding(
-                module="state",
-                what=f"{len(copies)} whole tensors are copied every step",
-                bytes=sum(copies),
-            )
-        )
-    if len(modules) != 1:
-        findings.append(
-            Finding(
-                module="program",
-                what=f"{len(modules)} programs were compiled for one step",
-                bytes=0,
-            )
-        )
+    findings = [
+        *differences(wanted, found),
+        *_misplaced(trainer),
+        *_rewritten(modules, aliased, len(changing)),
+        *one_program(modules),
+    ]
     if not accept_plan:
         own = training_plan(make_plan(plan.model, plan.mesh), fsdp=options.fsdp, lora=options.lora)
         findings += over_the_least(wanted, expected_in_training(own, step))
@@ -79,13 +70,13 @@ def audit_training(trainer: Trainer, *, accept_plan: bool = False) -> Audit:
     )
 
 
-def _traced_in(instruction: hlo.Instruction, _module: hlo.Module, _plan: Plan) -> str:
-    """Every collective is asked for by name: see `regions`."""
+def _scope(instruction: hlo.Instruction, _module: hlo.Module, _plan: Plan) -> str:
+    """The module of a collective; in training every one is made in a named scope: see `regions`."""
     return instruction.scope or "input"
 
 
-def _stored(trainer: Trainer) -> Iterator[Finding]:
-    """Tensors of the state that lie otherwise than planned, on any device."""
+def _misplaced(trainer: Trainer) -> Iterator[Finding]:
+    """Tensors of the state that are placed otherwise than planned, on any device."""
     wrong: Counter[tuple[str, str, str]] = Counter()
     cost: Counter[tuple[str, str, str]] = Counter()
     for name, tensor in trainer.state.items():
@@ -96,21 +87,33 @@ def _stored(trainer: Trainer) -> Iterator[Finding]:
                 wrong[key] += 1
                 cost[key] += (math.prod(shape) - math.prod(planned)) * tensor.element_size()
     for key, count in wrong.items():
-        yield Finding(
-            module=key[0],
-            what=f"{count} tensor(s) lie as {key[1]} on a device, planned {key[2]}",
-            bytes=cost[key],
-        )
+        name, shape_text, planned_text = key
+        what = f"{count} tensor(s) are stored as {shape_text} on a device, planned {planned_text}"
+        yield Finding(module=name, what=what, bytes=cost[key])
 
 
-def _copies(trainer: Trainer, modules: list[hlo.Module]) -> Iterator[int]:
+def _rewritten(modules: list[hlo.Module], aliased: int, changing: int) -> Iterator[Finding]:
+    """Tensors of the state that are not updated in place, or copied.
+
+    Args:
+        aliased: tensors that are updated in place.
+        changing: tensors that the step changes.
+    """
+    if aliased != changing:
+        what = f"{changing - aliased} of {changing} tensors are not updated in place"
+        yield Finding(module="state", what=f"{what}: each step writes them anew", bytes=0)
+    copies = [size for module in modules for size in _copies(module)]
+    if copies:
+        what = f"{len(copies)} whole tensors are copied every step"
+        yield Finding(module="state", what=what, bytes=sum(copies))
+
+
+def _copies(module: hlo.Module) -> Iterator[int]:
     """Bytes of every copy of a whole tensor of the state, read from or written over its buffer."""
-    for module in modules:
-        aliased = {
-            module.parameters[number].name
-            for number in module.aliases.values()
-            if number in module.parameters
-        }
-        for each in module.of("copy"):
-            if each.entry and aliased.intersection(each.operands) and each.bytes > 64:
-                yield each.bytes
+    parameters = module.parameters
+    aliased = {
+        parameters[number].name for number in module.aliases.values() if number in parameters
+    }
+    for each in module.of("copy"):
+        if each.entry and aliased.intersection(each.operands) and each.bytes > _SCALAR_BYTES:
+            yield each.bytes

@@ -1,7 +1,9 @@
 """Parity: a model on a mesh against transformers on one device, in fp32.
 
-Logits of a text taken in at once, logits of tokens fed one by one through the cache, every module's output, and on request every parameter's gradient.
-The verdict is about relative L2 distances, whose tolerances `tolerance` derives; the other figures tell what they mean for a text.
+It compares logits of a text that is run at once, logits of tokens that are fed one by one through
+the cache, every module's output, and on request every parameter's gradient. The verdict is about
+relative L2 distances, whose tolerances `tolerance` derives; the other figures tell what they mean
+for a text.
 """
 
 from __future__ import annotations
@@ -18,11 +20,17 @@ from ..errors import UsageError, lines
 from ..inference.llm import LLM
 from ..inference.session import Session
 from ..model.token_ids import check_ids
-from .activations import points
-from .gradient_parity import GradientFigures, compare_gradients
+from .activations import activations
+from .gradient_parity import GradientFigures, compare_gradients, torch_mesh
 from .metrics import LogitFigures, compare_logits
-from .module_parity import MOST_POSITIONS, ModuleFigures, compare_modules, first_fault
-from .reference import FLOAT32, Answers, Reference, Request
+from .module_parity import (
+    MOST_POSITIONS,
+    ModuleFigures,
+    compare_modules,
+    first_fault,
+    torch_steps,
+)
+from .reference import FLOAT32, ReferenceOutputs, ReferenceProcess, ReferenceRequest
 from .tolerance import Limits, Tolerance
 
 
@@ -32,7 +40,8 @@ class Validation:
 
     Attributes:
         prefill, decode: our logits against the reference's; decode is None if nothing was decoded.
-        dtype_prefill, dtype_decode: transformers in the run's dtype against transformers in fp32: what the dtype alone costs. None for float32.
+        dtype_prefill, dtype_decode: transformers in the run's dtype against transformers in fp32:
+            the cost of the dtype alone. None for float32.
         gradients: None if not asked for.
         first_fault: the first module out of its tolerance.
         programs_after_warmup: compiled while decoding.
@@ -59,16 +68,16 @@ class Validation:
     def faults(self) -> list[str]:
         """Which parts are out of tolerance: of `prefill`, `decode`, `modules`, `gradients`."""
         limit = self.tolerances.logits_relative_l2
-        out = [
-            name
-            for name, part in (("prefill", self.prefill), ("decode", self.decode))
-            if part and not part.relative_l2 <= limit
-        ]
+        out = []
+        if not self.prefill.relative_l2 <= limit:
+            out.append("prefill")
+        if self.decode is not None and not self.decode.relative_l2 <= limit:
+            out.append("decode")
         if self.first_fault is not None:
             out.append("modules")
-        return out + (
-            ["gradients"] if any(not gradient.ok for gradient in self.gradients or []) else []
-        )
+        if any(not gradient.ok for gradient in self.gradients or []):
+            out.append("gradients")
+        return out
 
     @property
     def passed(self) -> bool:
@@ -80,7 +89,24 @@ class Validation:
         return document | {"faults": self.faults, "passed": self.passed}
 
 
-def request(llm: LLM, ids: Sequence[int], *, decode: int = 32, gradients: bool = False) -> Request:
+@dataclass(frozen=True, kw_only=True)
+class _OurLogits:
+    """Logits of our run; each of the mesh's `R` data rows runs the text itself.
+
+    Attributes:
+        prefill: `[R, S, V]`.
+        decode: `[R, N, V]`; None if nothing was decoded.
+        programs_after_warmup: compiled while decoding.
+    """
+
+    prefill: torch.Tensor
+    decode: torch.Tensor | None
+    programs_after_warmup: int
+
+
+def request(
+    llm: LLM, ids: Sequence[int], *, decode: int = 32, gradients: bool = False
+) -> ReferenceRequest:
     """What to ask the reference for a text.
 
     Args:
@@ -88,7 +114,11 @@ def request(llm: LLM, ids: Sequence[int], *, decode: int = 32, gradients: bool =
 
     Raises:
         UsageError: too few tokens or too many, or one is not of the vocabulary.
+        BackendError: the engine runs none of transformers' modules, which are compared.
     """
+    torch_steps(llm.steps)  # said now, and not after the reference has been computed
+    if gradients:
+        torch_mesh(llm.mesh)
     if decode < 0:
         raise UsageError(lines(f"{decode} tokens to decode", "expected 0 or more"))
     if len(ids) - decode < 2:
@@ -107,7 +137,7 @@ def request(llm: LLM, ids: Sequence[int], *, decode: int = 32, gradients: bool =
         )
     check_ids(ids, llm.plan.model.vocab)
     prefill = len(ids) - decode
-    return Request(
+    return ReferenceRequest(
         model=llm.name,
         ids=tuple(ids),
         prefill=prefill,
@@ -120,88 +150,78 @@ def request(llm: LLM, ids: Sequence[int], *, decode: int = 32, gradients: bool =
 def validate(
     llm: LLM, ids: Sequence[int], *, decode: int = 32, gradients: bool = False
 ) -> Validation:
-    """Hold a model on its mesh against transformers on one device.
+    """Compare a model on its mesh with transformers on one device.
 
     Args:
         llm: from `parallama.load`, by the name of the checkpoint that the reference reads too.
         ids: a text, two tokens or more.
         decode: so many of its last tokens are fed one by one, with the cache.
-        gradients: hold every parameter's gradient against the reference's too.
+        gradients: compare every parameter's gradient, too.
 
     Raises:
         UsageError: the text doesn't fit the model.
+        BackendError: the engine runs none of transformers' modules, which are compared.
         RunError: the reference could not be computed.
     """
     asked = request(llm, ids, decode=decode, gradients=gradients)
-    with Reference(asked) as reference:
-        ours, after_warmup = _our_logits(llm, asked)
-        return _judge(llm, asked, reference.answers(), ours, after_warmup)
+    with ReferenceProcess(asked) as reference:
+        ours = _our_logits(llm, asked)
+        return _judge(llm, asked, reference.outputs(), ours)
 
 
-def judge(llm: LLM, asked: Request, answers: Answers) -> Validation:
-    """`validate`, with answers that are there already."""
-    return _judge(llm, asked, answers, *_our_logits(llm, asked))
+def judge(llm: LLM, asked: ReferenceRequest, reference: ReferenceOutputs) -> Validation:
+    """`validate`, with a reference that is computed already."""
+    return _judge(llm, asked, reference, _our_logits(llm, asked))
 
 
-def _our_logits(llm: LLM, asked: Request) -> tuple[dict[str, torch.Tensor], int]:
-    """`prefill` `[R, S, V]` and `decode` `[R, N, V]`, each of the mesh's `R` data rows running the text itself; and programs compiled after warm-up."""
+def _our_logits(llm: LLM, asked: ReferenceRequest) -> _OurLogits:
     rows = llm.mesh.shape.data
     first, rest = list(asked.ids[: asked.prefill]), asked.ids[asked.prefill :]
-    found = {"prefill": llm.logits([first] * rows)}
+    prefill = llm.logits([first] * rows)
     if not rest:
-        return found, 0
-    params = [SamplingParams()] * rows
+        return _OurLogits(prefill=prefill, decode=None, programs_after_warmup=0)
     session = Session(
         llm.steps,
         llm.programs,
-        params,
+        [SamplingParams()] * rows,
         capacity=len(asked.ids),
         longest_prompt=len(first),
         scored=True,
     )
     session.prefill([first] * rows)
-    found["decode"] = torch.stack([session.feed([token] * rows) for token in rest], dim=1)
-    return found, session.stats.programs_after_warmup
+    decode = torch.stack([session.feed([token] * rows) for token in rest], dim=1)
+    after_warmup = session.stats.programs_after_warmup
+    return _OurLogits(prefill=prefill, decode=decode, programs_after_warmup=after_warmup)
 
 
 def _judge(
-    llm: LLM, asked: Request, answers: Answers, ours: dict[str, torch.Tensor], after_warmup: int
+    llm: LLM, asked: ReferenceRequest, reference: ReferenceOutputs, ours: _OurLogits
 ) -> Validation:
     plan, mesh = llm.plan, llm.mesh
     tolerance = Tolerance(dtype=asked.dtype, devices=mesh.shape.model)
-    limits = Limits.of(
-        tolerance, layers=plan.model.layers, terms=max(point.terms for point in points(plan.model))
-    )
-    targets = {
-        "prefill": asked.ids[1 : asked.prefill + 1],
-        "decode": asked.ids[asked.prefill + 1 :],
-    }
-
-    def logits(part: str) -> LogitFigures | None:
-        if part not in ours:
-            return None
-        rows, wanted = ours[part], answers.logits(part)
-        # The worst of the mesh's data rows stands for all.
-        figures = [compare_logits(row, wanted, targets[part]) for row in rows]
-        return max(
-            figures, key=lambda row: math.inf if math.isnan(row.relative_l2) else row.relative_l2
-        )
-
-    def of_dtype(part: str) -> LogitFigures | None:
-        if asked.dtype == FLOAT32 or part not in ours:
-            return None
-        return compare_logits(
-            answers.logits(part, asked.dtype), answers.logits(part), targets[part]
-        )
-
-    prefill = logits("prefill")
-    assert prefill is not None
+    terms = max(activation.terms for activation in activations(plan.model))
+    limits = Limits.of(tolerance, layers=plan.model.layers, terms=terms)
+    after_prefill = asked.ids[1 : asked.prefill + 1]
+    after_decode = asked.ids[asked.prefill + 1 :]
+    decode = dtype_prefill = dtype_decode = None
+    if ours.decode is not None:
+        decode = _worst(ours.decode, reference.logits("decode"), after_decode)
+    if asked.dtype != FLOAT32:
+        dtype_prefill = _of_dtype(reference, "prefill", asked.dtype, after_prefill)
+        if ours.decode is not None:
+            dtype_decode = _of_dtype(reference, "decode", asked.dtype, after_decode)
     traced = asked.ids[: asked.traced]
-    modules = compare_modules(llm.steps, answers, traced, tolerance)
+    modules = compare_modules(llm.steps, reference, traced, tolerance)
     gradients = None
     if asked.gradients:
         gradients = compare_gradients(
-            asked.model, plan, mesh, llm.steps.dtype, traced, answers, limits.gradients_relative_l2
+            asked.model,
+            plan,
+            mesh,
+            llm.steps.dtype,
+            traced,
+            reference,
+            limits.gradients_relative_l2,
         )
     return Validation(
         model=llm.name,
@@ -212,18 +232,40 @@ def _judge(
         decode_tokens=len(asked.ids) - asked.prefill,
         module_tokens=asked.traced,
         tolerances=limits,
-        prefill=prefill,
-        decode=logits("decode"),
-        dtype_prefill=of_dtype("prefill"),
-        dtype_decode=of_dtype("decode"),
+        prefill=_worst(ours.prefill, reference.logits("prefill"), after_prefill),
+        decode=decode,
+        dtype_prefill=dtype_prefill,
+        dtype_decode=dtype_decode,
         gradients=gradients,
         modules=modules,
         first_fault=first_fault(modules),
-        programs_after_warmup=after_warmup,
+        programs_after_warmup=ours.programs_after_warmup,
     )
 
 
+def _worst(rows: torch.Tensor, wanted: torch.Tensor, targets: Sequence[int]) -> LogitFigures:
+    """The figures of the data row that differs most from the reference; it stands for all.
+
+    Args:
+        rows: `[R, N, V]`.
+        wanted: `[N, V]`.
+    """
+
+    def distance(figures: LogitFigures) -> float:
+        return math.inf if math.isnan(figures.relative_l2) else figures.relative_l2
+
+    return max((compare_logits(row, wanted, targets) for row in rows), key=distance)
+
+
+def _of_dtype(
+    reference: ReferenceOutputs, part: str, dtype: str, targets: Sequence[int]
+) -> LogitFigures:
+    """The reference in the run's dtype against itself in float32."""
+    return compare_logits(reference.logits(part, dtype), reference.logits(part), targets)
+
+
 def _finite(value: Any) -> Any:
+    """A document with None for every number that is infinite or NaN."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

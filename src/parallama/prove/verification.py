@@ -1,4 +1,8 @@
-"""What `parallama verify` finds in a model folder or file: everything that loading would refuse, every weight that is not finite, every file that is not as its manifest says. No devices."""
+"""What `parallama verify` finds in a model folder or file, without devices.
+
+It reports everything that loading would refuse, every weight that is not finite, and every file
+that is not as its manifest says.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,8 @@ class Finding:
     """Something that is wrong.
 
     Attributes:
-        check: `structure` (config, headers, index, shapes, dtypes), `tensors`, `tokenizer` or `manifest`.
+        check: `structure` (config, headers, index, shapes, dtypes), `tensors`, `tokenizer` or
+            `manifest`.
         message: in at most three lines, with file and tensor.
     """
 
@@ -34,14 +39,14 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What a model folder was found to be.
+    """What was found of a model.
 
     Attributes:
         tensors: parameters that were read.
         parameters: their numbers together.
         dtypes: dtype as stored -> how many parameters have it.
         ignored: tensors and files that loading does not read -> why.
-        manifest_files: files that were held against the manifest; None if there is none.
+        manifest_files: files that were checked against the manifest; None if there is none.
         findings: what is wrong.
     """
 
@@ -66,73 +71,81 @@ class Verification:
         }
 
 
+class _Findings(list[Finding]):
+    """What is wrong so far."""
+
+    def attempt(self, check: str, action: Callable[[], Any]) -> Any:
+        """What an action returns; None, and a finding more, where it refuses."""
+        try:
+            return action()
+        except CheckpointError as error:
+            self.append(Finding(check=check, message=str(error)))
+            return None
+
+
 def verify(model: str, progress: Callable[[int, int], None] | None = None) -> Verification:
     """Check all that can be checked of a model without devices. Each tensor is read once.
 
     Args:
         model: folder, `.gguf` file, hub id or shipped name.
-        progress: called with tensors done and their number.
+        progress: called with the number of tensors done, and of all.
 
     Raises:
         CheckpointError: there is no such model.
     """
-    located = locate(model)
-    findings: list[Finding] = []
-
-    def attempt(check: str, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except CheckpointError as error:
-            findings.append(Finding(check=check, message=str(error)))
-            return None
-
+    located, findings = locate(model), _Findings()
     if located.kind == "file" and located.path.suffix != ".gguf":
         find(model)  # says what is expected
-    checkpoint: Checkpoint | None = attempt("structure", lambda: find(model))
+    checkpoint: Checkpoint | None = findings.attempt("structure", lambda: find(model))
     dtypes: Counter[str] = Counter()
     numbers = 0
     if checkpoint is not None:
-        spec = ModelSpec.from_config(checkpoint.config)
-        attempt("structure", lambda: make_skeleton(checkpoint.config))
-        tokenizer = attempt("tokenizer", checkpoint.tokenizer)
-        named = checkpoint.generation.get(
-            "eos_token_id", getattr(checkpoint.config, "eos_token_id", None)
-        )
-        attempt("tokenizer", lambda: eos_ids(named, tokenizer, spec.vocab))
+        _check_config(checkpoint, findings)
 
-        def read() -> None:
+        def read(checkpoint: Checkpoint) -> None:
             nonlocal numbers
+            spec = ModelSpec.from_config(checkpoint.config)
             total = sum(1 for _ in spec.parameters())
             for done, (name, tensor) in enumerate(checkpoint.tensors(spec), 1):
                 dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
                 numbers += tensor.numel()
-                attempt(
-                    "tensors", partial(nonfinite.refuse, name, tensor, checkpoint.file_of(name))
-                )
-
+                file = checkpoint.file_of(name)
+                findings.attempt("tensors", partial(nonfinite.refuse, name, tensor, file))
                 if progress is not None:
                     progress(done, total)
 
-        attempt("tensors", read)
-    folder = located.path if located.kind == "folder" else None
+        findings.attempt("tensors", partial(read, checkpoint))
+    manifest_files = None
+    if located.kind == "folder":
+        manifest_files = _check_manifest(located.path, findings)
     return Verification(
         model=model,
         model_type=None if checkpoint is None else checkpoint.config.model_type,
         tensors=sum(dtypes.values()),
         parameters=numbers,
         dtypes=dict(dtypes),
-        ignored=checkpoint.ignored if checkpoint is not None else {},
-        manifest_files=None if folder is None else _check_manifest(folder, attempt),
+        ignored={} if checkpoint is None else checkpoint.ignored,
+        manifest_files=manifest_files,
         findings=tuple(findings),
     )
 
 
-def _check_manifest(folder: Path, attempt: Callable[[str, Callable[[], Any]], Any]) -> int | None:
-    entries: Mapping[str, manifest.Entry] | None = attempt(
+def _check_config(checkpoint: Checkpoint, findings: _Findings) -> None:
+    """Check that a model can be made, and that its tokenizer and end-of-text ids fit it."""
+    config, vocab = checkpoint.config, ModelSpec.from_config(checkpoint.config).vocab
+    findings.attempt("structure", lambda: make_skeleton(config))
+    tokenizer = findings.attempt("tokenizer", checkpoint.tokenizer)
+    ids = checkpoint.generation.get("eos_token_id", getattr(config, "eos_token_id", None))
+    findings.attempt("tokenizer", lambda: eos_ids(ids, tokenizer, vocab))
+
+
+def _check_manifest(folder: Path, findings: _Findings) -> int | None:
+    """Check every file of a manifest; gives their number, None if there is no manifest."""
+    entries: Mapping[str, manifest.Entry] | None = findings.attempt(
         "manifest", lambda: manifest.read(folder)
     )
     if entries is None:
         return None
     for name, entry in entries.items():
-        attempt("manifest", partial(manifest.check_file, folder, name, entry))
+        findings.attempt("manifest", partial(manifest.check_file, folder, name, entry))
     return len(entries)

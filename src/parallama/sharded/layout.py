@@ -89,7 +89,7 @@ def cut(
 
     Args:
         read: slices of every dim to what is there, of any dtype.
-        own: the part has memory of its own in any case.
+        own: the part is contiguous, and all that is in its memory.
 
     Returns:
         A tensor of `dtype` and of shape `layout.local_shape`. It is what was read itself, if that
@@ -105,7 +105,7 @@ def cut(
             spans.append([(first, step)])
     if all(len(found) == 1 and found[0][0] != heads.EMPTY for found in spans):
         part = read(tuple(slice(at, at + length) for ((at, length),) in spans))
-        if part.dtype == dtype and not own:
+        if part.dtype == dtype and (_fills_its_memory(part) or not own):
             return part
         return torch.empty(part.shape, dtype=dtype).copy_(part)
     whole = torch.empty(layout.local_shape, dtype=dtype)
@@ -116,6 +116,10 @@ def cut(
         else:
             target.copy_(read(tuple(slice(at, at + length) for _, at, length in pieces)))
     return whole
+
+
+def _fills_its_memory(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 def _placed(spans: Iterable[Run]) -> Iterator[tuple[int, int, int]]:

@@ -17,13 +17,18 @@ PADDING = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The tokens of one optimizer step: `A` micro-steps of `B` sequences of `S` tokens over all devices. Every array is int64 `[A, B, S]`.
+    """The tokens of one optimizer step.
+
+    These are `A` micro-steps of `B` sequences of `S` tokens, over all devices. Every array is
+    int64 `[A, B, S]`.
 
     Attributes:
         ids: token ids.
-        labels: the same ids where they count for the loss, elsewhere `IGNORED`. Aligned with `ids`: the step predicts `labels[t + 1]` at `t`, within a document.
+        labels: the ids that count for the loss, `IGNORED` elsewhere. They are aligned with `ids`:
+            at position `t` the step predicts `labels[t + 1]`, within a document.
         positions: of each token in its document, from 0.
-        documents: which of a row's packed documents a token belongs to; attention stays within it. `PADDING` where there is none.
+        documents: which of a row's packed documents a token belongs to, or `PADDING`. Attention
+            stays within a document.
     """
 
     ids: NDArray[np.int64]
@@ -50,11 +55,13 @@ class Batch:
 
     @property
     def targets(self) -> NDArray[np.int64]:
-        """`[A, B, S]`: what is to be predicted at each position, `IGNORED` where nothing is: the next label of the same document."""
+        """`[A, B, S]`: what is predicted at each position.
+
+        That is the next label of the same document, or `IGNORED`.
+        """
         targets = np.full_like(self.labels, IGNORED)
-        same = (self.documents[..., 1:] == self.documents[..., :-1]) & (
-            self.documents[..., 1:] != PADDING
-        )
+        following = self.documents[..., 1:]
+        same = (following == self.documents[..., :-1]) & (following != PADDING)
         targets[..., :-1] = np.where(same, self.labels[..., 1:], IGNORED)
         return targets
 
@@ -64,7 +71,13 @@ class Batch:
         return int((self.targets != IGNORED).sum())
 
     def check(self, vocab: int) -> None:
-        """Raise `UsageError` unless every id and label is one of the model's, and something is to be learnt: XLA clamps other ids silently or reads garbage."""
+        """Check that every id and label is one of the model's, and that there is a target.
+
+        XLA clamps other ids silently, or reads garbage.
+
+        Raises:
+            UsageError: one of these is not so.
+        """
         for name, array in (("ids", self.ids), ("labels", self.labels[self.labels != IGNORED])):
             if array.size and not (array.min() >= 0 and array.max() < vocab):
                 wrong = int(array.min() if array.min() < 0 else array.max())
@@ -78,6 +91,7 @@ class Batch:
             raise UsageError(
                 lines(
                     "batch: no position has a label to predict",
-                    f"expected at least one label that isn't {IGNORED} after the first token of a document",
+                    f"expected at least one label that isn't {IGNORED} after the first token "
+                    "of a document",
                 )
             )

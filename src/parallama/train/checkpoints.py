@@ -1,134 +1,151 @@
 """Training checkpoints that survive a kill at any moment.
 
-A checkpoint is a folder `step-00000010` with a safetensors file for each device and a manifest; nothing in it is pickled. It is written in this order:
+A checkpoint is a folder `step-00000010`: a safetensors file for each device, and a manifest. It is
+written in this order:
 
-1. a temporary folder; in it every device's file, written and synced; then the manifest, with the SHA-256 of each; then the folder itself is synced
-2. the temporary folder gets its name, and the parent is synced: from here on the checkpoint is there, whole
+1. a temporary folder: every device's file, written and synced; then the manifest, with the SHA-256
+   of each; then the folder itself is synced
+2. the temporary folder gets its name, and the parent is synced: now the checkpoint is complete
 3. the link `latest` moves to it
-4. older ones than the last `keep_last` are renamed away, and removed
+4. checkpoints older than the last `keep_last` undamaged ones are renamed away, and removed
 
-Whatever has a checkpoint's name is therefore complete, and what a kill leaves behind has none: it is removed when the next run begins.
+So whatever has a checkpoint's name is complete. What a kill leaves behind has no such name, and is
+removed when the next run begins.
 """
 
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
 
 import torch
 
-from ..engine.interface import Engine
 from ..errors import CheckpointError, RunError, cause, lines, shown
 from ..files.disk import Disk, remedy, sha256
 from ..plan.placement import Blocks
 from ..sharded.layout import correspondence
-from .manifest import NAME, BlockRuns, FileEntry, Manifest, TensorEntry, read_manifest
+from .manifest import NAME, FileEntry, Manifest, read_manifest
+from .snapshot import Snapshot
 
 LATEST = "latest"
 _TEMPORARY, _OLD = ".saving-", ".old-"
+_DTYPES = {str(each).removeprefix("torch."): each for each in (torch.float32, torch.bfloat16)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """A state on the host, ready to be written.
+class Verified:
+    """The checkpoints that this process has written or verified: each is hashed only once."""
 
-    Attributes:
-        manifest: complete but for `files`.
-        parts: for each device, by tensor name, what its file holds.
-    """
+    def __init__(self) -> None:
+        self._known: set[Path] = set()
 
-    manifest: Manifest
-    parts: dict[int, dict[str, torch.Tensor]]
+    def add(self, path: Path) -> None:
+        """Take a checkpoint for undamaged: this process has just written it."""
+        self._known.add(path.resolve())
 
+    def manifest(self, path: Path) -> Manifest:
+        """A checkpoint's manifest; see `verify` for what it raises."""
+        manifest = read_manifest(path) if path.resolve() in self._known else verify(path)
+        self.add(path)
+        return manifest
 
-def take(
-    state: Mapping[str, torch.Tensor],
-    layout: Callable[[str], tuple[tuple[str | None, ...], Blocks | None]],
-    mesh: Engine,
-    **about: Any,
-) -> Snapshot:
-    """Copy a state from the devices; afterwards they may go on.
-
-    Args:
-        state: device tensors by name.
-        layout: name to the mesh axis of every dim, and how the laid-out dim is made.
-        about: the manifest's other fields.
-    """
-    parts: dict[int, dict[str, torch.Tensor]] = {device: {} for device in range(mesh.shape.devices)}
-    entries = {}
-    for name, tensor in state.items():
-        axes, blocks = layout(name)
-        entry = TensorEntry(
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=list(tensor.shape),
-            axes=list(axes),
-            blocks=BlockRuns.of(blocks) if blocks is not None else None,
-        )
-        entries[name] = entry
-        shards = mesh.shards(tensor)
-        for device in entry.holders(mesh.shape):
-            parts[device][name] = shards[device].contiguous()
-    manifest = Manifest(tensors=entries, files={}, mesh=mesh.shape, **about)
-    return Snapshot(
-        manifest=manifest, parts={device: held for device, held in parts.items() if held}
-    )
+    def __contains__(self, path: Path) -> bool:
+        """Whether a checkpoint is undamaged."""
+        try:
+            self.manifest(path)
+        except CheckpointError:
+            return False
+        return True
 
 
-def write(folder: Path, snapshot: Snapshot, *, keep_last: int, disk: Disk | None = None) -> Path:
+def write(
+    folder: Path,
+    snapshot: Snapshot,
+    *,
+    keep_last: int,
+    disk: Disk | None = None,
+    verified: Verified | None = None,
+) -> Path:
     """Write a checkpoint into the folder of all of them, and remove those that are too old.
 
-    Raises:
-        RunError: it can't be written. The message says which checkpoint is whole, and what to do.
-    """
-    from safetensors.torch import save
+    Args:
+        keep_last: how many undamaged ones stay.
+        verified: what is known of those that are there.
 
-    disk = disk or Disk()
+    Raises:
+        RunError: it can't be written. The message names the newest undamaged checkpoint, and says
+            what to do.
+    """
+    disk, verified = disk or Disk(), verified or Verified()
     step = snapshot.manifest.step
-    target, temporary = folder / name_of(step), folder / f"{_TEMPORARY}{name_of(step)}"
+    target = folder / name_of(step)
     try:
-        if not _is_undamaged(target):  # otherwise it is the state after so many steps, once more
-            if target.exists():
-                disk.rename(target, folder / f"{_OLD}{target.name}")
-            disk.make_folder(temporary)
-            files = {}
-            for device, held in snapshot.parts.items():
-                name, content = f"device-{device}.safetensors", save(held)
-                files[name] = FileEntry(
-                    bytes=len(content), sha256=disk.write(temporary / name, content)
-                )
-            disk.write(
-                temporary / NAME,
-                snapshot.manifest.model_copy(update={"files": files})
-                .model_dump_json(indent=1)
-                .encode(),
-            )
-            disk.sync_folder(temporary)
-            disk.rename(temporary, target)
-            disk.sync_folder(folder)
+        if target not in verified:  # otherwise it is the state after so many steps, once more
+            _write_new(folder, snapshot, disk)
+            verified.add(target)
         link = folder / f"{_TEMPORARY}{LATEST}"
         disk.link(link, target.name)
         disk.rename(link, folder / LATEST)
         disk.sync_folder(folder)
-        for old in [path for path in steps_in(folder) if path != target and is_whole(path)][
-            keep_last - 1 :
-        ]:
+        for old in _too_old(folder, target, keep_last, verified):
             away = folder / f"{_OLD}{old.name}"
             disk.rename(old, away)
             disk.remove(away)
     except OSError as error:
         clean(folder)
-        raise _failed(folder, step, error) from None
+        what = error.strerror or cause(error)
+        file = f" ({Path(str(error.filename)).name})" if error.filename else ""
+        raise RunError(
+            lines(
+                f"the checkpoint of step {step} cannot be saved in {str(folder)!r}: {what}{file}",
+                kept(folder, verified),
+                f"{remedy(error)}, then go on with --resume auto",
+            )
+        ) from None
     return target
+
+
+def _write_new(folder: Path, snapshot: Snapshot, disk: Disk) -> None:
+    """The first two steps of the order; a damaged checkpoint of that step makes room."""
+    from safetensors.torch import save
+
+    target = folder / name_of(snapshot.manifest.step)
+    temporary, damaged = folder / f"{_TEMPORARY}{target.name}", folder / f"{_OLD}{target.name}"
+    if target.exists():
+        disk.rename(target, damaged)
+    disk.make_folder(temporary)
+    files = {}
+    for device, held in snapshot.parts.items():
+        name, content = f"device-{device}.safetensors", save(held)
+        files[name] = FileEntry(bytes=len(content), sha256=disk.write(temporary / name, content))
+    manifest = snapshot.manifest.model_copy(update={"files": files})
+    disk.write(temporary / NAME, manifest.model_dump_json(indent=1).encode())
+    disk.sync_folder(temporary)
+    disk.rename(temporary, target)
+    disk.sync_folder(folder)
+    if damaged.exists():
+        disk.remove(damaged)
+
+
+def _too_old(folder: Path, target: Path, keep_last: int, verified: Verified) -> Iterator[Path]:
+    """The complete checkpoints to remove: those behind the last undamaged ones.
+
+    A damaged one never takes the place of a good one.
+    """
+    good = 1  # the target
+    for path in steps_in(folder):
+        if path == target:
+            continue
+        if good >= keep_last:
+            if is_whole(path):
+                yield path
+        elif path in verified:
+            good += 1
 
 
 def clean(folder: Path) -> None:
     """Remove what a save that didn't end has left, as far as that goes."""
-    import shutil
-
     for path in [*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_OLD}*")]:
         try:
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
@@ -136,31 +153,22 @@ def clean(folder: Path) -> None:
             continue
 
 
-def _failed(folder: Path, step: int, error: OSError) -> RunError:
-    what = (error.strerror or cause(error)) + (
-        f" ({Path(str(error.filename)).name})" if error.filename else ""
-    )
-    return RunError(
-        lines(
-            f"the checkpoint of step {step} cannot be saved in {str(folder)!r}: {what}",
-            _kept(folder),
-            f"{remedy(error)}, then go on with --resume auto",
-        )
-    )
-
-
-def _kept(folder: Path) -> str:
-    whole = next((path for path in steps_in(folder) if is_whole(path)), None)
-    return (
-        f"the newest whole checkpoint is {str(whole)!r}"
-        if whole is not None
-        else "there is no whole checkpoint yet"
-    )
+def kept(folder: Path, verified: Verified) -> str:
+    """Which checkpoint there is to go back to, in words."""
+    path = newest(folder, verified=verified)
+    if path is None:
+        return "there is no whole checkpoint yet"
+    return f"the newest whole checkpoint is {str(path)!r}"
 
 
 def name_of(step: int) -> str:
     """A checkpoint's folder name."""
     return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's folder name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def steps_in(folder: Path) -> list[Path]:
@@ -173,11 +181,11 @@ def steps_in(folder: Path) -> list[Path]:
         ]
     except OSError:
         return []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every file is there with its size."""
+    """Whether every file is there with its size. Its content may still be damaged."""
     try:
         read_manifest(path)
     except CheckpointError:
@@ -185,19 +193,21 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def _is_undamaged(path: Path) -> bool:
-    try:
-        verify(path)
-    except CheckpointError:
-        return False
-    return True
+def newest(
+    folder: Path,
+    report: Callable[[str], None] | None = None,
+    verified: Verified | None = None,
+) -> Path | None:
+    """The newest checkpoint that is complete by the manifest's hashes, or None.
 
-
-def newest(folder: Path, report: Callable[[str], None] | None = None) -> Path | None:
-    """The newest checkpoint that is complete by the manifest's hashes, or None; `report` is told of damaged ones that are passed over."""
+    Args:
+        report: is told of damaged ones that are passed over.
+        verified: those whose hashes are known to be right.
+    """
+    verified = verified or Verified()
     for path in steps_in(folder):
         try:
-            verify(path)
+            verified.manifest(path)
         except CheckpointError as error:
             if report is not None:
                 report(f"{str(error).splitlines()[0]}; passed over")
@@ -238,7 +248,7 @@ def read_tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Te
     """Every tensor on the host, whole and in the model's own layout, one at a time.
 
     Raises:
-        CheckpointError: a file lacks a tensor, or has another shape or dtype than the manifest says.
+        CheckpointError: a file lacks a tensor, or has another shape or dtype than the manifest.
     """
     from contextlib import ExitStack
 
@@ -248,27 +258,28 @@ def read_tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Te
     with ExitStack() as opened:
         try:
             files = {
-                name: opened.enter_context(safe_open(str(path / name), framework="pt"))
+                # Read, not mapped: a mapped file that is cut ends the process.
+                name: opened.enter_context(
+                    safe_open(str(path / name), framework="pt", backend="pread")
+                )
                 for name in manifest.files
             }
             for name, entry in manifest.tensors.items():
-                whole: torch.Tensor | None = None
+                whole = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
                 for device in entry.holders(mesh):
                     part = files[f"device-{device}.safetensors"].get_tensor(name)
-                    if str(part.dtype) != f"torch.{entry.dtype}":
+                    place = whole[entry.part(mesh, device)]
+                    if (part.dtype, part.shape) != (place.dtype, place.shape):
                         raise CheckpointError(
                             lines(
-                                f"checkpoint {str(path)!r}: {name} is {part.dtype}",
-                                f"expected {entry.dtype}, by the manifest",
+                                f"checkpoint {str(path)!r}: {name} is "
+                                f"{part.dtype}{list(part.shape)} on device {device}",
+                                f"expected {place.dtype}{list(place.shape)}, by the manifest",
                             )
                         )
-                    whole = torch.empty(entry.shape, dtype=part.dtype) if whole is None else whole
-                    whole[entry.part(mesh, device)] = part
-                assert whole is not None
-                yield (
-                    name,
-                    whole if entry.blocks is None else _taken_off(whole, entry.blocks.blocks),
-                )
+                    place.copy_(part)
+                blocks = entry.blocks
+                yield name, whole if blocks is None else _taken_off(whole, blocks.blocks)
         except (SafetensorError, OSError, KeyError, RuntimeError) as error:
             raise CheckpointError(
                 lines(
@@ -279,73 +290,10 @@ def read_tensors(path: Path, manifest: Manifest) -> Iterator[tuple[str, torch.Te
 
 
 def _taken_off(laid_out: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-    """The model's own dim again; of equal copies the last."""
+    """The model's own dim again. Of equal copies, the last counts."""
     places, sources = correspondence(blocks)
     shape = list(laid_out.shape)
     shape[blocks.dim] = blocks.block * (max(blocks.sources) + 1)
     return laid_out.new_empty(shape).index_copy_(
         blocks.dim, sources, laid_out.index_select(blocks.dim, places)
     )
-
-
-class Saver:
-    """Writes checkpoints, one at a time, beside the training if it is asynchronous. An error comes up at the next call.
-
-    Args:
-        folder: of all checkpoints of the run.
-    """
-
-    def __init__(
-        self, folder: Path, *, keep_last: int, asynchronous: bool, disk: Disk | None = None
-    ) -> None:
-        self.folder = folder
-        self._keep_last = keep_last
-        self._asynchronous = asynchronous
-        self._disk = disk or Disk()
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def save(self, snapshot: Snapshot) -> None:
-        """Begin to write a checkpoint, when the one before is written."""
-        self.wait()
-        if not self._asynchronous:
-            write(self.folder, snapshot, keep_last=self._keep_last, disk=self._disk)
-            return
-        self._thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint")
-        self._thread.start()
-
-    def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
-        return self.folder / name_of(step)
-
-    def state(self) -> str:
-        """Which checkpoint there is to go back to, in words."""
-        return _kept(self.folder)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        """Let what is being written come to its end, and say nothing about it: the run breaks for another reason, or has heard of it in `wait`."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def check(self) -> None:
-        """Raise what went wrong in the background, if something did."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def wait(self) -> None:
-        """Return when nothing is being written; raises as `check`."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.check()
-
-    def _run(self, snapshot: Snapshot) -> None:
-        try:
-            write(self.folder, snapshot, keep_last=self._keep_last, disk=self._disk)
-        except BaseException as error:
-            self._error = error

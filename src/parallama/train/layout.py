@@ -1,6 +1,7 @@
-"""How what is trained lies on a mesh: a plan, with parameters split over "data" too, and with adapters. Pure.
+"""How what is trained is placed: a plan, parameters split over "data" too, and adapters. Pure.
 
-An adapter of a linear `[O, E]` is `lora_A` `[R, E]` and `lora_B` `[O, R]`. Each lies as its weight does where it has the weight's dim, padded and repeated heads included, and is whole elsewhere.
+An adapter of a linear `[O, E]` is `lora_A` `[R, E]` and `lora_B` `[O, R]`. The dim that it shares
+with its weight is placed as the weight's is, with padded and repeated heads; the other is whole.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from ..errors import FitError, lines, listed
 from ..model.rope import LENGTH_DEPENDENT, ROPE_TYPES
-from ..plan.mesh_shape import DATA, MODEL
+from ..plan.mesh_shape import DATA, MODEL, MeshShape
 from ..plan.placement import Blocks, Placement, Plan
 from ..plan.train_collectives import TrainStep
 from ..plan.trainable import ADAPTER, check_trainable, trained_parameters
@@ -38,12 +39,17 @@ class TrainingPlan(Plan):
         return trained_parameters(self)
 
     def split(self, module: str) -> bool:
-        """Whether a layer's `self_attn` or `mlp`, the embedding or the head is split over "model"."""
-        name = {"embed_tokens": _EMBEDDING, "lm_head": self.head}.get(module)
-        if name is None:
-            name = f"{module}.{'o_proj' if module.endswith('self_attn') else 'down_proj'}.weight"
-            return self[name].axes[1] == MODEL
-        return self[name].axes[0] == MODEL
+        """Whether a module is split over "model".
+
+        Args:
+            module: `embed_tokens`, `lm_head`, or a layer's `self_attn` or `mlp`.
+        """
+        if module == "embed_tokens":
+            return self[_EMBEDDING].axes[0] == MODEL
+        if module == "lm_head":
+            return self[self.head].axes[0] == MODEL
+        last = "o_proj" if module.endswith("self_attn") else "down_proj"
+        return self[f"{module}.{last}.weight"].axes[1] == MODEL
 
     @property
     def head(self) -> str:
@@ -55,31 +61,24 @@ def training_plan(plan: Plan, *, fsdp: bool, lora: LoraOptions | None) -> Traini
     """The plan of a training run on the plan's mesh.
 
     Raises:
-        PlanError: the plan is not one that training follows: attention and MLP, embedding and head each split the way of Megatron-LM over "model", or whole.
+        PlanError: the plan is not one that training follows. Attention and MLP, embedding and head
+            must each be whole, or split over "model" as in Megatron-LM.
     """
     check_trainable(plan)
-    placements = [
-        _over_data(each, plan, plan.blocks(each.name))
-        if fsdp and each.kind == "parameter"
-        else each
-        for each in plan.placements
-    ]
+    placements: list[Placement] = []
     adapters: dict[str, Blocks | None] = {}
-    if lora is not None:
-        made = []
-        for placement in placements:
-            made.append(placement)
-            target = placement.name.removesuffix(".weight").rpartition(".")[2]
-            if (
-                placement.kind == "parameter"
-                and placement.name.endswith(".weight")
-                and target in lora.targets
-            ):
-                for adapter, blocks in _adapters(placement, plan, lora.rank):
-                    adapter = _over_data(adapter, plan, blocks) if fsdp else adapter
-                    made.append(adapter)
-                    adapters[adapter.name] = blocks
-        placements = made
+    for placement in plan.placements:
+        is_parameter = placement.kind == "parameter"
+        if fsdp and is_parameter:
+            placement = _over_data(placement, plan, plan.blocks(placement.name))
+        placements.append(placement)
+        target = placement.name.removesuffix(".weight").rpartition(".")[2]
+        is_weight = is_parameter and placement.name.endswith(".weight")
+        if lora is None or not is_weight or target not in lora.targets:
+            continue
+        for adapter, blocks in _adapters(placement, plan, lora.rank):
+            placements.append(_over_data(adapter, plan, blocks) if fsdp else adapter)
+            adapters[adapter.name] = blocks
     return TrainingPlan(
         model=plan.model,
         mesh=plan.mesh,
@@ -107,28 +106,38 @@ def train_step(options: StepOptions, layers: int, sum_bytes: int = 1) -> TrainSt
     )
 
 
+def check_batch(batch_size: int, mesh: MeshShape) -> None:
+    """Raise `FitError` unless a micro-step's sequences divide over the mesh."""
+    if batch_size % mesh.data:
+        raise FitError(
+            lines(
+                f"batch_size {batch_size} does not divide over {mesh.data} devices along 'data' "
+                f"(mesh {mesh})",
+                f"expected a multiple of {mesh.data}; batch_size counts the sequences of one "
+                "micro-step over all devices",
+            )
+        )
+
+
 def check_fit(options: StepOptions, plan: TrainingPlan) -> None:
-    """Raise `FitError` unless a batch divides over the mesh, and the model is one that a step can train."""
+    """Raise `FitError` unless a batch divides over the mesh, and a step can train the model."""
     mesh = plan.mesh
     if plan.model.rope in LENGTH_DEPENDENT:
+        trainable = [kind for kind in ROPE_TYPES if kind not in LENGTH_DEPENDENT]
         raise FitError(
             lines(
-                f"rope type {plan.model.rope!r} is not supported in training: its frequencies follow the length of what is run",
-                f"expected one of {', '.join(kind for kind in ROPE_TYPES if kind not in LENGTH_DEPENDENT)}",
+                f"rope type {plan.model.rope!r} is not supported in training: "
+                "its frequencies follow the length of what is run",
+                f"expected one of {', '.join(trainable)}",
             )
         )
-    if options.batch_size % mesh.data:
-        raise FitError(
-            lines(
-                f"batch_size is {options.batch_size}",
-                f"expected a multiple of {mesh.data}, the devices along 'data': each takes as many sequences of a micro-step",
-            )
-        )
+    check_batch(options.batch_size, mesh)
     if options.sequence_parallel and options.seq_len % mesh.model:
         raise FitError(
             lines(
                 f"seq_len is {options.seq_len}",
-                f"expected a multiple of {mesh.model}, the devices along 'model', for sequence parallelism",
+                f"expected a multiple of {mesh.model}, the devices along 'model', "
+                "for sequence parallelism",
             )
         )
     if options.sequence_parallel and mesh.model > 1:
@@ -155,42 +164,39 @@ def check_fit(options: StepOptions, plan: TrainingPlan) -> None:
 
 
 def _over_data(placement: Placement, plan: Plan, blocks: Blocks | None) -> Placement:
-    """The same, split over "data" along the last whole dim of a matrix that divides, but never through heads; vectors stay as they are."""
-    parts = plan.mesh.data
+    """The same, split over "data" along the last whole dim of a matrix that divides.
+
+    Heads are never split, and vectors stay as they are.
+    """
+    parts, reason = plan.mesh.data, placement.reason
     if parts == 1 or DATA in placement.axes or len(placement.shape) < 2:
         return placement
     for dim in reversed(range(len(placement.shape))):
         through_heads = blocks is not None and blocks.heads is not None and blocks.dim == dim
-        if (
-            placement.axes[dim] is None
-            and not through_heads
-            and int(placement.shape[dim]) % parts == 0
-        ):
+        divides = int(placement.shape[dim]) % parts == 0
+        if placement.axes[dim] is None and divides and not through_heads:
             axes = tuple(DATA if at == dim else axis for at, axis in enumerate(placement.axes))
-            return replace(
-                placement, axes=axes, reason=f"{placement.reason}; dim {dim} over data (fsdp)"
-            )
-    return replace(
-        placement, reason=f"{placement.reason}; no whole dim divides over data ({parts} devices)"
-    )
+            return replace(placement, axes=axes, reason=f"{reason}; dim {dim} over data (fsdp)")
+    return replace(placement, reason=f"{reason}; no whole dim divides over data ({parts} devices)")
 
 
 def _adapters(weight: Placement, plan: Plan, rank: int) -> list[tuple[Placement, Blocks | None]]:
+    """`lora_A` and `lora_B` of a weight `[O, E]`, each with the blocks that it shares with it."""
     blocks = plan.blocks(weight.name)
     base = weight.name.removesuffix(".weight")
     found = []
     for letter, dim in (("A", 1), ("B", 0)):
         axis = weight.axes[dim] if weight.axes[dim] == MODEL else None
-        whole = (rank, weight.shape[1]) if letter == "A" else (weight.shape[0], rank)
-        source = (rank, weight.source_shape[1]) if letter == "A" else (weight.source_shape[0], rank)
+        size, source_size = weight.shape[dim], weight.source_shape[dim]
+        first = letter == "A"
         placement = Placement(
             name=f"{base}.lora_{letter}.weight",
             kind="parameter",
-            source_shape=source,
-            shape=whole,
-            axes=(None, axis) if letter == "A" else (axis, None),
+            source_shape=(rank, source_size) if first else (source_size, rank),
+            shape=(rank, size) if first else (size, rank),
+            axes=(None, axis) if first else (axis, None),
             style=ADAPTER,
-            reason=f"adapter of {base}: lies as dim {dim} of its weight",
+            reason=f"adapter of {base}: placed as dim {dim} of its weight",
         )
         found.append((placement, blocks if blocks is not None and blocks.dim == dim else None))
     return found

@@ -1,4 +1,7 @@
-"""`RUN/log.jsonl`: one object a step. Written, cut back when a run resumes, read, and passed on to TensorBoard and W&B. No torch."""
+"""A run's log: `RUN/log.jsonl`, one object a step, and the same for TensorBoard and W&B. No torch.
+
+When a run resumes, the log is cut back to the checkpoint's step.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from ..files.disk import Disk, unwritable
 
 NAME = "log.jsonl"
 FLUSH_S = 10.0
-"""TensorBoard's events reach the disk so often, and at the end."""
+"""How often TensorBoard's events are written to the disk; at the end they all are."""
 Entry = dict[str, Any]
 
 
@@ -28,13 +31,17 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Take no more. Raises `RunError` where something of it can't be written."""
+        """Take no more.
+
+        Raises:
+            RunError: a part of it can't be written.
+        """
         ...
 
 
 @contextmanager
 def closing(sinks: list[Sink]) -> Iterator[None]:
-    """Closes what the list has in the end. Where something broke, that is what is heard of."""
+    """Closes what the list has in the end. An error of the body wins over one of closing."""
     try:
         yield
     except BaseException:
@@ -51,7 +58,7 @@ class JsonLog:
 
     Args:
         folder: of the run.
-        steps_done: entries of later steps, which a run that was killed has left, are cut off.
+        steps_done: entries of later steps, left by a run that was killed, are cut off.
         disk: what it is synced with.
 
     Raises:
@@ -63,24 +70,21 @@ class JsonLog:
         self._disk = disk or Disk()
         try:
             if self._path.exists():
-                kept = "".join(
-                    json.dumps(entry) + "\n"
-                    for entry in _whole_entries(self._path)
-                    if entry["step"] <= steps_done
-                )
-                new = folder / f".{NAME}"
-                new.write_text(kept, encoding="utf-8")
-                new.replace(self._path)
+                entries = [
+                    each for each in _whole_entries(self._path) if each["step"] <= steps_done
+                ]
+                kept = "".join(json.dumps(entry) + "\n" for entry in entries)
+                self._disk.replace(self._path, kept.encode())
             self._stream = self._path.open("a", encoding="utf-8")
+            self._disk.sync_folder(folder)
         except OSError as error:
             raise _unwritable(self._path, error) from None
 
     def write(self, entry: Entry) -> None:
         """One line; numbers that JSON doesn't have become null."""
+        line = json.dumps(_plain(entry), allow_nan=False, ensure_ascii=False)
         try:
-            self._stream.write(
-                json.dumps(_plain(entry), allow_nan=False, ensure_ascii=False) + "\n"
-            )
+            self._stream.write(line + "\n")
             self._stream.flush()
         except OSError as error:
             raise _unwritable(self._path, error) from None
@@ -101,9 +105,12 @@ class JsonLog:
 
 
 class TensorBoard:
-    """Event files in `RUN/tensorboard`. A resumed run adds a file, whose steps take the place of those after the checkpoint.
+    """Event files in `RUN/tensorboard`.
 
-    Events are written by this thread: tensorboardX's own would end at the first that can't be, and let the run wait for it for ever.
+    A resumed run adds a file, whose steps take the place of those after the checkpoint.
+
+    This thread writes the events. tensorboardX's own thread ends at the first one that it can't
+    write, and the run would then wait for it for ever.
 
     Raises:
         UsageError: tensorboardX isn't installed.
@@ -122,14 +129,10 @@ class TensorBoard:
                 )
             ) from None
         self._folder, self._flushed = folder / "tensorboard", -math.inf
+        name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{steps_done}"
         with self._written():
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._writer = RecordWriter(
-                str(
-                    self._folder
-                    / f"events.out.tfevents.{int(time.time())}.{platform.node()}.{steps_done}"
-                )
-            )
+            self._writer = RecordWriter(str(self._folder / name))
             self._add(0, file_version="brain.Event:2")
             self._add(steps_done + 1, session_log=SessionLog(status=SessionLog.START))
 

@@ -25,8 +25,6 @@ NAME = "manifest.json"
 FORMAT = "parallama-train"
 VERSION = 1
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
 _MOST_DEVICES = 1 << 20
 """No mesh of ours has more: what a manifest says must not keep a reader busy."""
 
@@ -82,10 +80,7 @@ class BlockRuns(BaseModel):
         """Runs of neighbouring sources."""
         runs: list[tuple[int, int]] = []
         for source in blocks.sources:
-            if runs and (
-                source == EMPTY == runs[-1][0]
-                or (source != EMPTY != runs[-1][0] and source == sum(runs[-1]))
-            ):
+            if runs and _follows(source, *runs[-1]):
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1)
             else:
                 runs.append((source, 1))
@@ -113,13 +108,20 @@ class BlockRuns(BaseModel):
         return held > 0 and self.dim < len(shape) and size == shape[self.dim]
 
 
+def _follows(source: int, first: int, count: int) -> bool:
+    """Whether a source goes on with a run."""
+    if EMPTY in (source, first):
+        return source == first
+    return source == first + count
+
+
 class TensorEntry(BaseModel):
     """One tensor, as it is split over the mesh.
 
     Attributes:
-        shape: over all devices, laid out.
+        shape: over all devices, as placed.
         axes: the mesh axis of every dim.
-        blocks: how the laid-out dim is made from the model's own, where it isn't that.
+        blocks: how the placed dim is made from the model's own, if it isn't the same.
     """
 
     model_config = _STRICT
@@ -145,7 +147,7 @@ class TensorEntry(BaseModel):
         return mesh.first_holders(self.axes)
 
     def part(self, mesh: MeshShape, device: int) -> tuple[slice, ...]:
-        """What of the tensor is a device's."""
+        """Which part of the tensor is a device's."""
         return mesh.local_slices(self.shape, self.axes, device)
 
 
@@ -160,7 +162,10 @@ class DataState(BaseModel):
 
 
 class Rng(BaseModel):
-    """The state of every draw: they are functions of the seed and of the step (or epoch) that is to come, and have no other state."""
+    """The state of every draw.
+
+    Draws are functions of the seed and of the step (or epoch) to come, and have no other state.
+    """
 
     model_config = _STRICT
 
@@ -198,7 +203,7 @@ class Manifest(BaseModel):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """A checkpoint's manifest; its files' sizes agree with it, and their names are such as we write.
+    """A checkpoint's manifest, held against the names and sizes of its files.
 
     Raises:
         CheckpointError: there is none, it can't be read, or a file is missing or of another size.
@@ -222,15 +227,16 @@ def read_manifest(folder: Path) -> Manifest:
                 f"expected {FORMAT}, version {VERSION}",
             )
         ) from None
+    mesh = manifest.mesh
     for name, tensor in manifest.tensors.items():
-        if not tensor.fits(manifest.mesh) or any(
-            f"device-{device}.safetensors" not in manifest.files
-            for device in tensor.holders(manifest.mesh)
+        if not tensor.fits(mesh) or any(
+            f"device-{device}.safetensors" not in manifest.files for device in tensor.holders(mesh)
         ):
             raise CheckpointError(
                 lines(
-                    f"checkpoint {str(folder)!r}: {NAME} has {name!r} of shape {tensor.shape} over {tensor.axes}",
-                    f"expected one that lies on mesh {manifest.mesh}",
+                    f"checkpoint {str(folder)!r}: {NAME} has {name!r} of shape {tensor.shape} "
+                    f"over {tensor.axes}",
+                    f"expected one that is placed on mesh {mesh}",
                 )
             )
     for name, entry in manifest.files.items():
@@ -242,10 +248,11 @@ def read_manifest(folder: Path) -> Manifest:
                     "expected every file that the manifest lists",
                 )
             )
-        if file.stat().st_size != entry.bytes:
+        size = file.stat().st_size
+        if size != entry.bytes:
             raise CheckpointError(
                 lines(
-                    f"checkpoint {str(folder)!r}: file {name!r} has {file.stat().st_size} bytes",
+                    f"checkpoint {str(folder)!r}: file {name!r} has {size} bytes",
                     f"expected {entry.bytes}, by the manifest",
                 )
             )

@@ -1,44 +1,39 @@
-"""How a training step is done. Pure data."""
+"""The options of training that decide how an optimizer step is done, each declared once. Pure.
+
+`parallama train` reads them as keys (`settings`). `plan`, `audit` and `bench` take from here what
+they offer of them.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import UsageError, lines
+from .declared import Declared, option
 
 Remat = Literal["none", "full"] | int
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraOptions:
+class LoraOptions(Declared):
     """Low-rank adapters beside frozen linear weights (Hu et al., "LoRA", 2021).
 
-    Attributes:
-        rank: inner size of an adapter.
-        alpha: an adapter's output is scaled by `alpha / rank`.
-        targets: the linears that get one, by the last part of their name, as PEFT's `target_modules`.
-        dropout: share of an adapter's inputs that are dropped in training.
+    The targets are named by the last part of the linear's name, as PEFT's `target_modules`.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    dropout: float = 0.0
+    rank: int = option(8, "rank of the adapters, which alone are trained", least=1)
+    alpha: float = option(16.0, "the product is scaled by alpha / rank", above=0)
+    targets: tuple[str, ...] = option(
+        ("q_proj", "v_proj"), "modules that get an adapter, by their last name"
+    )
+    dropout: float = option(
+        0.0, "share of an adapter's inputs that is dropped in training", least=0, below=1
+    )
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise UsageError(
-                lines(f"lora rank is {self.rank!r}", "expected a whole number of at least 1")
-            )
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise UsageError(lines(f"lora alpha is {self.alpha!r}", "expected a number above 0"))
-        if not 0 <= self.dropout < 1:
-            raise UsageError(
-                lines(f"lora dropout is {self.dropout!r}", "expected at least 0 and less than 1")
-            )
+        super().__post_init__()
         unknown = [target for target in self.targets if target not in LORA_TARGETS]
         if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
             raise UsageError(
@@ -54,87 +49,48 @@ class LoraOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepOptions:
-    """One optimizer step.
+class StepOptions(Declared):
+    """One optimizer step: `A` micro-steps of `B` sequences of `S` tokens.
 
-    Attributes:
-        batch_size: `B`, sequences of one micro-step over all devices.
-        seq_len: `S`, tokens of a sequence.
-        grad_accum: `A`, micro-steps of one optimizer step. Gradients are of the mean loss of all target tokens of the step.
-        remat: which layers' activations are computed again for the backward pass instead of kept: `none`, `full`, or every n-th layer.
-        fsdp: split weights, gradients and optimizer state over "data" too.
-        sequence_parallel: split norms and residuals over "model" along the sequence.
-        dtype: of products and activations. Weights are kept, and updated, in float32.
-        optimizer: `adamw` (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019) or `sgd`.
-        betas, eps: of AdamW.
-        momentum: of SGD.
-        weight_decay: decoupled for AdamW, added to the gradient for SGD; none on norms and biases.
-        max_grad_norm: gradients are scaled down to this global L2 norm; None leaves them.
-        lora: train adapters, and nothing else; None trains all parameters.
+    AdamW is that of Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
+    Gradients are of the mean loss of all target tokens of the step.
     """
 
-    batch_size: int = 8
-    seq_len: int = 512
-    grad_accum: int = 1
-    remat: Remat = "none"
-    fsdp: bool = False
-    sequence_parallel: bool = False
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = 1.0
-    lora: LoraOptions | None = None
+    batch_size: int = option(4, "sequences of one micro-step, over all devices", least=1)
+    grad_accum: int = option(1, "micro-steps of one optimizer step", least=1)
+    seq_len: int = option(512, "tokens of a sequence", least=2)
+    remat: Remat = option(
+        "none",
+        "recompute activations in the backward pass: none, full, or n for every n-th layer",
+        least=1,
+    )
+    fsdp: bool = option(False, 'weights, gradients and optimizer state are split over "data" too')
+    sequence_parallel: bool = option(
+        False, 'norms and the residual stream are split over "model" along the sequence'
+    )
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "of products and activations; weights are kept, and updated, in float32"
+    )
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "adamw or sgd")
+    beta1: float = option(0.9, "AdamW's decay of the gradient's mean", least=0, below=1)
+    beta2: float = option(0.999, "AdamW's decay of its square's mean", least=0, below=1)
+    eps: float = option(1e-8, "AdamW's epsilon", above=0)
+    momentum: float = option(0.0, "SGD's momentum", least=0, below=1)
+    weight_decay: float = option(
+        0.0,
+        "decoupled for AdamW, added to the gradient for SGD; none on norms and biases",
+        least=0,
+    )
+    max_grad_norm: float | None = option(
+        1.0, "gradients are scaled down to this global L2 norm; null: never", above=0
+    )
+    lora: LoraOptions | None = option(
+        None, "rank, alpha, targets, dropout of adapters; null trains every weight"
+    )
 
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "seq_len", "grad_accum"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UsageError(
-                    lines(f"{name} is {value!r}", "expected a whole number of at least 1")
-                )
-        if self.seq_len < 2:
-            raise UsageError(
-                lines(
-                    "seq_len is 1", "expected at least 2: a token is predicted from those before it"
-                )
-            )
-        if not (self.remat in ("none", "full") or (type(self.remat) is int and self.remat >= 1)):
-            raise UsageError(
-                lines(f"remat is {self.remat!r}", "expected none, full, or n for every n-th layer")
-            )
-        for name, known in (("dtype", ("float32", "bfloat16")), ("optimizer", ("adamw", "sgd"))):
-            if getattr(self, name) not in known:
-                raise UsageError(
-                    lines(f"{name} is {getattr(self, name)!r}", f"expected {' or '.join(known)}")
-                )
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UsageError(
-                lines(
-                    f"betas are {self.betas!r}",
-                    "expected two numbers of at least 0 and less than 1",
-                )
-            )
-        if not 0 <= self.momentum < 1:
-            raise UsageError(
-                lines(f"momentum is {self.momentum!r}", "expected at least 0 and less than 1")
-            )
-        if not (math.isfinite(self.eps) and self.eps > 0):
-            raise UsageError(lines(f"eps is {self.eps!r}", "expected a number above 0"))
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise UsageError(
-                lines(f"weight_decay is {self.weight_decay!r}", "expected a number of at least 0")
-            )
-        if self.max_grad_norm is not None and not (
-            math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0
-        ):
-            raise UsageError(
-                lines(
-                    f"max_grad_norm is {self.max_grad_norm!r}", "expected a number above 0, or none"
-                )
-            )
+    @property
+    def betas(self) -> tuple[float, float]:
+        return self.beta1, self.beta2
 
     def rematerialized(self, layer: int) -> bool:
         """Whether a layer's activations are computed again."""
@@ -153,10 +109,10 @@ class StepResult:
     """What came of one optimizer step.
 
     Attributes:
-        loss: mean over the step's target tokens, in nats, with the weights as they were before it.
+        loss: mean over the step's target tokens, in nats, with the weights before the step.
         grad_norm: global L2 norm of the gradient, before clipping.
         tokens: target tokens.
-        finite: loss and gradient are numbers. Where they aren't, the step left the state as it was.
+        finite: loss and gradient are numbers. If not, the step left the state as it was.
         seconds: from the call to the result.
     """
 

@@ -1,6 +1,7 @@
-"""Documents into sequences of fixed length, in an order that the seed decides, from any position on. Pure; numpy only.
+"""Documents into sequences of fixed length, in an order that the seed decides. Pure; numpy only.
 
-Shapes: `N` documents, `R` rows of an epoch, `S` tokens of a row.
+The order can be taken up at any position. Shapes: `N` documents, `R` rows of an epoch, `S` tokens
+of a row.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import CheckpointError, UsageError, lines
 from .batch import IGNORED, PADDING, Batch
 
 
@@ -49,9 +51,10 @@ class Row:
 
     Attributes:
         ids: token ids; 0 where there is padding.
-        labels: the same, `IGNORED` where nothing is trained on: prompts, padding, and the first token of every document, which nothing precedes.
+        labels: the same, or `IGNORED` where nothing is trained on: in prompts, in padding, and at
+            the first token of every document, which nothing precedes.
         positions: counted from 0 within each document; 0 where there is padding.
-        documents: which of the row's documents each token belongs to, from 0; `PADDING` where there is padding.
+        documents: which of the row's documents each token belongs to, from 0, or `PADDING`.
     """
 
     ids: NDArray[Any]
@@ -71,14 +74,23 @@ def plan_rows(
 ) -> list[list[int]]:
     """Which documents each row of an epoch holds.
 
-    Documents come in an order drawn from (seed, epoch), and each goes into the fullest row that has room for it (best fit, as in
-    Ding et al., 2024, "Fewer Truncations Improve Language Modeling", but in the drawn order). No document is cut. The rows' order is drawn, too.
+    Documents come in an order drawn from (seed, epoch). Each goes into the fullest row that has
+    room for it: best fit, as in Ding et al., 2024, "Fewer Truncations Improve Language Modeling",
+    but in the drawn order. No document is cut. The rows' order is drawn, too.
 
     Args:
         lengths: `[N]`, each from 1 to `seq_len`.
         packing: several documents a row; otherwise one.
-        shuffle: draw both orders; otherwise documents and rows come as they stand.
+        shuffle: draw both orders; otherwise documents and rows keep theirs.
+
+    Raises:
+        UsageError: a length is out of these bounds, or there is none.
     """
+    if not len(lengths) or lengths.min() < 1 or lengths.max() > seq_len:
+        found = f"{lengths.min()} to {lengths.max()} tokens" if len(lengths) else "none"
+        raise UsageError(
+            lines(f"documents to pack: {found}", f"expected some, of 1 to {seq_len} tokens")
+        )
     draw = np.random.default_rng([seed, epoch])
     order = draw.permutation(len(lengths)) if shuffle else np.arange(len(lengths))
     rows: list[list[int]] = []
@@ -105,24 +117,31 @@ def plan_rows(
 
 
 def make_row(documents: Documents, members: list[int], seq_len: int) -> Row:
-    """Lay documents side by side in one row."""
-    ids, labels = np.zeros(seq_len, np.int64), np.full(seq_len, IGNORED, np.int64)
-    positions, numbers = np.zeros(seq_len, np.int64), np.full(seq_len, PADDING, np.int64)
+    """Put documents side by side into one row, which has room for them (see `plan_rows`)."""
+    row = empty_row(seq_len)
     at = 0
     for number, index in enumerate(members):
         tokens, trained = documents.document(index)
-        tokens = np.asarray(
-            tokens, np.int64
-        )  # of unsigned ones numpy would make the label -100 a large number
+        # From unsigned ids numpy would make the label -100 a large number.
+        tokens = np.asarray(tokens, np.int64)
         here = slice(at, at + len(tokens))
-        ids[here] = tokens
-        labels[here] = np.where(trained, tokens, IGNORED)
-        labels[at] = IGNORED
-        positions[here] = np.arange(len(tokens))
-        numbers[here] = number
+        row.ids[here] = tokens
+        row.labels[here] = np.where(trained, tokens, IGNORED)
+        row.labels[at] = IGNORED
+        row.positions[here] = np.arange(len(tokens))
+        row.documents[here] = number
         at += len(tokens)
-    assert at <= seq_len, (at, seq_len)
-    return Row(ids=ids, labels=labels, positions=positions, documents=numbers)
+    return row
+
+
+def empty_row(seq_len: int) -> Row:
+    """A row of padding, which fills up a batch that has too few."""
+    return Row(
+        ids=np.zeros(seq_len, np.int64),
+        labels=np.full(seq_len, IGNORED, np.int64),
+        positions=np.zeros(seq_len, np.int64),
+        documents=np.full(seq_len, PADDING, np.int64),
+    )
 
 
 class Rows:
@@ -135,6 +154,9 @@ class Rows:
 
     Attributes:
         position: of the next row.
+
+    Raises:
+        CheckpointError: the position is behind the last row of its epoch.
     """
 
     def __init__(
@@ -158,6 +180,13 @@ class Rows:
             )
 
         self._planned = planned
+        if self.position.row >= len(self):
+            raise CheckpointError(
+                lines(
+                    f"the checkpoint's place in the data is row {self.position.row}",
+                    f"expected 0 to {len(self) - 1}, the rows of an epoch",
+                )
+            )
 
     def __len__(self) -> int:
         """Rows of the current epoch."""
@@ -172,25 +201,19 @@ class Rows:
             rows = self._planned(self.position.epoch)
             yield make_row(self._documents, rows[self.position.row], self._seq_len)
             row = self.position.row + 1
-            self.position = (
-                Position(epoch=self.position.epoch, row=row)
-                if row < len(rows)
-                else Position(epoch=self.position.epoch + 1)
-            )
+            if row < len(rows):
+                self.position = Position(epoch=self.position.epoch, row=row)
+            else:
+                self.position = Position(epoch=self.position.epoch + 1)
 
 
 def make_batch(rows: list[Row], micro_steps: int) -> Batch:
-    """Rows, in order, as the micro-steps of one optimizer step; their number divides by that of micro-steps."""
+    """Rows, in order, as the micro-steps of one optimizer step.
+
+    The number of rows is a multiple of that of micro-steps.
+    """
     names = ("ids", "labels", "positions", "documents")
     arrays = {name: np.stack([getattr(row, name) for row in rows]) for name in names}
     return Batch(
         **{name: array.reshape(micro_steps, -1, array.shape[-1]) for name, array in arrays.items()}
-    )
-
-
-def empty_row(seq_len: int) -> Row:
-    """A row of padding, which fills up a batch that has too few."""
-    zeros, ignored = np.zeros(seq_len, np.int64), np.full(seq_len, IGNORED, np.int64)
-    return Row(
-        ids=zeros, labels=ignored, positions=zeros, documents=np.full(seq_len, PADDING, np.int64)
     )

@@ -1,6 +1,6 @@
-"""Reading training data: JSONL of chat messages, of prompt and completion, or of text; text files; folders of them. Pure.
+"""Reading training data: JSONL of chats, of prompts with completions, or of text; text files. Pure.
 
-Every record says where it came from, and a wrong one is an error with file and line, never left out.
+Every record says where it came from. A wrong one is an error with file and line, never left out.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def find_files(source: str) -> list[Path]:
     """The files of a data source, in order.
 
     Args:
-        source: a `.jsonl` or `.txt` file, a folder of them (with folders within), or a name of `SHIPPED`.
+        source: a `.jsonl` or `.txt` file, a folder of them (with folders within), or a name of
+            `SHIPPED`.
 
     Raises:
         DataError: it is not there, or holds no such file.
@@ -75,9 +76,10 @@ def find_files(source: str) -> list[Path]:
                 file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()
             )
             if not found:
+                endings = " or ".join(SUFFIXES)
                 raise DataError(
                     lines(
-                        f"data folder {shown(source)} has no files ending in {' or '.join(SUFFIXES)}",
+                        f"data folder {shown(source)} has no files ending in {endings}",
                         "expected at least one",
                     )
                 )
@@ -110,7 +112,9 @@ def find_files(source: str) -> list[Path]:
 
 
 def read_records(path: Path) -> Iterator[tuple[Record, int]]:
-    """The records of one file, each with how many of its bytes were read by then; empty lines of JSONL are passed over.
+    """The records of one file, each with how many of its bytes were read by then.
+
+    Empty lines of JSONL are passed over.
 
     Raises:
         DataError: the file can't be read or is empty, or a line is no record.
@@ -123,9 +127,8 @@ def read_records(path: Path) -> Iterator[tuple[Record, int]]:
             yield Text(text=content.decode("utf-8"), where=str(path)), len(content)
             return
         empty, done = True, 0
-        with (
-            path.open("rb") as stream
-        ):  # as bytes: only \n ends a line of JSONL, not the other characters that Python splits at
+        # As bytes: only \n ends a line of JSONL, not the other characters that Python splits at.
+        with path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
                 done += len(line)
                 if line.strip():
@@ -158,34 +161,23 @@ def parse_line(line: bytes, where: str) -> Record:
 
 
 def parse(document: Any, where: str) -> Record:
-    """A record from a decoded object. Keys beside those of its form are metadata, and not looked at.
+    """A record from a decoded object. Keys beside those of its form are metadata, and not read.
 
     Raises:
         DataError: it is of none of the forms, or of several.
     """
     if not isinstance(document, Mapping):
         raise _bad(where, f"it is {shown(document, 40)}", f"a JSON object, as {_FORMS}")
-    forms = [
-        name
-        for name, keys in (
-            ("messages", ("messages",)),
-            ("prompt", ("prompt", "completion")),
-            ("text", ("text",)),
-        )
-        if any(key in document for key in keys)
-    ]
-    if len(forms) != 1:
-        what = (
-            "several of messages, prompt and text" if forms else "none of messages, prompt and text"
-        )
-        raise _bad(
-            where,
-            f"it has {what} (keys: {listed([str(key) for key in document]) or 'none'})",
-            f"one of {_FORMS}",
-        )
-    if forms == ["messages"]:
+    has_messages, has_text = "messages" in document, "text" in document
+    has_prompt = "prompt" in document or "completion" in document
+    forms = has_messages + has_prompt + has_text
+    if forms != 1:
+        keys = listed([str(key) for key in document]) or "none"
+        what = f"{'several' if forms else 'none'} of messages, prompt and text (keys: {keys})"
+        raise _bad(where, f"it has {what}", f"one of {_FORMS}")
+    if has_messages:
         return Chat(messages=_messages(document["messages"], where), where=where)
-    if forms == ["text"]:
+    if has_text:
         return Text(text=_text(document, "text", where), where=where)
     prompt = document.get("prompt")
     if not isinstance(prompt, str):  # an empty one is fine
@@ -200,18 +192,12 @@ def _messages(given: Any, where: str) -> list[dict[str, str]]:
         )
     messages = []
     for number, message in enumerate(given, 1):
-        role, content = (
-            (message.get("role"), message.get("content"))
-            if isinstance(message, Mapping)
-            else (None, None)
-        )
+        roles = f"a role of {', '.join(ROLES)}"
+        if not isinstance(message, Mapping):
+            raise _bad(where, f"message {number} is {shown(message, 40)}", roles)
+        role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            what = (
-                f"has role {shown(role, 40)}"
-                if isinstance(message, Mapping)
-                else f"is {shown(message, 40)}"
-            )
-            raise _bad(where, f"message {number} {what}", f"a role of {', '.join(ROLES)}")
+            raise _bad(where, f"message {number} has role {shown(role, 40)}", roles)
         if not isinstance(content, str):
             raise _bad(where, f"message {number} has content {shown(content, 40)}", "text")
         messages.append({"role": str(role), "content": content})

@@ -6,7 +6,7 @@ import html
 import importlib.util
 import io
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,12 @@ from .logs import Entry, read_log
 SUFFIXES = (".html", ".png")
 # Okabe and Ito's palette, which colour-blind people can tell apart.
 _OWN, _OTHER = "#0072B2", "#D55E00"
+_STYLE = (
+    "body{font:14px sans-serif;max-width:1000px;margin:2em auto}"
+    "th{text-align:left;padding-right:2em}"
+    "svg{width:100%;height:auto}"
+    "p{white-space:pre-wrap}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +30,7 @@ class Summary:
     """What a run came to.
 
     Attributes:
-        steps: that are in the log.
+        steps: that the log has.
         first_loss, last_loss, least_loss: of training steps.
         eval_loss, eval_perplexity: of the last validation.
         tokens: that were seen.
@@ -98,9 +104,10 @@ def write(run: Path, path: Path) -> None:
     """
     check_target(path)
     entries = read_log(run)
-    content = (
-        _picture(run, entries, "png") if path.suffix == ".png" else _page(run, entries).encode()
-    )
+    if path.suffix == ".png":
+        content = _picture(run, entries, "png")
+    else:
+        content = _page(run, entries).encode()
     try:
         path.write_bytes(content)
     except OSError as error:
@@ -114,37 +121,34 @@ def write(run: Path, path: Path) -> None:
 
 def figures(summary: Summary) -> list[tuple[str, str]]:
     """Names and values to show."""
-    number: Callable[[float | None], str] = lambda value: "-" if value is None else f"{value:,.4g}"  # noqa: E731
+    skipped = f" ({summary.skipped} skipped)" if summary.skipped else ""
+    loss = (
+        f"{_number(summary.first_loss)} to {_number(summary.last_loss)}, "
+        f"least {_number(summary.least_loss)}"
+    )
+    validation = "none"
+    if summary.eval_loss is not None:
+        perplexity = _number(summary.eval_perplexity)
+        validation = f"loss {_number(summary.eval_loss)}, perplexity {perplexity}"
+    speed = f"{summary.tokens_per_s:,.0f} tokens/s, {summary.step_time_s:.3f} s a step (medians)"
     sizes = summary.bytes_per_device
-    rows = [
-        (
-            "steps",
-            f"{summary.steps:,}" + (f" ({summary.skipped} skipped)" if summary.skipped else ""),
-        ),
-        (
-            "loss",
-            f"{number(summary.first_loss)} to {number(summary.last_loss)}, least {number(summary.least_loss)}",
-        ),
-        (
-            "validation",
-            f"loss {number(summary.eval_loss)}, perplexity {number(summary.eval_perplexity)}"
-            if summary.eval_loss is not None
-            else "none",
-        ),
+    held = "-"
+    if sizes:
+        devices = f"{len(sizes)} device{'s' if len(sizes) > 1 else ''}"
+        held = f"{max(sizes):,} on each of {devices}"
+    return [
+        ("steps", f"{summary.steps:,}{skipped}"),
+        ("loss", loss),
+        ("validation", validation),
         ("tokens", f"{summary.tokens:,}"),
-        (
-            "speed",
-            f"{summary.tokens_per_s:,.0f} tokens/s, {summary.step_time_s:.3f} s a step (medians)",
-        ),
+        ("speed", speed),
         ("MFU", "-" if summary.mfu is None else f"{summary.mfu:.1%}"),
-        (
-            "bytes",
-            f"{max(sizes):,} on each of {len(sizes)} device{'s' if len(sizes) > 1 else ''}"
-            if sizes
-            else "-",
-        ),
+        ("bytes", held),
     ]
-    return rows
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.4g}"
 
 
 def _series(entries: Sequence[Entry], name: str) -> list[tuple[int, float]]:
@@ -216,18 +220,20 @@ def _page(run: Path, entries: Sequence[Entry]) -> str:
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
         for name, value in figures(summarize(entries))
     )
-    samples = "".join(
-        f"<h3>step {entry['step']}</h3>"
-        + "".join(
-            f"<p><b>{html.escape(s['prompt'])}</b>{html.escape(s['text'])}</p>"
-            for s in entry["samples"]
-        )
-        for entry in entries
-        if entry.get("samples")
-    )
+    samples = "".join(_samples(entry) for entry in entries if entry.get("samples"))
     title = html.escape(str(run))
-    style = "body{font:14px sans-serif;max-width:1000px;margin:2em auto}th{text-align:left;padding-right:2em}svg{width:100%;height:auto}p{white-space:pre-wrap}"
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>'
-        f"<body><h1>{title}</h1><table>{rows}</table>{drawing}{'<h2>Samples</h2>' + samples if samples else ''}</body></html>\n"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{title}</title><style>{_STYLE}</style></head>"
+        f"<body><h1>{title}</h1><table>{rows}</table>{drawing}"
+        f"{'<h2>Samples</h2>' + samples if samples else ''}</body></html>\n"
     )
+
+
+def _samples(entry: Entry) -> str:
+    """The samples of one step."""
+    texts = "".join(
+        f"<p><b>{html.escape(each['prompt'])}</b>{html.escape(each['text'])}</p>"
+        for each in entry["samples"]
+    )
+    return f"<h3>step {entry['step']}</h3>{texts}"

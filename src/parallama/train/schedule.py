@@ -14,10 +14,11 @@ class Schedule:
     """A learning rate that depends on the step alone.
 
     Attributes:
-        kind: how it falls after the warm-up; `cosine` is that of Loshchilov and Hutter, 2017 (SGDR), without restarts.
+        kind: how it falls after the warm-up. `cosine` is that of Loshchilov and Hutter, 2017
+            (SGDR), without restarts.
         peak: its largest value.
         steps: optimizer steps of the whole run.
-        warmup: steps that it rises for, linearly; step `warmup` is the first at the peak.
+        warmup: steps in which it rises linearly. Step `warmup` is the first at the peak.
         floor: what it falls to, as a share of the peak.
     """
 

@@ -1,136 +1,81 @@
-"""What `parallama train` is told: the keys of its config, read from YAML and `--key value`, checked, and written back. Pure."""
+"""What `parallama train` is told: the keys of its config, from YAML and `--key value`. Pure."""
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from ..errors import FitError, UsageError, cause, lines, listed, shown
+from ..errors import UsageError, cause, lines, listed, shown
 from ..plan.mesh_shape import MeshShape
-from .options import LoraOptions, StepOptions
+from . import yaml_config
+from .declared import REQUIRED, Declared, declarations, option
+from .layout import check_batch
+from .options import StepOptions
 from .schedule import Kind, Schedule
 
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-_STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
+T = TypeVar("T", bound=Declared)
 
 
-class LoraSettings(BaseModel):
-    """Low-rank adapters in place of full weights (Hu et al., 2021)."""
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(StepOptions):
+    """A training run. Every field is a key of the config; those of `StepOptions` are, too."""
 
-    model_config = _STRICT
-
-    rank: Count = Field(8, description="rank of the two factors")
-    alpha: Positive = Field(16.0, description="the product is scaled by alpha / rank")
-    targets: list[str] = Field(
-        ["q_proj", "v_proj"], description="modules that get an adapter, by their last name"
+    model: str = option(REQUIRED, "folder, .gguf file, hub id or shipped name (smollm2)")
+    data: str | tuple[str, ...] = option(
+        REQUIRED,
+        "JSONL or .txt file, a folder of them, shipped:chat, shipped:text, hf:NAME[:SPLIT]; "
+        "or a list",
     )
-    dropout: Share = Field(0.0, description="share of an adapter's inputs that is dropped")
-
-
-class TrainSettings(BaseModel):
-    """A training run. Every field is a key of the config."""
-
-    model_config = _STRICT
-
-    model: str = Field(description="folder, .gguf file, hub id or shipped name (smollm2)")
-    data: str | list[str] = Field(
-        description="JSONL or .txt file, a folder of them, shipped:chat, shipped:text, hf:NAME[:SPLIT]; or a list"
+    out: str = option(REQUIRED, "folder of the run: checkpoints, log.jsonl, the trained model")
+    steps: int = option(REQUIRED, "optimizer steps of the whole run", least=1)
+    mesh: str = option("1x1", "data x model, as 2x4")
+    backend: str = option("cpu", "cpu, tpu, tt, or the path or name of a PJRT plugin")
+    plan: str | None = option(None, "YAML or JSON file of sharding overrides")
+    packing: bool = option(True, "several documents a sequence, each seeing only itself")
+    too_long: Literal["error", "drop", "truncate"] = option(
+        "error", "what becomes of a conversation longer than seq_len"
     )
-    out: str = Field(description="folder of the run: checkpoints, log.jsonl, the trained model")
-    steps: Count = Field(description="optimizer steps of the whole run")
-    mesh: str = Field("1x1", description="data x model, as 2x4")
-    backend: str = Field("cpu", description="cpu, tpu, tt, or the path or name of a PJRT plugin")
-    plan: str | None = Field(None, description="YAML or JSON file of sharding overrides")
-    batch_size: Count = Field(4, description="sequences of one micro-step, over all devices")
-    grad_accum: Count = Field(1, description="micro-steps of one optimizer step")
-    seq_len: Annotated[int, Field(ge=2)] = Field(512, description="tokens of a sequence")
-    packing: bool = Field(True, description="several documents a sequence, each seeing only itself")
-    too_long: Literal["error", "drop", "truncate"] = Field(
-        "error", description="what becomes of a conversation longer than seq_len"
+    seed: int = option(0, "order of the data, adapters, dropout", least=0)
+    lr: float = option(2e-5, "peak learning rate", above=0)
+    schedule: Kind = option("cosine", "cosine, linear or constant, after the warm-up")
+    warmup_steps: int = option(0, "steps of linear warm-up", least=0)
+    min_lr_ratio: float = option(
+        0.0, "what the learning rate falls to, as a share of lr", least=0, most=1
     )
-    seed: Whole = Field(0, description="order of the data, adapters, dropout")
-    lr: Positive = Field(2e-5, description="peak learning rate")
-    schedule: Kind = Field("cosine", description="cosine, linear or constant, after the warm-up")
-    warmup_steps: Whole = Field(0, description="steps of linear warm-up")
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="what the learning rate falls to, as a share of lr"
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop", "what to do at a loss or gradient that is no number"
     )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw or sgd")
-    beta1: Share = Field(0.9, description="AdamW's decay of the gradient's mean")
-    beta2: Share = Field(0.999, description="AdamW's decay of its square's mean")
-    eps: Positive = Field(1e-8, description="AdamW's epsilon")
-    momentum: Share = Field(0.0, description="SGD's momentum")
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        0.0, description="decoupled; none on norms and biases"
+    save_every: int = option(100, "steps between checkpoints; 0: only at the end", least=0)
+    keep_last: int = option(2, "checkpoints that are kept", least=1)
+    allow_nonfinite: bool = option(False, "load weights that hold NaN or infinity, too")
+    async_save: bool = option(True, "write checkpoints while training goes on")
+    resume: str = option(
+        "no", "no, auto (the newest complete checkpoint of out), or a checkpoint's folder"
     )
-    max_grad_norm: Positive | None = Field(
-        1.0, description="gradients are scaled down to this global norm; null: never"
+    eval_data: str | tuple[str, ...] | None = option(None, "validation data, as data")
+    eval_every: int = option(0, "steps between validations; 0: never", least=0)
+    eval_batches: int = option(
+        8, "most batches (of grad_accum x batch_size sequences) of a validation", least=1
     )
-    on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="what to do at a loss or gradient that is no number"
+    sample_every: int = option(0, "steps between samples of generated text; 0: never", least=0)
+    sample_prompts: tuple[str, ...] = option((), "what the samples continue")
+    sample_tokens: int = option(48, "new tokens of a sample", least=1)
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = option(
+        (), "where the log goes besides log.jsonl"
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of products and activations; weights are kept in float32"
-    )
-    remat: Literal["none", "full"] | Count = Field(
-        "none",
-        description="recompute activations in the backward pass: none, full, or of every n-th layer",
-    )
-    fsdp: bool = Field(
-        False, description='weights, gradients and optimizer state are split over "data" too'
-    )
-    sequence_parallel: bool = Field(
-        False, description="norms and the residual stream are split along the sequence"
-    )
-    lora: LoraSettings | None = Field(
-        None, description="rank, alpha, targets, dropout; null trains every weight"
-    )
-    save_every: Whole = Field(100, description="steps between checkpoints; 0: only at the end")
-    keep_last: Count = Field(2, description="checkpoints that are kept")
-    allow_nonfinite: bool = Field(False, description="load weights that hold NaN or infinity, too")
-    async_save: bool = Field(True, description="write checkpoints while training goes on")
-    resume: str = Field(
-        "no",
-        description="no, auto (the newest complete checkpoint of out), or a checkpoint's folder",
-    )
-    eval_data: str | list[str] | None = Field(None, description="validation data, as data")
-    eval_every: Whole = Field(0, description="steps between validations; 0: never")
-    eval_batches: Count = Field(
-        8, description="most batches (of grad_accum x batch_size sequences) of a validation"
-    )
-    sample_every: Whole = Field(0, description="steps between samples of generated text; 0: never")
-    sample_prompts: list[str] = Field([], description="what the samples continue")
-    sample_tokens: Count = Field(48, description="new tokens of a sample")
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(
-        [], description="where the log goes besides log.jsonl"
-    )
-    export: bool = Field(
-        True, description="write OUT/model at the end, a folder that transformers loads"
-    )
-    cache: str = Field("~/.cache/parallama/tokens", description="folder of tokenized data")
+    export: bool = option(True, "write OUT/model at the end, a folder that transformers loads")
+    cache: str = option("~/.cache/parallama/tokens", "folder of tokenized data")
 
     @property
     def sources(self) -> list[str]:
-        return [self.data] if isinstance(self.data, str) else self.data
+        return _sources(self.data)
 
     @property
     def eval_sources(self) -> list[str]:
-        return (
-            []
-            if self.eval_data is None
-            else [self.eval_data]
-            if isinstance(self.eval_data, str)
-            else self.eval_data
-        )
+        return _sources(self.eval_data)
 
     @property
     def mesh_shape(self) -> MeshShape:
@@ -149,30 +94,8 @@ class TrainSettings(BaseModel):
     @property
     def step_options(self) -> StepOptions:
         """How a step is done."""
-        asked = self.lora
-        lora = None
-        if asked is not None:
-            lora = LoraOptions(
-                rank=asked.rank,
-                alpha=asked.alpha,
-                targets=tuple(asked.targets),
-                dropout=asked.dropout,
-            )
         return StepOptions(
-            batch_size=self.batch_size,
-            seq_len=self.seq_len,
-            grad_accum=self.grad_accum,
-            remat=self.remat,
-            fsdp=self.fsdp,
-            sequence_parallel=self.sequence_parallel,
-            dtype=self.dtype,
-            optimizer=self.optimizer,
-            betas=(self.beta1, self.beta2),
-            eps=self.eps,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            lora=lora,
+            **{each.name: getattr(self, each.name) for each in declarations(StepOptions)}
         )
 
 
@@ -181,13 +104,15 @@ def read(path: Path | None, options: Sequence[str] = ()) -> TrainSettings:
 
     Args:
         path: a YAML file.
-        options: `--key value`, `--key=value`, or `--key` for true; `--lora.rank 8` for a key within a key; dashes may stand for underscores.
+        options: `--key value`, `--key=value`, or `--key` for true; `--lora.rank 8` for a key
+            within a key; dashes may stand for underscores.
 
     Raises:
-        UsageError: the file or an option cannot be read, a key is unknown or missing, or a value is not of its kind.
+        UsageError: the file or an option cannot be read, a key is unknown or missing, or a value
+            is not of its kind.
         FitError: the batch doesn't divide over the mesh.
     """
-    document = _document(path) if path is not None else {}
+    document = yaml_config.read_file(path) if path is not None else {}
     for key, text in _pairs(options):
         _set(document, key, text)
     return make(document)
@@ -195,109 +120,29 @@ def read(path: Path | None, options: Sequence[str] = ()) -> TrainSettings:
 
 def make(document: Mapping[str, Any]) -> TrainSettings:
     """Settings from a mapping; see `read` for what it raises."""
-    try:
-        settings = TrainSettings.model_validate(dict(document))
-    except ValidationError as error:
-        raise _complaint(error) from None
+    settings = _build(TrainSettings, document)
     _check(settings)
     return settings
 
 
 def dump(settings: TrainSettings) -> str:
-    """The settings as YAML, defaults included, each key with what it means; `read` gives the same settings back."""
-    document = settings.model_dump()
-    parts = []
-    for name, field in TrainSettings.model_fields.items():
-        text = yaml.dump(
-            {name: document[name]}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000
-        )
-        parts.append(f"# {field.description}\n{text}")
-    return "".join(parts)
+    """The settings as YAML, defaults included, each key with what it means.
+
+    `read` gives the same settings back.
+    """
+    helps = {each.name: each.help for each in declarations(TrainSettings)}
+    return yaml_config.write(settings.to_dict(), helps)
 
 
 def keys() -> list[str]:
     """All keys, in order."""
-    return list(TrainSettings.model_fields)
+    return [each.name for each in declarations(TrainSettings)]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with version 1.2's numbers and truth values (1e-4 is a number, `no` is a word), in which a key may stand only once."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands there twice", key_node.start_mark
-                )
-            seen.add(key if isinstance(key, str) else id(key_node))
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in found
-        if tag
-        not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
-    ]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"true|false|True|False|TRUE|FALSE"), list("tfTF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|nan))"
-    ),
-    list("-+0123456789."),
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that YAML 1.1 or 1.2 would take for something else."""
-
-
-_Dumper.yaml_implicit_resolvers = {
-    first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])
-    + _Loader.yaml_implicit_resolvers.get(first, [])
-    for first in {**yaml.SafeDumper.yaml_implicit_resolvers, **_Loader.yaml_implicit_resolvers}
-}
-
-
-def _load(text: str) -> Any:
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        document = _load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            lines(f"config {str(path)!r} cannot be read: {error.strerror}", "expected a YAML file")
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise UsageError(
-            lines(
-                f"config {str(path)!r} is no YAML: {cause(error)}",
-                "expected lines such as lr: 1e-4",
-            )
-        ) from None
-    document = {} if document is None else document
-    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise UsageError(
-            lines(
-                f"config {str(path)!r} holds {shown(document)}",
-                "expected keys with values, as lr: 1e-4",
-            )
-        )
-    return document
+def _sources(given: str | tuple[str, ...] | None) -> list[str]:
+    if given is None:
+        return []
+    return [given] if isinstance(given, str) else list(given)
 
 
 def _pairs(options: Sequence[str]) -> list[tuple[str, str]]:
@@ -318,23 +163,25 @@ def _pairs(options: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _set(document: dict[str, Any], key: str, text: str) -> None:
-    """Put an option into a document; its text is read as in the file, but for keys that hold text."""
+    """Put an option into a document.
+
+    Its text is read as in the file, but for keys that hold text.
+    """
     first, _, inner = key.partition(".")
-    field = TrainSettings.model_fields.get(first)
     if inner:
         own = document.get(first)
         document[first] = dict(own) if isinstance(own, dict) else {}
         document[first][inner] = _value(key, text)
-    else:
-        kind = None if field is None else field.annotation
-        is_text = kind is str or (kind == str | None and text != "null")
-        document[key] = text if is_text else _value(key, text)
+        return
+    kind = next((each.kind for each in declarations(TrainSettings) if each.name == key), None)
+    is_text = kind is str or (kind == str | None and text != "null")
+    document[key] = text if is_text else _value(key, text)
 
 
 def _value(key: str, text: str) -> Any:
     try:
-        return _load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return yaml_config.parse(text)
+    except yaml_config.BROKEN as error:
         raise UsageError(
             lines(
                 f"--{key} {shown(text)} cannot be read: {cause(error)}",
@@ -343,66 +190,39 @@ def _value(key: str, text: str) -> Any:
         ) from None
 
 
-def _complaint(error: ValidationError) -> UsageError:
-    """The first complaint of pydantic's, in our words."""
-    # An unknown key first: a misspelt one is often missing, too.
-    found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
-    path = ".".join(
-        str(part)
-        for part in found[0]["loc"]
-        if part in keys() or part in LoraSettings.model_fields or isinstance(part, int)
-    )
-    first = found[0]
-    name = str(first["loc"][-1])
-    if first["type"] == "extra_forbidden":
-        inside = [*found[0]["loc"][:-1]]
-        known = list(LoraSettings.model_fields) if inside else keys()
-        near = difflib.get_close_matches(name, known, 1)
-        full = ".".join([*(str(part) for part in inside if part in keys()), name])
-        return UsageError(
-            lines(
-                f"config key {full!r} is unknown",
-                f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}",
+def _build(kind: type[T], document: Mapping[str, Any], within: str = "") -> T:
+    """Options from the keys of a document; `within` is the key that they stand below."""
+    known = {each.name: each for each in declarations(kind)}
+    for key in document:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            raise UsageError(
+                lines(
+                    f"config key {f'{within}{key}'!r} is unknown",
+                    f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}",
+                )
             )
-        )
-    if first["type"] == "missing":
-        names = [str(entry["loc"][-1]) for entry in found if entry["type"] == "missing"]
-        return UsageError(
+    missing = [each.name for each in known.values() if each.required and each.name not in document]
+    if missing:
+        raise UsageError(
             lines(
-                f"config key {listed(names)} is missing",
+                f"config key {listed(missing)} is missing",
                 "give it in the config file or as --key value",
             )
         )
-    key = str(first["loc"][0])
-    expected = " or ".join(
-        dict.fromkeys(
-            entry["msg"].removeprefix("Input should be ")
-            for entry in found
-            if entry["loc"][0] == key
-        )
-    )
-    description = (
-        TrainSettings.model_fields[key].description if key in TrainSettings.model_fields else ""
-    )
-    return UsageError(
-        lines(
-            f"config key {path or key!r} is {shown(first['input'])}",
-            f"expected {expected}",
-            f"{key}: {description}",
-        )
-    )
+    values = {}
+    for key, value in document.items():
+        declared = known[key]
+        if declared.nested is not None and isinstance(value, Mapping):
+            value = _build(declared.nested, value, f"{key}.")
+        called = f"config key {f'{within}{key}'!r}"
+        values[key] = declared.check(value, called, f"{key}: {declared.help}")
+    return kind(**values)
 
 
 def _check(settings: TrainSettings) -> None:
     """What one key alone can't tell."""
-    shape, _ = settings.mesh_shape, settings.step_options
-    if settings.batch_size % shape.data:
-        raise FitError(
-            lines(
-                f"batch_size {settings.batch_size} does not divide over {shape.data} devices along 'data' (mesh {shape})",
-                f"expected a multiple of {shape.data}; batch_size counts the sequences of one micro-step over all devices",
-            )
-        )
+    check_batch(settings.batch_size, settings.mesh_shape)
     if settings.warmup_steps > settings.steps:
         raise UsageError(
             lines(
@@ -411,29 +231,23 @@ def _check(settings: TrainSettings) -> None:
             )
         )
     if not settings.sources or (settings.eval_data is not None and not settings.eval_sources):
+        key = "eval_data" if settings.sources else "data"
         raise UsageError(
             lines(
-                "config key 'data' is an empty list",
+                f"config key {key!r} is an empty list",
                 "expected at least one file, folder or data set",
             )
         )
-    if settings.eval_every and settings.eval_data is None:
-        raise UsageError(
-            lines(
-                f"eval_every is {settings.eval_every}, but there is no eval_data",
-                "expected both, or neither",
-            )
-        )
-    if settings.eval_data is not None and not settings.eval_every:
-        raise UsageError(
-            lines("eval_data is given, but eval_every is 0", "expected both, or neither")
-        )
-    if settings.sample_every and not settings.sample_prompts:
-        raise UsageError(
-            lines(
-                f"sample_every is {settings.sample_every}, but there are no sample_prompts",
-                "expected both, or neither",
-            )
-        )
+    for every, steps, what, verb, given in (
+        ("eval_every", settings.eval_every, "eval_data", "is", settings.eval_data),
+        ("sample_every", settings.sample_every, "sample_prompts", "are", settings.sample_prompts),
+    ):
+        if steps and not given:
+            problem = f"{every} is {steps}, but there {verb} no {what}"
+        elif given and not steps:
+            problem = f"{what} {verb} given, but {every} is 0"
+        else:
+            continue
+        raise UsageError(lines(problem, "expected both, or neither"))
     if not settings.resume:
         raise UsageError(lines("resume is empty", "expected no, auto, or a checkpoint's folder"))

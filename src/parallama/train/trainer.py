@@ -12,7 +12,7 @@ from ..plan.placement import Plan
 from .options import StepOptions
 
 if TYPE_CHECKING:
-    from .torch_xla.step import Trainer
+    from .torch_xla.step import Trainer as Trainer
 
 
 def make_trainer(
@@ -25,9 +25,9 @@ def make_trainer(
     progress: Callable[[int, int], None] | None = None,
     allow_nonfinite: bool = False,
 ) -> Trainer:
-    """A model in training on a mesh; arguments and errors as for `torch_xla.step.Trainer`.
+    """A model in training on a mesh. Arguments and errors are those of `torch_xla.step.Trainer`.
 
-    Training is torch-xla's for now: its passes, reductions and updates are written on autograd.
+    Only torch-xla trains for now: the passes, reductions and updates are written on autograd.
 
     Raises:
         BackendError: the engine has no steps of training.

@@ -247,9 +247,19 @@ def ask_version(library: Path, limit_s: float = _LIMIT_S) -> ApiVersion:
     ended = isolated_process.run_module(
         "parallama.engine.devices.plugins", str(library.absolute()), limit_s=limit_s
     )
-    answer = re.search(r"^PJRT (\d+) (\d+)$", ended.out, re.MULTILINE)
+    # The last line: a plugin may print others while it is loaded.
+    printed = ended.out.strip().splitlines()
+    answer = re.fullmatch(r"PJRT (\d{1,9}) (\d{1,9})", printed[-1]) if printed else None
     if ended.code == 0 and answer:
         return ApiVersion(int(answer[1]), int(answer[2]))
+    if ended.code == 0:
+        last = f"ended with {shown(printed[-1], 160)}" if printed else "printed nothing"
+        raise BackendError(
+            lines(
+                f"plugin {str(library)!r}: the process that loaded it gave no version: it {ended.how} and {last}",
+                f"expected a plugin whose {ENTRY} returns a table of functions",
+            )
+        )
     if ended.code == 1 and ended.last_words:
         raise BackendError(
             lines(

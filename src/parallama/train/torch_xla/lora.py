@@ -1,4 +1,7 @@
-"""Low-rank adapters: how they begin, their dropout, merging, and saving them as PEFT does (Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021)."""
+"""Low-rank adapters: how they begin, their dropout, merging, and saving them as PEFT does.
+
+They are those of Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from pathlib import Path
 
 import torch
 
+from ...files.disk import Disk
 from ...plan.mesh_shape import MODEL
+from ...plan.placement import Blocks
 from ..layout import TrainingPlan
 from ..options import LoraOptions
 
@@ -19,7 +24,10 @@ _MIX = (0x7FEB352D, 0x846CA68B)
 
 
 def initial(plan: TrainingPlan, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Adapters as PEFT begins them: `lora_A` uniform as `torch.nn.Linear` draws its weight, `lora_B` zero. The same for a seed on every mesh."""
+    """Adapters as PEFT begins them, the same for a seed on every mesh.
+
+    `lora_A` is uniform, as `torch.nn.Linear` draws its weight; `lora_B` is zero.
+    """
     for name in plan.adapters:
         shape = tuple(int(size) for size in plan[name].source_shape)
         if name.endswith("lora_B.weight"):
@@ -33,7 +41,13 @@ def initial(plan: TrainingPlan, seed: int) -> Iterator[tuple[str, torch.Tensor]]
 def merge(
     weight: torch.Tensor, low: torch.Tensor, high: torch.Tensor, options: LoraOptions
 ) -> torch.Tensor:
-    """`[O, E]` and its adapter, `[R, E]` and `[O, R]` -> `[O, E]` that does what both did."""
+    """A weight `[O, E]` that does what a weight and its adapter do together.
+
+    Args:
+        weight: `[O, E]`.
+        low: `[R, E]`, `lora_A`.
+        high: `[O, R]`, `lora_B`.
+    """
     return weight + options.scale * (high @ low)
 
 
@@ -43,21 +57,21 @@ def save_adapter(
     options: LoraOptions,
     base_model: str,
 ) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`, which PEFT's `PeftModel.from_pretrained` loads.
+    """Write `adapter_model.safetensors` and `adapter_config.json`.
+
+    PEFT's `PeftModel.from_pretrained` loads them.
 
     Args:
         folder: made if it isn't there.
         adapters: from `Trainer.adapters`.
         base_model: name of the model that they belong to.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    disk = Disk()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {_PREFIX + name: tensor.contiguous() for name, tensor in adapters},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    tensors = {_PREFIX + name: tensor.contiguous() for name, tensor in adapters}
+    disk.replace(folder / "adapter_model.safetensors", save(tensors, {"format": "pt"}))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -70,18 +84,19 @@ def save_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(
-        json.dumps(config, indent=2) + "\n", encoding="utf-8"
-    )
+    disk.replace(folder / "adapter_config.json", json.dumps(config, indent=2).encode() + b"\n")
 
 
 class Dropout:
-    """Dropout of adapters' inputs. What is dropped is hashed from seed, micro-step, module, row, position and feature of the whole batch: the same on every mesh, after a resume, and when a
-    layer is run again for its backward pass.
+    """Dropout of adapters' inputs.
+
+    What is dropped is a hash of seed, micro-step, module, row, position and feature of the whole
+    batch. So it is the same on every mesh, after a resume, and when a layer is run again for its
+    backward pass.
 
     Args:
         count: `[1]`, the number of the micro-step.
-        data_rank, model_rank: `[1]` int64, the device's place.
+        data_rank, model_rank: `[1]` int64, the device's place along each axis.
     """
 
     def __init__(
@@ -94,44 +109,38 @@ class Dropout:
         plan: TrainingPlan,
     ) -> None:
         self._share, self._seed, self._count = share, seed, count.to(torch.int64)
-        self._ranks, self._plan = (data_rank, model_rank), plan
+        self._data_rank, self._model_rank, self._plan = data_rank, model_rank, plan
 
     def __call__(self, x: torch.Tensor, module: str) -> torch.Tensor:
-        """`[B, S, E]`, each device's own."""
+        """`[B, S, E]`, each device's own part."""
         rows, length, features = x.shape
-        data_rank, model_rank = self._ranks
-
-        def places(size: int) -> torch.Tensor:
-            return torch.arange(size, device=x.device)
-
-        row, column = places(rows) + data_rank * rows, places(features)
-        blocks = self._plan.blocks(f"{module}.weight")
-        if self._plan[f"{module}.weight"].axes[1] == MODEL:
-            column = column + model_rank * features
+        weight = f"{module}.weight"
+        places = [torch.arange(size, device=x.device) for size in x.shape]
+        row, column = places[0] + self._data_rank * rows, places[2]
+        if self._plan[weight].axes[1] == MODEL:
+            column = column + self._model_rank * features
+        blocks = self._plan.blocks(weight)
         if blocks is not None and blocks.dim == 1:
-            column = self._source(column, blocks.block, blocks.sources)
-        position = row[:, None] * length + places(length)
-        bits = _mixed(
-            _mixed(
-                _mixed(self._count + _number(f"{self._seed} {module}") % (1 << 31))[:, None, None]
-                + position[..., None]
-            )
-            + column
-        )
+            column = _source(column, blocks)
+        position = row[:, None] * length + places[1]
+        start = self._count + _number(f"{self._seed} {module}") % (1 << 31)
+        bits = _mixed(_mixed(_mixed(start)[:, None, None] + position[..., None]) + column)
         kept = bits >= int(self._share * (1 << 32))
-        return torch.where(
-            kept, x / (1 - self._share), torch.zeros((), dtype=x.dtype, device=x.device)
-        )
+        nothing = torch.zeros((), dtype=x.dtype, device=x.device)
+        return torch.where(kept, x / (1 - self._share), nothing)
 
-    @staticmethod
-    def _source(column: torch.Tensor, block: int, sources: tuple[int, ...]) -> torch.Tensor:
-        """The checkpoint's feature of each laid-out one."""
-        table = torch.tensor([max(source, 0) for source in sources], device=column.device)
-        return table[column // block] * block + column % block
+
+def _source(column: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """The checkpoint's feature of each placed one."""
+    table = torch.tensor([max(source, 0) for source in blocks.sources], device=column.device)
+    return table[column // blocks.block] * blocks.block + column % blocks.block
 
 
 def _mixed(x: torch.Tensor) -> torch.Tensor:
-    """Good bits from a count, in `[0, 2^32)`, as int64 (the 32-bit finalizer "lowbias32" of Chris Wellons' hash prospector)."""
+    """Good bits from a count, in `[0, 2^32)`, as int64.
+
+    This is the 32-bit finalizer "lowbias32" of Chris Wellons' hash prospector.
+    """
     mask = (1 << 32) - 1
     x = x & mask
     x = x ^ (x >> 16)

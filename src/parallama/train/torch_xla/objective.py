@@ -1,8 +1,8 @@
-"""The loss of a vocabulary that is split over devices, and its gradient. See `loss` for why the normaliser is summed in stretches.
+"""The loss over a vocabulary that is split over devices, and its gradient.
 
-Two small collectives a micro-step cross: each position's largest logit, and its normaliser with its target's logit.
-
-Shapes: `N` positions of a device, `V` the device's part of the vocabulary.
+A micro-step needs two small collectives: one for each position's largest logit, one for its
+normaliser and its target's logit. Shapes: `N` positions of a device, `V` the device's part of the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ class _TokenLosses(torch.autograd.Function):
         if mesh is not None:
             top = mesh.all_reduce(top, MODEL, kind="max")
         scores = scores - top
+        # In stretches: see `engine.torch_xla.loss`.
         cut = scores.unflatten(-1, (stretches(scores.shape[-1], 1), -1))
         inner = cut.exp().sum(-1)
-        # A logarithm between the two sums: XLA would merge them into one loop, in which small terms beside 1 vanish.
+        # A logarithm stands between the two sums. XLA would merge them into one loop otherwise, in
+        # which small terms vanish beside 1.
         normaliser = torch.logsumexp(inner.clamp_min(torch.finfo(torch.float32).tiny).log(), dim=-1)
         hit = places[None, :] == targets[:, None]
         own = torch.where(hit, scores, torch.zeros((), device=logits.device)).sum(-1)
@@ -73,6 +75,6 @@ def token_losses(
         targets: `[N]` token ids.
         places: `[V]`, the token id of each of the device's logits.
         real: `[V]`, false where a logit is padding; None if none is.
-        mesh: over whose "model" axis the vocabulary is split, or None if it is whole.
+        mesh: the vocabulary is split over its "model" axis; None if it is whole.
     """
     return _TokenLosses.apply(logits, targets, places, real, mesh)

@@ -1,6 +1,7 @@
-"""Attention within the documents that are packed into a row, for training: no cache, no mask tensor of transformers' making.
+"""Attention within the documents that are packed into a row, for training.
 
-Shapes: `B` rows, `S` positions, `H` query heads, `K` KV heads, `G = H / K`, `M = G * S`, `D` head dim.
+It has no cache, and needs no mask tensor of transformers. Shapes: `B` rows, `S` positions, `H`
+query heads, `K` KV heads, `D` head dim.
 """
 
 from __future__ import annotations
@@ -34,20 +35,18 @@ def packed_attention(
     Returns:
         `[B, S, H, D]` and no weights.
     """
-    assert attention_mask is None
+    assert attention_mask is None  # transformers makes none for an attention of this name
     batch, heads, length, dim = query.shape
     kv_heads = key.shape[1]
     rows = (query * scaling).reshape(batch, kv_heads, (heads // kv_heads) * length, dim)
     places = torch.arange(length, device=query.device)
-    visible = (places[None, :] <= places[:, None])[None] & (
-        documents[:, :, None] == documents[:, None, :]
-    )
+    causal = places[None, :] <= places[:, None]
+    visible = causal[None] & (documents[:, :, None] == documents[:, None, :])
     if sliding_window is not None:
         visible = visible & (places[None, :] > places[:, None] - sliding_window)
     raw = torch.matmul(rows, key.transpose(2, 3)).float().unflatten(2, (-1, length))
-    weights = torch.softmax(
-        torch.where(visible[:, None, None], raw, torch.full((), _HIDDEN, device=raw.device)), dim=-1
-    )
+    hidden = torch.full((), _HIDDEN, device=raw.device)
+    weights = torch.softmax(torch.where(visible[:, None, None], raw, hidden), dim=-1)
     out = torch.matmul(weights.to(query.dtype).flatten(2, 3), value)
     return out.reshape(batch, heads, length, dim).transpose(1, 2), None
 

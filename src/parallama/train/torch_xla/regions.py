@@ -1,8 +1,12 @@
-"""Collectives with gradients, within a manually partitioned region: each device computes on its own part, and only what is asked for crosses.
+"""Collectives with gradients, within a manually partitioned region.
 
-GSPMD puts collectives where it finds them convenient: five all-reduces a layer going back where two are needed, and one over "data" in each micro-step. So a training step is one manually
-partitioned region. The pairs below are those of Shoeybi et al., "Megatron-LM" (2019), section 3, and Korthikanti et al., "Reducing Activation Recomputation in Large
-Transformer Models" (2022), section 4.2.2, for sequence parallelism.
+There each device computes on its own part, and only what is asked for is transferred. GSPMD would
+put collectives where it finds them convenient: five all-reduces a layer in the backward pass, where
+two are needed, and one over "data" in each micro-step.
+
+The pairs below are those of Shoeybi et al., "Megatron-LM" (2019), section 3. For sequence
+parallelism they are those of Korthikanti et al., "Reducing Activation Recomputation in Large
+Transformer Models" (2022), section 4.2.2.
 """
 
 from __future__ import annotations
@@ -20,7 +24,10 @@ _SEQUENCE = 1
 
 
 class _Entered(torch.autograd.Function):
-    """Into what is split over "model": the residual stream as it is, or put together along the sequence. Going back, gradients are summed."""
+    """Forward: the residual stream as it is, or all-gathered along the sequence.
+
+    Backward: gradients are summed over "model".
+    """
 
     @staticmethod
     def forward(
@@ -33,16 +40,15 @@ class _Entered(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = gradients
         with scope(f"{ctx.name}{BACKWARD}"):
-            summed = (
-                ctx.mesh.reduce_scatter(gradient, MODEL, _SEQUENCE)
-                if ctx.along_sequence
-                else ctx.mesh.all_reduce(gradient, MODEL)
-            )
+            summed = leave_forward(gradient, ctx.mesh, along_sequence=ctx.along_sequence)
         return summed, None, None, None
 
 
 class _Left(torch.autograd.Function):
-    """Out of what is split over "model": partial sums are summed, and with sequence parallelism each device keeps its part of the sequence."""
+    """Forward: partial sums are summed over "model".
+
+    With sequence parallelism each device keeps its part of the sequence.
+    """
 
     @staticmethod
     def forward(
@@ -53,17 +59,22 @@ class _Left(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (gradient,) = gradients
         with scope(f"{ctx.name}{BACKWARD}"):
-            return (
-                leave_backward(gradients[0], ctx.mesh, along_sequence=ctx.along_sequence),
-                None,
-                None,
-                None,
-            )
+            own = leave_backward(gradient, ctx.mesh, along_sequence=ctx.along_sequence)
+        return own, None, None, None
 
 
 def enter(x: torch.Tensor, mesh: DeviceMesh, *, along_sequence: bool, name: str) -> torch.Tensor:
-    """`[B, S, E]`, or `[B, S / model, E]` along the sequence, -> `[B, S, E]`, of which each device makes its own part."""
+    """What a module that is split over "model" takes in.
+
+    Args:
+        x: `[B, S, E]`, or `[B, S / model, E]` along the sequence.
+        name: of the module, for the collective's scope.
+
+    Returns:
+        `[B, S, E]`, from which each device computes its own part.
+    """
     return _Entered.apply(x, mesh, along_sequence, name)
 
 

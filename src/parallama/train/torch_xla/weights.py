@@ -1,6 +1,7 @@
-"""A device's part of a weight, and what is computed with it, in the form that XLA:CPU does fast back and forth; docs/log.md has the figures.
+"""A device's part of a weight, and the products with it, in the forms that XLA:CPU does fast.
 
-Gradients of matrices don't go through autograd but into a sink. Shapes: `N` rows, `E` in, `O` out.
+The forms hold for forward and backward; docs/log.md has the figures. Gradients of matrices don't go
+through autograd but into a sink. Shapes: `N` rows, `E` in, `O` out.
 """
 
 from __future__ import annotations
@@ -18,14 +19,24 @@ from ...plan.mesh_shape import DATA
 from ...plan.train_collectives import BACKWARD
 
 LEAST_NATURAL = 16
-"""From so many rows on, XLA:CPU multiplies `x @ W.T` as it stands. `(W @ x.T).T` is a faster product (`linear_products`), but lies turned, and all that is computed from it, back and forth, reads across the grain.
-Below 256 rows it would be faster all the same. It is not used there since XLA:CPU made wrong numbers of it, which it doesn't any more (`flags.cpu_threads`)."""
+"""From so many rows on, a product is computed as `x @ W.T`.
+
+`(W @ x.T).T` is a faster product, but its result is transposed in memory, and all that is computed
+from it reads against that order.
+"""
 MOST_OUTPUTS = 4096
-"""A product with more outputs is done in parts: packing a whole vocabulary against the grain takes as long as multiplying with it."""
+"""A product with more outputs is done in parts of so many.
+
+XLA:CPU packs a transposed weight first; for a whole vocabulary that takes as long as the product.
+"""
 
 
 class _Product(torch.autograd.Function):
-    """`x @ W.T`, `[N, E]` and `[O, E]`. A weight that is split over "data" is put together for the product, and again going back."""
+    """`x @ W.T`, `[N, E]` and `[O, E]`.
+
+    A weight that is split over "data" is all-gathered for the product, and again in the backward
+    pass.
+    """
 
     @staticmethod
     def forward(
@@ -41,15 +52,16 @@ class _Product(torch.autograd.Function):
         with scope(f"{weight.module}{BACKWARD}"):
             if weight.sink is not None:
                 weight.sink(torch.einsum("no,ne->oe", gradient, x))
-            return (
-                (gradient @ weight.whole(gradient) if ctx.needs_input_grad[0] else None),
-                None,
-                None,
-            )
+            needed = ctx.needs_input_grad[0]
+            return gradient @ weight.whole(gradient) if needed else None, None, None
 
 
 class _Scaled(torch.autograd.Function):
-    """`weight * x`, `[E]` and `[..., E]`. XLA:CPU sums over rows by walking down each column; a product with ones goes along the rows, and is not fused into such a walk if it has several rows itself."""
+    """`weight * x`, `[E]` and `[..., E]`.
+
+    The weight's gradient is a sum over rows. XLA:CPU would go down each column for it; a product
+    with ones goes along the rows. With several rows of ones it stays a product.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, x: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
@@ -71,12 +83,13 @@ class Weight:
     """A device's part of a matrix.
 
     Attributes:
-        module: whose it is.
+        module: its name.
         part: as it is stored.
-        gather: the dim along which the parts of the "data" axis are put together, or None.
+        gather: the dim along which the parts of the "data" axis are all-gathered, or None.
         dtype: of products.
         sink: where the gradient goes; None if there is none.
-        anchor: a leaf of autograd's graphs that stands for the weight: a product whose input needs no gradient is gone back through all the same.
+        anchor: a leaf of autograd's graphs that stands for the weight. Because of it autograd also
+            runs the backward of a product whose input needs no gradient.
     """
 
     module: str
@@ -88,7 +101,11 @@ class Weight:
     anchor: torch.Tensor
 
     def whole(self, first: torch.Tensor) -> torch.Tensor:
-        """The weight put together over "data", not before `first` is there: XLA would find the same all-gather in every pass, and keep the first one's result through the step."""
+        """The weight, all-gathered over "data", not before `first` is computed.
+
+        XLA would find the same all-gather in every pass, and keep the first one's result through
+        the whole step.
+        """
         part = self.part.to(self.dtype)
         if self.gather is None or self.mesh.shape.size(DATA) == 1:
             return part
@@ -101,18 +118,15 @@ class Weight:
             return x @ weight.t()
         if x.shape[0] < LEAST_NATURAL:
             return barrier(torch.einsum("oe,ne->on", weight, x)).t()
-        return (
-            torch.cat([x @ part.t() for part in weight.split(MOST_OUTPUTS)], dim=-1)
-            if len(weight) > MOST_OUTPUTS
-            else x @ weight.t()
-        )
+        if len(weight) > MOST_OUTPUTS:
+            return torch.cat([x @ part.t() for part in weight.split(MOST_OUTPUTS)], dim=-1)
+        return x @ weight.t()
 
 
 def product(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """`[..., E]` -> `[..., O]`."""
-    out = _Product.apply(
-        x.reshape(-1, x.shape[-1]), weight, weight.anchor if weight.sink is not None else None
-    )
+    anchor = weight.anchor if weight.sink is not None else None
+    out = _Product.apply(x.reshape(-1, x.shape[-1]), weight, anchor)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -120,6 +134,6 @@ def scaled(weight: torch.Tensor, x: torch.Tensor, one: torch.Tensor) -> torch.Te
     """`[E]` times `[..., E]`, where the weight's gradient is summed over rows by a product.
 
     Args:
-        one: `[1]` fp32, the number 1, which XLA must not know: products with ones it turns back into sums.
+        one: `[1]` fp32, the number 1, which XLA must not know: it makes a product with ones a sum.
     """
     return _Scaled.apply(weight, x, one)

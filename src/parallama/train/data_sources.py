@@ -1,0 +1,120 @@
+"""Where training records come from: files, or a data set of Hugging Face's `datasets`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import UsageError, cause, lines
+from .records import DataError, Record, find_files, parse, read_records
+
+
+class DataSource(Protocol):
+    """Records, and what names their content."""
+
+    @property
+    def size(self) -> int:
+        """How much there is to read: bytes or records."""
+        ...
+
+    def update(self, hashed: Any) -> None:
+        """Add the content to a hash."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[Record, int]]:
+        """Records, each with how much was read by then."""
+        ...
+
+
+def open_source(source: str) -> DataSource:
+    """A data source by its name: `hf:NAME[:SPLIT]`, or as in `records.find_files`.
+
+    Raises:
+        DataError: it is not there, or holds no records.
+        UsageError: the package that reads it is not installed.
+    """
+    return _hugging_face(source) if source.startswith("hf:") else _Files(find_files(source))
+
+
+@dataclass
+class _Files:
+    paths: list[Path]
+
+    @property
+    def size(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+    def update(self, hashed: Any) -> None:
+        """See `DataSource`."""
+        for path in self.paths:
+            try:
+                with path.open("rb") as stream:
+                    hashed.update(hashlib.file_digest(stream, "sha256").digest())
+            except OSError as error:
+                raise DataError(
+                    lines(
+                        f"data file {str(path)!r} cannot be read: {error.strerror}",
+                        "expected a readable file",
+                    )
+                ) from None
+
+    def __iter__(self) -> Iterator[tuple[Record, int]]:
+        done = 0
+        for path in self.paths:
+            for record, read in read_records(path):
+                yield record, done + read
+            done += path.stat().st_size
+
+
+@dataclass
+class _HubRows:
+    rows: Any
+    name: str
+
+    @property
+    def size(self) -> int:
+        return len(self.rows)
+
+    def update(self, hashed: Any) -> None:
+        """See `DataSource`."""
+        hashed.update(str(self.rows._fingerprint).encode())
+
+    def __iter__(self) -> Iterator[tuple[Record, int]]:
+        for number, row in enumerate(self.rows, 1):
+            yield parse(row, f"{self.name} row {number}"), number
+
+
+def _hugging_face(source: str) -> _HubRows:
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError(
+            lines(
+                f"data {source!r} needs the package 'datasets'", "pip install 'parallama[datasets]'"
+            )
+        ) from None
+    name, _, split = source.removeprefix("hf:").partition(":")
+    try:
+        if Path(name, "state.json").is_file():
+            rows = datasets.load_from_disk(name)
+        else:
+            rows = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # of many kinds, network ones among them
+        raise DataError(
+            lines(
+                f"data {source!r} cannot be had: {type(error).__name__}: {cause(error, 120)}",
+                "expected hf:NAME:SPLIT, or a file",
+            )
+        ) from None
+    if not hasattr(rows, "_fingerprint"):
+        raise DataError(
+            lines(
+                f"data {source!r} holds several splits", f"expected one of them, as {source}:train"
+            )
+        )
+    if not len(rows):
+        raise DataError(lines(f"data {source!r}: it is empty", "expected at least one record"))
+    return _HubRows(rows, source)
