@@ -15,8 +15,8 @@ from parallama.engine.sampling_params import SamplingParams
 from parallama.engine.steps import StepKey, cache_names
 from parallama.engine.torch_xla import cache
 from parallama.engine.torch_xla.mesh import DeviceMesh
-from parallama.engine.torch_xla.ops import name_scopes
 from parallama.engine.torch_xla.program import Program
+from parallama.engine.torch_xla.scopes import name_scopes
 from parallama.engine.torch_xla.steps import Steps
 from parallama.files.checkpoint import SafetensorsFolder
 from parallama.inference.programs import ProgramSet, make_programs

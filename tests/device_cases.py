@@ -13,7 +13,7 @@ import torch
 import parallama
 from parallama.engine.sampling_params import SamplingParams
 from parallama.engine.steps import StepKey
-from parallama.engine.torch_xla import block_attention, onednn, ops, products, sampling
+from parallama.engine.torch_xla import attention_products, block_attention, onednn, ops, sampling
 from parallama.engine.torch_xla.counters import compilations
 from parallama.engine.torch_xla.mesh import DeviceMesh
 from parallama.engine.torch_xla.program import Program
@@ -494,7 +494,7 @@ def row_maximum(rows: torch.Tensor) -> torch.Tensor:
     program = Program(
         "maxima",
         mesh,
-        lambda given: {"out": products.row_maximum(mesh, given["rows"])},
+        lambda given: {"out": attention_products.row_maximum(mesh, given["rows"])},
         {"rows": rows.to(mesh.device)},
     )
     return program({"rows": rows.to(mesh.device)})["out"].cpu()

@@ -24,7 +24,7 @@ def main() -> None:
 
     backends.start("cpu", 2)
     from parallama.engine.torch_xla.mesh import DeviceMesh
-    from parallama.engine.torch_xla.ops import optimization_barrier
+    from parallama.engine.torch_xla.ordering import barrier
     from parallama.engine.torch_xla.program import Program
 
     mesh = DeviceMesh("1x2")
@@ -43,10 +43,10 @@ def main() -> None:
             int(sys.argv[1])
         ):  # each an all-reduce, for which the devices wait, and a loop
             hidden = mesh.mark(torch.sin(hidden @ given["layer"].t()), (None, None))
-        hidden = optimization_barrier(hidden)
+        hidden = barrier(hidden)
         return {
             "hidden": hidden,
-            "out": optimization_barrier(torch.einsum("oe,ne->on", given["head"], hidden)),
+            "out": barrier(torch.einsum("oe,ne->on", given["head"], hidden)),
         }
 
     out = Program("long", mesh, step, arguments)(arguments)

@@ -45,7 +45,10 @@ PURE_FILES = {
     "cli/output",
 }
 XLA_FILES = {"engine/torch_xla/*", "bench/recipe"}  # the last is what torch-xla's users write
-ENVIRONMENT_FILES = {"environment", "engine/devices/discovery", "engine/torch_xla/backends"}
+ENVIRONMENT_FILES = {
+    *("environment", "engine/devices/discovery"),
+    *("engine/torch_xla/backends", "engine/torch_xla/xla_output"),
+}
 HEAVY = {"torch", "torch_xla", "transformers", "jax"}
 SHAPELESS_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "config"}
 

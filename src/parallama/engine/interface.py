@@ -1,11 +1,8 @@
 """The door: what the other rooms ask of an engine, and what it gives them. Pure.
 
-An engine puts named tensors on a mesh of devices and runs *steps* on them: named tensors in, named
-tensors out (`steps` lists them). How a step is computed is the engine's own affair, and so is
-everything that comes with it: lazy tensors, marks, order of outputs, compiler flags, libraries.
-
-The numbers of a tensor on the host are a torch tensor. A tensor on the devices is the engine's own
-object: other rooms keep it under its name, hand it back, and ask the engine about it.
+An engine puts named tensors on a mesh of devices and runs *steps* on them, which `engine.steps`
+lists. How a step is computed is the engine's own affair, and so is all that comes with it: lazy
+tensors, marks, the order of outputs, compiler flags, libraries.
 """
 
 from __future__ import annotations
@@ -32,7 +29,11 @@ if TYPE_CHECKING:
 Axes = Sequence[str | None]
 """Of a tensor: for every dim the mesh axis that it is split over, or None."""
 DeviceTensor = Any
-"""A tensor on the devices: the engine's own object. It has `shape`, `dtype` and `element_size()`."""
+"""A tensor on the devices: the engine's own object.
+
+It has `shape`, `dtype` (torch's), `element_size()` and `numel()`, of the whole tensor. Other rooms
+keep it under its name, give it back, and ask the engine for more. On the host, a tensor is torch's.
+"""
 State = Mapping[str, DeviceTensor]
 
 
@@ -62,8 +63,8 @@ class Traits:
     Attributes:
         in_host_memory: what is on the devices is in the host's memory.
         adopts: `Engine.adopt` works.
-        sum_bytes: numbers of fewer bytes are summed and gathered over devices as numbers of so
-            many; 1 where each has its own size.
+        sum_bytes: bytes that a number takes at least while it is summed or gathered over devices;
+            1 where it keeps its own size.
         trains: it has the steps of training.
     """
 
@@ -78,7 +79,7 @@ class Compiled(ABC):
 
     Attributes:
         trace_s: seconds that tracing took.
-        last_run_s: seconds that the last call spent in handing over the work.
+        last_run_s: seconds that the last call took to give the devices their work.
     """
 
     trace_s: float
@@ -86,7 +87,7 @@ class Compiled(ABC):
 
     @abstractmethod
     def __call__(self, state: State) -> dict[str, DeviceTensor]:
-        """Run it. Tensors of the state that come out again are dead: take the new ones.
+        """Run it. What of the cache and `seen` went in is dead: take what comes out.
 
         Raises:
             ProgramError: a tensor has another shape or dtype than the step was compiled for.
@@ -231,6 +232,10 @@ class Engine(ABC):
         with self.lock:
             before = self.compilations()
             yield lambda: self.compilations() - before
+
+    @abstractmethod
+    def reshaped(self, shape: MeshShape) -> Engine:
+        """The same devices, all of them, as a mesh of another shape."""
 
     @abstractmethod
     def wait(self) -> None:

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 from ..errors import UsageError, lines
 
-_SEED_LIMIT = 1 << 64
+_TEMPERATURE = "a number from 0 (greedy) to 100"
+_TOP_K = "a whole number of at least 0 (0: all)"
+_TOP_P = "a number above 0 and at most 1"
+_MIN_P = "a number from 0 to 1"
+_PENALTY = "a number above 0"
+_SEED = "a whole number from 0 to 2^64 - 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,43 +36,17 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        def check(name: str, good: bool, expected: str) -> None:
-            if not good:
-                raise UsageError(
-                    lines(f"{name} is {getattr(self, name)!r}", f"expected {expected}")
-                )
+        warmth, penalty = self.temperature, self.repetition_penalty
+        self._check("temperature", _is_number(warmth) and 0 <= warmth <= 100, _TEMPERATURE)
+        self._check("top_k", _is_whole(self.top_k) and self.top_k >= 0, _TOP_K)
+        self._check("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, _TOP_P)
+        self._check("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, _MIN_P)
+        self._check("repetition_penalty", _is_number(penalty) and penalty > 0, _PENALTY)
+        self._check("seed", _is_whole(self.seed) and 0 <= self.seed < 1 << 64, _SEED)
 
-        def number(value: object) -> bool:
-            return (
-                isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and math.isfinite(value)
-            )
-
-        check(
-            "temperature",
-            number(self.temperature) and 0 <= self.temperature <= 100,
-            "a number from 0 (greedy) to 100",
-        )
-        check(
-            "top_k",
-            isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and self.top_k >= 0,
-            "a whole number of at least 0 (0: all)",
-        )
-        check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1")
-        check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1")
-        check(
-            "repetition_penalty",
-            number(self.repetition_penalty) and self.repetition_penalty > 0,
-            "a number above 0",
-        )
-        check(
-            "seed",
-            isinstance(self.seed, int)
-            and not isinstance(self.seed, bool)
-            and 0 <= self.seed < _SEED_LIMIT,
-            "a whole number from 0 to 2^64 - 1",
-        )
+    def _check(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise UsageError(lines(f"{name} is {getattr(self, name)!r}", f"expected {expected}"))
 
     @property
     def seed_word(self) -> int:
@@ -87,7 +66,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class Mode:
-    """Which parts of the sampler a program contains; rows that need less run through it unchanged."""
+    """Which parts of the sampler a program contains. Rows that need less pass unchanged."""
 
     sample: bool = False
     top_k: bool = False
@@ -104,6 +83,16 @@ class Mode:
 
 
 GREEDY = Mode()
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def mix32(x: int) -> int:

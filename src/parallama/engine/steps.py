@@ -1,4 +1,4 @@
-"""The functional steps of inference by name: what goes in, what comes out, how each tensor is split. Pure.
+"""The functional steps of inference by name: what goes in, what comes out, how it is split. Pure.
 
 A step maps named device tensors to named device tensors. The state of a batch goes in and comes out
 under the same names:
@@ -7,11 +7,20 @@ under the same names:
 - `position` `[B]` int32, where the next token will be written; `done` `[B]` bool;
 - `cache.key.L`, `cache.value.L` `[B, K, T, D]`, the KV cache of layer `L`;
 - `seen` `[B, V]` bool, only where a repetition penalty is used;
-- `span` `[1]` int32, positions of the longest row, only where rotary frequencies follow it;
-- `logits` `[B, V]` fp32, of a decode step, only where they are asked for.
+- `span` `[1]` int32, positions of the longest row, only where rotary frequencies follow it.
 
-Texts that are there already are run at once, without a state: for their logits, or for how likely
-their tokens are.
+The steps:
+
+- `prefill` runs a chunk of each row's prompt: `ids` `[B, S]` int64 from the position `start` `[B]`
+  int32, of which the first `count` `[B]` int32 are the row's. Rows whose prompt ends in it, `final`
+  `[B]` bool, choose a token. It takes `eos` int64, ids that end a row (-1: none), and `PARAMS`.
+- `decode` runs every row's last token and chooses another; rows that are done keep their state. It
+  takes `eos` and `PARAMS`, and gives `logits` `[B, V]` fp32 where they are asked for.
+- `grow` gives the cache with more positions. It takes nothing else.
+- `logits` runs texts at once, without a state: `ids` from `start` to `logits` `[B, S, V]` fp32,
+  split over `LOGITS_AXES`.
+- `score` does, too: with `targets` `[B, S]` int64, the token that is to follow at each position, to
+  `logprobs` `[B, S]` fp32 and `greedy` `[B, S]` bool, whether it is the best one.
 """
 
 from __future__ import annotations
@@ -24,8 +33,10 @@ from ..plan.mesh_shape import DATA, MODEL
 from .sampling_params import GREEDY, Mode
 
 SPAN = "span"
-"""Name of the argument that a step takes for it, `[1]` int32: one more than the largest position in the batch."""
+"""Name of a `[1]` int32: one more than the largest position in the batch."""
 CACHE_AXES = (DATA, MODEL, None, None)
+LOGITS_AXES = (DATA, None, MODEL)
+"""Of the step `logits`, which gives them for every position."""
 STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "token": (DATA,),
     "logprob": (DATA,),
@@ -50,6 +61,10 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "seed": (DATA,),
 }
 PARAMS = ("temperature", "top_k", "top_p", "min_p", "penalty", "seed")
+"""Sampling parameters, `[B]` each: `top_k` and `seed` int32, the others fp32.
+
+`penalty` comes only where `Mode.penalty` is set, the others only where `Mode.sample` is.
+"""
 
 
 def cache_names(layers: int) -> list[str]:

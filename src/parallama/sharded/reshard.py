@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from ..engine.interface import Engine, start
+from ..engine.interface import Engine
 from ..errors import FitError, lines
 from ..host import high_water_bytes, lean_host_memory, restart_high_water, rss_bytes
 from ..plan.mesh_shape import MeshShape
@@ -214,4 +214,4 @@ def another_mesh(mesh: Engine, shape: Engine | MeshShape | str | tuple[int, ...]
         )
     if wanted == mesh.shape:
         return mesh
-    return start(wanted, backend=mesh.backend.name, backend_options=mesh.backend.options)
+    return mesh.reshaped(wanted)

@@ -16,7 +16,7 @@ from typing import Any
 from ...errors import BackendError, cause, lines
 from . import plugins
 
-NAMES = ("cpu", "tpu", "tt")
+NAMES = ("cpu", *plugins.PACKAGES)
 ENTRY_POINTS = "torch_xla.plugins"
 _HINTS = {
     "tpu": ("libtpu is not installed", "on a TPU machine run: pip install 'torch_xla[tpu]==2.9.0'"),
@@ -45,7 +45,9 @@ class Found:
 
 
 def find(name: str) -> Found:
-    """Find a backend's plugin and make sure that it fits; nothing of it is loaded into this process.
+    """Find a backend's plugin and make sure that it fits.
+
+    Nothing of it is loaded into this process.
 
     Raises:
         BackendError: there is none, or it doesn't fit.
@@ -62,13 +64,17 @@ def find(name: str) -> Found:
     if library is None:
         raise missing(name)
     api = plugins.check(library, takes_older_callers=name in plugins.TAKES_OLDER_CALLERS)
-    # Any name does for PJRT_DEVICE, as long as torch_xla has no client of its own for it; it cuts names at underscores.
+    # Any name does for PJRT_DEVICE that torch_xla has no client of its own for. It cuts names at
+    # underscores.
     device = name.upper() if name in NAMES or entry is not None else "PLUGIN"
     return Found(name=name, device=device, library=library.absolute(), api=api, entry=entry)
 
 
 def library_of(name: str) -> Path | None:
-    """The plugin file of a backend that an environment variable (torch_xla's for the TPU, JAX's for any) or a package names."""
+    """The plugin file of a backend that an environment variable or a package names, or None.
+
+    torch_xla has a variable for the TPU, JAX one for any plugin.
+    """
     named = plugins.named_libraries(os.environ.get("PJRT_NAMES_AND_LIBRARY_PATHS", ""))
     given = os.environ.get("TPU_LIBRARY_PATH") if name == "tpu" else None
     given = given or named.get(name)
@@ -106,7 +112,8 @@ def entry_class(name: str) -> Any:
         except Exception as error:  # whatever the package's import raises
             raise BackendError(
                 lines(
-                    f"backend {name!r} is not available: {point.value} does not load: {cause(error)}"
+                    f"backend {name!r} is not available: {point.value} does not load: "
+                    f"{cause(error)}"
                 )
             ) from None
     return None

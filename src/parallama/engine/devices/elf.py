@@ -1,7 +1,8 @@
 """Reading a shared library's header and exported symbols without loading it. Pure.
 
-Only what the dynamic loader itself reads: section headers may have been stripped. The layouts are those of the System V ABI ("Object Files", "Dynamic
-Linking") and, for `DT_GNU_HASH`, of the GNU dynamic linker.
+Only what the dynamic loader itself reads: section headers may have been stripped. The layouts are
+those of the System V ABI ("Object Files", "Dynamic Linking") and, for `DT_GNU_HASH`, of the GNU
+dynamic linker.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ MACHINES = {
 TYPES = {1: "an object file", 2: "a program", 3: "a shared library", 4: "a core dump"}
 _LOAD, _DYNAMIC = 1, 2  # program header types
 _HASH, _STRTAB, _SYMTAB, _GNU_HASH = 4, 5, 6, 0x6FFFFEF5  # tags of the dynamic section
-_SYMBOL = 24
+_SYMBOL = 24  # bytes of a symbol table's entry
+_BOUND = (1, 2)  # global or weak
 
 
 class ElfError(ValueError):
@@ -84,7 +86,7 @@ def exports(path: Path, name: str) -> bool:
     """Whether a 64-bit little-endian shared library defines this dynamic symbol.
 
     Raises:
-        ElfError: a table lies outside of the file, or is missing.
+        ElfError: a table is outside of the file, or missing.
         OSError: it cannot be read.
     """
     header = read_header(path)
@@ -94,7 +96,7 @@ def exports(path: Path, name: str) -> bool:
         try:
             return _Library(data).defines(name.encode())
         except (struct.error, IndexError, OverflowError):
-            raise ElfError("a table lies outside of the file, which may be cut short") from None
+            raise ElfError("a table is outside of the file, which may be cut short") from None
 
 
 class _Library:
@@ -121,39 +123,30 @@ class _Library:
             if tag == 0:
                 break
             self._tags[tag] = value
-        if (
-            not {_STRTAB, _SYMTAB} <= self._tags.keys()
-            or not {_HASH, _GNU_HASH} & self._tags.keys()
-        ):
+        has_symbols = {_STRTAB, _SYMTAB} <= self._tags.keys()
+        if not (has_symbols and {_HASH, _GNU_HASH} & self._tags.keys()):
             raise ElfError("its dynamic section has no symbol table")
-        self._symbols, self._names = (
-            self._place(self._tags[_SYMTAB]),
-            self._place(self._tags[_STRTAB]),
-        )
+        self._symbols = self._place(self._tags[_SYMTAB])
+        self._names = self._place(self._tags[_STRTAB])
 
     def _place(self, address: int) -> int:
         for first, size, place in self._parts:
             if first <= address < first + size:
                 return address - first + place
-        raise ElfError(f"address {address:#x} lies in none of its parts")
+        raise ElfError(f"address {address:#x} is in none of its parts")
 
     def defines(self, name: bytes) -> bool:
         """Look a symbol up as the loader does, through the hash table."""
-        return any(
-            self._is(index, name)
-            for index in (self._gnu_chain(name) if _GNU_HASH in self._tags else self._chain(name))
-        )
+        chain = self._gnu_chain(name) if _GNU_HASH in self._tags else self._chain(name)
+        return any(self._is(index, name) for index in chain)
 
     def _is(self, index: int, name: bytes) -> bool:
         named, info, _, section = struct.unpack_from(
             "<IBBH", self._data, self._symbols + index * _SYMBOL
         )
         place = self._names + named
-        bound = info >> 4 in (
-            1,
-            2,
-        )  # global or weak; section 0 would be a symbol that the library asks for
-        return bound and section != 0 and self._data[place : place + len(name) + 1] == name + b"\0"
+        defined = info >> 4 in _BOUND and section != 0  # of section 0 is what the library asks for
+        return defined and self._data[place : place + len(name) + 1] == name + b"\0"
 
     def _gnu_chain(self, name: bytes) -> list[int]:
         table = self._place(self._tags[_GNU_HASH])

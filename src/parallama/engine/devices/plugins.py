@@ -1,6 +1,7 @@
-"""PJRT plugins: where they are, whether a file is one, and which version of the PJRT API it speaks. Pure.
+"""PJRT plugins: where they are, whether a file is one, its PJRT API version, its options. Pure.
 
-Nothing of a plugin is loaded into this process: the file is read, then `python -m parallama.engine.devices.plugins FILE` asks it for its version.
+Nothing of a plugin is loaded into this process: the file is read, then
+`python -m parallama.engine.devices.plugins FILE` asks it for its version.
 """
 
 from __future__ import annotations
@@ -36,14 +37,19 @@ class ApiVersion:
         return f"{self.major}.{self.minor}"
 
 
-# What torch_xla 2.9.0 speaks: it logs "The framework PJRT API version is 0.75" when it initializes a plugin. libtpu 0.0.21, which it pins, is 0.75 too.
+# What torch_xla 2.9.0 speaks: it logs "The framework PJRT API version is 0.75" when it initializes
+# a plugin. libtpu 0.0.21, which it pins, is 0.75 too.
 SPOKEN = ApiVersion(0, 75)
-# The API's rule (pjrt_c_api.h): another major version is another ABI; a minor version adds fields and functions at the end of structures, so each side
-# can see from `struct_size` what the other knows. Hence
-# - at least 0.57, which "rearranged fields in the PJRT_Api" (the API's changelog): in an older plugin's table torch_xla would call the wrong functions. It
-#   looks itself, but only for 0.29 ("older than the minimum supported version 0.29", XLA's pjrt_api.cc);
-# - at most its own: torch_xla doesn't look, and XLA's own implementation, which most plugins are built on, refuses a caller whose structures are shorter. 0.76
-#   and 0.78 lengthened PJRT_ExecuteOptions, so such a plugin starts, shows its devices, and fails at the first execution ("expected 112, got 80").
+# The API's rule (pjrt_c_api.h): another major version is another ABI. A minor version adds fields
+# and functions at the end of structures, so each side can see from `struct_size` what the other
+# knows. Hence
+# - at least 0.57, which "rearranged fields in the PJRT_Api" (the API's changelog): in an older
+#   plugin's table torch_xla would call the wrong functions. It looks itself, but only for 0.29
+#   ("older than the minimum supported version 0.29", XLA's pjrt_api.cc);
+# - at most its own: torch_xla doesn't look. XLA's own implementation, which most plugins are built
+#   on, refuses a caller whose structures are shorter. 0.76 and 0.78 lengthened PJRT_ExecuteOptions,
+#   so such a plugin starts, shows its devices, and fails at the first execution ("expected 112, got
+#   80").
 OLDEST = ApiVersion(0, 57)
 
 PACKAGES: Mapping[str, tuple[str, str]] = {
@@ -51,7 +57,8 @@ PACKAGES: Mapping[str, tuple[str, str]] = {
     "tt": ("pjrt_plugin_tt", "pjrt_plugin_tt.so"),
 }
 """Backend -> (the package that carries its plugin, the file in it)."""
-# Tenstorrent writes its plugin by hand and builds it for its fork of torch_xla 2.9.0, with headers up to 0.113: it takes shorter structures.
+# Tenstorrent writes its plugin by hand and builds it for its fork of torch_xla 2.9.0, with headers
+# up to 0.113: it takes shorter structures.
 TAKES_OLDER_CALLERS = frozenset({"tt"})
 GROUPS = ("xla_plugins", "jax_plugins")
 """Entry points and namespace packages by which PJRT plugins are found (OpenXLA's and JAX's)."""
@@ -63,11 +70,16 @@ def is_path(backend: str) -> bool:
 
 
 def name_of(library: Path) -> str:
-    """The backend that a plugin file is for: `tpu` and `tt` by their file names, else the file's own name."""
-    return next(
-        (name for name, (_, file) in PACKAGES.items() if file == library.name),
-        library.name.partition(".")[0],
-    )
+    """The backend that a plugin file is for: `tpu` and `tt` by their packages' file names.
+
+    Else the file's own name: up to its first dot, or all of it where that much is the name of a
+    backend that the file isn't.
+    """
+    for name, (_, file) in PACKAGES.items():
+        if file == library.name:
+            return name
+    stem = library.name.partition(".")[0]
+    return library.name if stem == "cpu" or stem in PACKAGES else stem
 
 
 def installed() -> list[str]:
@@ -86,7 +98,8 @@ def named_libraries(text: str) -> dict[str, str]:
 def find(name: str) -> Path | None:
     """The plugin of an installed package, or None.
 
-    Looked for: `libtpu` and `pjrt_plugin_tt`; modules that an entry point of `GROUPS` names; `pjrt_plugin_NAME`, `xla_plugins.NAME` and `jax_plugins.NAME`.
+    Looked for: `libtpu` and `pjrt_plugin_tt`; modules that an entry point of `GROUPS` names;
+    `pjrt_plugin_NAME`, `xla_plugins.NAME` and `jax_plugins.NAME`.
 
     Raises:
         BackendError: the package has several plugins.
@@ -95,9 +108,8 @@ def find(name: str) -> Path | None:
         return None
     if name in PACKAGES:
         package, file = PACKAGES[name]
-        return next(
-            (folder / file for folder in _folders(package) if (folder / file).is_file()), None
-        )
+        paths = (folder / file for folder in _folders(package))
+        return next((path for path in paths if path.is_file()), None)
     points = [
         point.module
         for group in GROUPS
@@ -106,9 +118,8 @@ def find(name: str) -> Path | None:
     found: dict[Path, None] = {}
     for module in (*points, f"pjrt_plugin_{name}", *(f"{group}.{name}" for group in GROUPS)):
         for folder in _folders(module):
-            found |= dict.fromkeys(
-                file.resolve() for file in sorted(folder.glob("*.so")) if _exports(file)
-            )
+            libraries = (file for file in sorted(folder.glob("*.so")) if _exports(file))
+            found |= dict.fromkeys(file.resolve() for file in libraries)
     if len(found) > 1:
         files = [str(file) for file in found]
         raise BackendError(
@@ -171,7 +182,8 @@ def check(library: Path, *, takes_older_callers: bool = False) -> ApiVersion:
         The PJRT API version that it speaks.
 
     Raises:
-        BackendError: it isn't there, no shared library, for another machine, no plugin, can't be loaded, or speaks another version.
+        BackendError: it isn't there, no shared library, for another machine, no plugin, can't be
+            loaded, or speaks another version.
     """
     _check_file(library)
     version = ask_version(library)
@@ -185,7 +197,8 @@ def check(library: Path, *, takes_older_callers: bool = False) -> ApiVersion:
             reason = f"{OLDEST} rearranged the table of functions"
         raise BackendError(
             lines(
-                f"plugin {str(library)!r} speaks PJRT API {version}, torch_xla 2.9.0 speaks {SPOKEN}",
+                f"plugin {str(library)!r} speaks PJRT API {version}, torch_xla 2.9.0 speaks "
+                f"{SPOKEN}",
                 f"expected {OLDEST} to {SPOKEN}: {reason}",
                 "use a release of the plugin that was built for one of these",
             )
@@ -197,49 +210,32 @@ def _check_file(library: Path) -> None:
     shown_path = repr(str(library))
     expected = f"expected the path of a PJRT plugin: a shared library that exports {ENTRY}"
     try:
-        if not library.exists():
-            raise BackendError(lines(f"plugin {shown_path} is not there", expected))
-        if library.is_dir():
-            raise BackendError(lines(f"plugin {shown_path} is a folder", expected))
-        header, own = elf.read_header(library), elf.read_header(Path("/proc/self/exe"))
-        if (header.bits, header.little_endian, header.machine) != (
-            own.bits,
-            own.little_endian,
-            own.machine,
-        ):
-            raise BackendError(
-                lines(
-                    f"plugin {shown_path} is built for {header.platform}",
-                    f"expected {own.platform}, which this Python runs on",
-                )
-            )
-        if header.type != elf.SHARED:
-            raise BackendError(
-                lines(
-                    f"plugin {shown_path} is {elf.TYPES.get(header.type, f'of ELF type {header.type}')}",
-                    expected,
-                )
-            )
-        if not elf.exports(library, ENTRY):
-            raise BackendError(
-                lines(
-                    f"plugin {shown_path} exports no {ENTRY}",
-                    "expected a PJRT plugin; this is another kind of library",
-                )
-            )
+        problem = _problem(library, expected)
     except elf.ElfError as error:
-        raise BackendError(
-            lines(f"plugin {shown_path} is no shared library: {error}", expected)
-        ) from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, BackendError):
-            raise
-        raise BackendError(
-            lines(
-                f"plugin {shown_path} cannot be read: {getattr(error, 'strerror', None) or error}",
-                expected,
-            )
-        ) from None
+        problem = (f"is no shared library: {error}", expected)
+    except (OSError, ValueError) as error:  # ValueError: no path at all, as with a NUL in it
+        problem = (f"cannot be read: {getattr(error, 'strerror', None) or error}", expected)
+    if problem is not None:
+        raise BackendError(lines(f"plugin {shown_path} {problem[0]}", problem[1]))
+
+
+def _problem(library: Path, expected: str) -> tuple[str, str] | None:
+    """What is wrong with a file, and what was expected."""
+    if not library.exists():
+        return "is not there", expected
+    if library.is_dir():
+        return "is a folder", expected
+    header, own = elf.read_header(library), elf.read_header(Path("/proc/self/exe"))
+    if header.platform != own.platform:
+        return (
+            f"is built for {header.platform}",
+            f"expected {own.platform}, which this Python runs on",
+        )
+    if header.type != elf.SHARED:
+        return f"is {elf.TYPES.get(header.type, f'of ELF type {header.type}')}", expected
+    if not elf.exports(library, ENTRY):
+        return f"exports no {ENTRY}", "expected a PJRT plugin; this is another kind of library"
+    return None
 
 
 def ask_version(library: Path, limit_s: float = _LIMIT_S) -> ApiVersion:
@@ -273,7 +269,8 @@ def ask_version(library: Path, limit_s: float = _LIMIT_S) -> ApiVersion:
     limit = f" ({limit_s:g} s)" if ended.code is None else ""
     raise BackendError(
         lines(
-            f"plugin {str(library)!r}: the process that loaded it to ask for its version {ended.how}{limit}",
+            f"plugin {str(library)!r}: the process that loaded it to ask for its version "
+            f"{ended.how}{limit}",
             _indented(ended.last_words),
         )
     )
@@ -284,7 +281,9 @@ def _indented(words: str) -> str:
 
 
 def parse_options(given: Sequence[str]) -> dict[str, OptionValue]:
-    """`key=value` words as the options of a plugin's client: whole numbers, numbers, true and false, and all else text (in double quotes to force it).
+    """`key=value` words as the options of a plugin's client.
+
+    A value is a whole number, a number, true or false, or else text; double quotes force text.
 
     Raises:
         UsageError: no `=`, no key, a key twice, or a number beyond 64 bits.
@@ -321,7 +320,10 @@ def _value(key: str, text: str) -> OptionValue:
 
 
 def _answer(library: str) -> int:
-    """In the child: print the version that a plugin speaks. The places of `struct_size` and the version are the same in all versions since there is one."""
+    """In the child: print the version that a plugin speaks.
+
+    `struct_size` and the version are at the same places in all versions.
+    """
     try:
         get = getattr(ctypes.CDLL(library), ENTRY)
     except (OSError, AttributeError) as error:
@@ -332,7 +334,8 @@ def _answer(library: str) -> int:
     if api is None:
         sys.stderr.write(f"{ENTRY} gave no table of functions\n")
         return 1
-    # PJRT_Api: size_t struct_size, void* extension_start, then PJRT_Api_Version: size_t, void*, int major, int minor.
+    # PJRT_Api: size_t struct_size, void* extension_start, then PJRT_Api_Version: size_t, void*,
+    # int major, int minor.
     if ctypes.c_size_t.from_address(api).value < 40:
         sys.stderr.write(f"{ENTRY} gave a table without a version\n")
         return 1

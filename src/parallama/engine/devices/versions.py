@@ -1,4 +1,7 @@
-"""Which versions are installed, what each wants of the others by its own metadata, and whether that fits. Pure: nothing is imported."""
+"""Which versions are installed, and whether they fit by their own metadata. Pure.
+
+Nothing of them is imported.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from ...errors import BackendError, lines
 TORCH_XLA = "2.9"
 PACKAGES = ("parallama", "torch", "torch_xla", "transformers", "safetensors", "tokenizers")
 SHARDY = "CONVERT_SHLO_TO_SHARDY"
-"""The environment variable by which Tenstorrent's fork of torch_xla converts programs to Shardy; no other torch_xla knows it."""
+"""The environment variable by which Tenstorrent's fork of torch_xla converts programs to Shardy.
+
+No other torch_xla knows it.
+"""
 
 _ONEDNN_SOURCE = "onednn_fusion_thunk.cc"
 """A file of XLA's whose name stands in what was compiled from it."""
@@ -117,7 +123,10 @@ def minor_of(version: str) -> str:
 
 
 def before(version: str | None, release: str) -> bool:
-    """Whether an installed version is older than a release; False if it isn't installed or has a version that can't be read."""
+    """Whether an installed version is older than a release.
+
+    False if it isn't installed, or its version can't be read.
+    """
     try:
         return version is not None and Version(version) < Version(release)
     except InvalidVersion:
@@ -146,17 +155,25 @@ def _want(by: str, spec: str, version: str | None) -> Want:
 
 
 def partitioner() -> str:
-    """`shardy` where the installed torch_xla can convert programs to it, as Tenstorrent's fork does; else `gspmd`."""
+    """`shardy` where the installed torch_xla can convert programs to it, else `gspmd`.
+
+    Tenstorrent's fork can.
+    """
     return "shardy" if _torch_xla_holds(SHARDY) else "gspmd"
 
 
 def onednn_fusions() -> bool:
-    """Whether the XLA:CPU in the installed torch_xla was built with fusions that oneDNN computes, as upstream's is for x86-64."""
+    """Whether the XLA:CPU in the installed torch_xla has fusions that oneDNN computes.
+
+    Upstream's for x86-64 was built with them.
+    """
     return _torch_xla_holds(_ONEDNN_SOURCE)
 
 
 def _torch_xla_holds(words: str) -> bool:
-    for file in importlib.metadata.files("torch_xla") or [] if version_of("torch_xla") else []:
+    if version_of("torch_xla") is None:
+        return False
+    for file in importlib.metadata.files("torch_xla") or []:
         if file.name.startswith("_XLAC") and file.suffix == ".so":
             return _holds(Path(str(file.locate())), words.encode())
     return False

@@ -1,10 +1,14 @@
 """Grouped-query attention for XLA, put into transformers' models through its attention interface.
 
-Scores are contracted with `einsum`, which torch-xla lowers to one dot with batch dims `(B, K)`: `torch.matmul` would merge rows and heads
-into one dim, and when both are split GSPMD gathers the whole cache to do that. KV heads are never repeated.
+KV heads are never repeated, and the cache is read as it is stored.
 
-Shapes: `B` rows, `S` new positions, `T` cache length, `H` query heads, `K` KV heads, `G = H / K`, `D` head dim, `M = G * S`.
+Shapes: `B` rows, `S` new positions, `T` cache length, `H` query heads, `K` KV heads, `G = H / K`,
+`D` head dim, `M = G * S`.
 """
+
+# Scores are contracted with `einsum`, which torch-xla lowers to one dot with batch dims `(B, K)`.
+# `torch.matmul` would merge rows and heads into one dim; when both are split, GSPMD gathers the
+# whole cache to do that.
 
 from __future__ import annotations
 
@@ -18,15 +22,18 @@ import torch
 from ...plan.mesh_shape import DATA
 from ..steps import CACHE_AXES
 from . import block_attention
+from .attention_products import mixture, row_maximum, scores
 from .block_attention import HIDDEN
 from .cache import LayerKV
 from .mesh import DeviceMesh
-from .products import mixture, row_maximum, scores
 
 PLAIN = "parallama"
 CACHED = "parallama_cached"
 STRETCH = 128
-"""Queries of a prompt that are taken at a time on the CPU: what causal attention need not compute is left out."""
+"""Queries of a prompt that are taken at a time on the CPU.
+
+What causal attention need not compute is left out.
+"""
 
 
 def cached_attention(
@@ -41,7 +48,9 @@ def cached_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of new positions over the cache and themselves; writes the new keys and values into the cache.
+    """Attention of new positions over the cache and themselves.
+
+    It writes the new keys and values into the cache.
 
     Args:
         query: `[B, H, S, D]`.
@@ -93,12 +102,9 @@ def _over_all(parts: Sequence[_Mixture]) -> torch.Tensor:
         return parts[0].mixed / parts[0].total
     top = functools.reduce(torch.maximum, [part.top for part in parts])
     scales = [torch.exp(part.top - top) for part in parts]
-    mixed = functools.reduce(
-        torch.add, [part.mixed * scale for part, scale in zip(parts, scales, strict=True)]
-    )
-    return mixed / functools.reduce(
-        torch.add, [part.total * scale for part, scale in zip(parts, scales, strict=True)]
-    )
+    mixed = [part.mixed * scale for part, scale in zip(parts, scales, strict=True)]
+    totals = [part.total * scale for part, scale in zip(parts, scales, strict=True)]
+    return functools.reduce(torch.add, mixed) / functools.reduce(torch.add, totals)
 
 
 def _among_new(
@@ -110,34 +116,41 @@ def _among_new(
     *,
     at_a_time: int,
 ) -> _Mixture:
-    """Causal attention of positions over themselves: `[B, K, G, S, D]` scaled queries, `[B, K, S, D]` keys and values."""
+    """Causal attention of positions over themselves.
+
+    Args:
+        query: scaled, `[B, K, G, S, D]`.
+        key, value: `[B, K, S, D]`.
+        at_a_time: queries of a stretch.
+    """
     new = query.shape[3]
     places = torch.arange(new, device=query.device, dtype=torch.int32)
     parts = []
     for first in range(0, new, at_a_time):
-        # Nothing behind the stretch is seen by it, nor what is before the window of its first position.
+        # A stretch sees nothing behind it, and nothing before the window of its first position.
         last = min(first + at_a_time, new)
         start = 0 if window is None else max(0, first - window + 1)
         seen = _causal(places[None, start:last], places[first:last, None], window)
         part = query[:, :, :, first:last]
         raw = torch.einsum("bkmd,bktd->bkmt", _merged(part), key[:, :, start:last])
-        (weights,), top, total = _exponentials(
-            mesh, [_masked(raw, seen[None].expand(part.shape[0], -1, -1), part.shape[2])]
-        )
+        visible = seen[None].expand(part.shape[0], -1, -1)
+        (weights,), top, total = _exponentials(mesh, [_masked(raw, visible, part.shape[2])])
         mixed = torch.einsum("bkmt,bktd->bkmd", weights.to(query.dtype), value[:, :, start:last])
         parts.append([tensor.reshape(*part.shape[:4], -1) for tensor in (mixed, top, total)])
-    return _Mixture(
-        *(
-            torch.cat(tensors, dim=3) if len(parts) > 1 else tensors[0]
-            for tensors in zip(*parts, strict=True)
-        )
-    )
+    if len(parts) == 1:
+        return _Mixture(*parts[0])
+    return _Mixture(*(torch.cat(tensors, dim=3) for tensors in zip(*parts, strict=True)))
 
 
 def _with_cached(
     query: torch.Tensor, key: LayerKV, value: LayerKV, positions: torch.Tensor, window: int | None
 ) -> torch.Tensor:
-    """Attention of positions `[B, S]` over the cache and themselves; `[B, K, G, S, D]` scaled queries -> the same shape."""
+    """Attention of positions over the cache and themselves, `[B, K, G, S, D]`.
+
+    Args:
+        query: scaled, `[B, K, G, S, D]`.
+        positions: `[B, S]`.
+    """
     assert key.cached is not None and value.cached is not None
     mesh, rows = key.cache.mesh, _merged(query)
     batch, _, group, new, _ = query.shape
@@ -149,14 +162,12 @@ def _with_cached(
         visible = visible & (places[None, None, :] > at[:, :, None] - window)
     seen = _causal(among[None, :], among[:, None], window)
     scores_old = _masked(scores(mesh, rows, key.cached), visible.expand(batch, new, -1), group)
-    scores_new = _masked(
-        torch.einsum("bkmd,bksd->bkms", rows, key.new), seen[None].expand(batch, new, new), group
-    )
+    raw_new = torch.einsum("bkmd,bksd->bkms", rows, key.new)
+    scores_new = _masked(raw_new, seen[None].expand(batch, new, new), group)
     (old, fresh), _, total = _exponentials(mesh, [scores_old, scores_new])
-    out = mixture(mesh, old.to(query.dtype), value.cached) + torch.einsum(
-        "bkms,bksd->bkmd", fresh.to(query.dtype), value.new
-    )
-    return (out / total).reshape(query.shape)
+    out_old = mixture(mesh, old.to(query.dtype), value.cached)
+    out_new = torch.einsum("bkms,bksd->bkmd", fresh.to(query.dtype), value.new)
+    return ((out_old + out_new) / total).reshape(query.shape)
 
 
 def _written(
@@ -167,7 +178,12 @@ def _written(
     positions: torch.Tensor,
     window: int | None,
 ) -> _Mixture:
-    """Attention of positions `[B, S]` over what of the cache is in use; `[B, K, G, S, D]` scaled queries."""
+    """Attention of positions over what of the cache is in use.
+
+    Args:
+        query: scaled, `[B, K, G, S, D]`.
+        positions: `[B, S]`.
+    """
     assert key.cached is not None and value.cached is not None
     rows, keys, values = (
         mesh.enter_manual(tensor, CACHE_AXES)
@@ -179,12 +195,8 @@ def _written(
     )
     shape = query.shape[:4]
     whole = (*shape[:2], shape[2] * shape[3])
-    return _Mixture(
-        *(
-            mesh.leave_manual(part, CACHE_AXES, (*whole, part.shape[3])).reshape(*shape, -1)
-            for part in parts
-        )
-    )
+    left = [mesh.leave_manual(part, CACHE_AXES, (*whole, part.shape[3])) for part in parts]
+    return _Mixture(*(part.reshape(*shape, -1) for part in left))
 
 
 def _merged(query: torch.Tensor) -> torch.Tensor:
@@ -201,15 +213,19 @@ def _causal(key: torch.Tensor, query: torch.Tensor, window: int | None) -> torch
 def _exponentials(
     mesh: DeviceMesh, parts: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Softmax over several parts together, not divided yet: fp32 scores `[..., T_i]` -> weights `[..., T_i]`, the highest score and the sum of weights, `[..., 1]`."""
+    """Softmax over several parts together, not divided yet.
+
+    Args:
+        parts: fp32 scores, `[..., T_i]`.
+
+    Returns:
+        Weights `[..., T_i]`, the highest score and the sum of weights, `[..., 1]` each.
+    """
     tops = [row_maximum(mesh, part) for part in parts]
     top = functools.reduce(torch.maximum, tops)
     weights = [torch.exp(part - top) for part in parts]
-    return (
-        weights,
-        top,
-        functools.reduce(torch.add, [part.sum(-1, keepdim=True) for part in weights]),
-    )
+    sums = [part.sum(-1, keepdim=True) for part in weights]
+    return weights, top, functools.reduce(torch.add, sums)
 
 
 def plain_attention(
@@ -223,10 +239,13 @@ def plain_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention without a cache of ours: `[B, H, S, D]` queries over `[B, K, T, D]` keys and values, under transformers' own mask.
+    """Attention without a cache of ours, under transformers' own mask.
 
     Args:
-        attention_mask: bool `[B, 1, S, T]`, true where visible; None for plain causal attention over `T = S`.
+        query: `[B, H, S, D]`.
+        key, value: `[B, K, T, D]`.
+        attention_mask: bool `[B, 1, S, T]`, true where visible; None for plain causal attention
+            over `T = S`.
 
     Returns:
         `[B, S, H, D]` and no weights.
@@ -234,9 +253,8 @@ def plain_attention(
     batch, heads, new, dim = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     group = heads // kv_heads
-    rows = (query * (dim**-0.5 if scaling is None else scaling)).reshape(
-        batch, kv_heads, group * new, dim
-    )
+    scaled = query * (dim**-0.5 if scaling is None else scaling)
+    rows = scaled.reshape(batch, kv_heads, group * new, dim)
     if attention_mask is None:
         places = torch.arange(length, device=query.device)
         seen = (places[None, :] <= places[length - new :, None]).expand(batch, new, length)
@@ -250,16 +268,17 @@ def plain_attention(
 
 
 def _masked(raw: torch.Tensor, visible: torch.Tensor, group: int) -> torch.Tensor:
-    """Hide what must not be seen: scores `[B, K, G*S, T]`, visible `[B, S, T]`; the result is fp32."""
+    """Hide what must not be seen; the result is fp32.
+
+    Args:
+        raw: scores, `[B, K, M, T]`.
+        visible: `[B, S, T]`.
+    """
     batch, new, length = visible.shape
-    if new == 1:
-        mask = visible[:, None]
-    else:
-        mask = (
-            visible[:, None, None]
-            .expand(batch, 1, group, new, length)
-            .reshape(batch, 1, group * new, length)
-        )
+    mask = visible[:, None]
+    if new > 1:
+        mask = mask[:, :, None].expand(batch, 1, group, new, length)
+        mask = mask.reshape(batch, 1, group * new, length)
     return torch.where(mask, raw.float(), torch.full((), HIDDEN, device=raw.device))
 
 

@@ -1,34 +1,32 @@
-"""Backends: which devices there are and how to start them. Reads and writes environment variables.
+"""Starting a backend's devices, once a process. Reads and writes environment variables.
 
-A process has one backend and one device count for its whole life: torch-xla reads both when it is first used and never again.
+A process has one backend and one device count for its whole life: torch-xla reads both when it is
+first used and never again.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 from ...errors import BackendError, FitError, UsageError, cause, lines
 from ...host import usable_cores
-from ..devices import plugins, versions
-from ..devices.discovery import Found, entry_class, find
+from ..devices import discovery, plugins, versions
 from ..devices.plugins import OptionValue
 from ..interface import Backend
 from . import flags
+from .lean_import import import_torch_xla, runtime_runs
+from .xla_output import hide_warnings, keep_programs
 
 MOST_CPU_DEVICES = 256
-# XLA warns about every program that GSPMD partitions; errors still show. It reads this when torch_xla is imported, and with accelerate installed
-# transformers imports torch_xla: so it is set before either.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Not only once a backend starts: with accelerate installed, transformers imports torch_xla.
+hide_warnings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +34,9 @@ class XlaBackend(Backend):
     """The backend this process runs on.
 
     Attributes:
-        weights_first: products with weights are best written `(W @ x.T).T` (see `products`);
+        weights_first: products with weights are best written `(W @ x.T).T`, see `linear_products`;
             elsewhere XLA picks layouts itself.
-        onednn: products can be handed to oneDNN (`ops.onednn_product`).
+        onednn: products can be given to oneDNN (`ops.onednn_product`).
         one_core_each: there are no more cores than devices, so that nothing is lost where a
             device's product takes one.
     """
@@ -49,7 +47,6 @@ class XlaBackend(Backend):
 
 
 _started: XlaBackend | None = None
-_hlo: tempfile.TemporaryDirectory[str] | None = None
 
 
 def start(
@@ -63,11 +60,13 @@ def start(
     """Start a backend with so many devices, or return the one that runs if it is the same.
 
     Args:
-        name: a name of `NAMES`, the path of a PJRT plugin, or the name of an installed one.
-        devices: virtual devices to make on `cpu` (1 if None); on others it must be what the machine has.
+        name: a name of `discovery.NAMES`, the path of a PJRT plugin, or the name of an installed
+            one.
+        devices: virtual devices to make on `cpu` (1 if None); on others it must be what the machine
+            has.
         options: for the client that a plugin makes (`client_create_options`).
-        keep_hlo: keep what XLA writes about its programs (`written_hlo`).
         grid: data x model, which old releases of Tenstorrent's plugin read from the environment.
+        keep_hlo: keep what XLA writes about its programs (`xla_output`).
 
     Raises:
         BackendError: unknown, not installed, of a version that doesn't fit, or it doesn't start.
@@ -84,54 +83,53 @@ def start(
             )
         )
     if _started is not None:
-        called = plugins.name_of(Path(name)) if plugins.is_path(name) else name
-        if (
-            _started.name != called
-            or devices not in (None, _started.devices)
-            or dict(_started.options) != options
-        ):
-            raise FitError(
-                lines(
-                    f"this process already runs {_started.devices} {_started.name} device(s), not {devices or 'any'} {called} device(s)",
-                    "torch-xla fixes the device count once per process"
-                    if dict(_started.options) == options
-                    else "with other backend options",
-                    "use another process, or a mesh of as many devices",
-                )
-            )
-        if keep_hlo and _hlo is None:
-            _keep_hlo()  # says that it is too late
+        _check_running(_started, name, devices, options)
+        if keep_hlo:
+            keep_programs()  # says that it is too late, unless it was told before
         return _started
     versions.check_torch_xla()
     if keep_hlo:
-        _keep_hlo()
+        keep_programs()
     if name == "cpu":
         _set_flags("cpu")
         _started = _start_cpu(1 if devices is None else devices)
     else:
-        _started = _start_plugin(find(name), devices, options, grid)
+        _started = _start_plugin(discovery.find(name), devices, options, grid)
     return _started
 
 
-def written_hlo() -> set[Path] | None:
-    """The files about programs that XLA has written so far; None where `start` was not to keep any."""
-    return None if _hlo is None else set(Path(_hlo.name).iterdir())
-
-
-def _keep_hlo() -> None:
-    """Have XLA write every program as text, with the names of the modules that its parts come from.
+def _check_running(
+    running: XlaBackend, name: str, devices: int | None, options: dict[str, OptionValue]
+) -> None:
+    """Make sure that the backend that runs is the one that is asked for.
 
     Raises:
-        FitError: torch-xla's runtime is running; it has read its flags already.
+        FitError: it isn't.
     """
-    global _hlo
-    if _runtime_runs():
-        raise FitError(
-            lines(
-                "torch_xla's runtime was started before its programs could be asked for",
-                "use a process of its own",
-            )
+    if plugins.is_path(name):
+        library: Path | None = Path(name).expanduser()
+        called = plugins.name_of(Path(name))
+    else:
+        library = None if running.library is None else discovery.library_of(name)
+        called = name
+    other_file = library is not None and not _is_file_of(running, library)
+    same = not other_file if plugins.is_path(name) else name == running.name
+    if other_file and called == running.name:
+        difference = f"its plugin is {str(running.library)!r}, not {str(library)!r}"
+    elif dict(running.options) != options:
+        difference = "with other backend options"
+    elif not same or devices not in (None, running.devices):
+        difference = "torch-xla fixes the device count once per process"
+    else:
+        return
+    raise FitError(
+        lines(
+            f"this process already runs {running.devices} {running.name} device(s), not "
+            f"{devices or 'any'} {called} device(s)",
+            difference,
+            "use another process, or a mesh of as many devices",
         )
+<<<<<<< HEAD
     _hlo = tempfile.TemporaryDirectory(prefix="parallama-hlo-")
     os.environ["XLA_IR_DEBUG"] = os.environ["XLA_HLO_DEBUG"] = "1"
     given = os.environ.get("XLA_FLAGS", "")
@@ -140,6 +138,17 @@ def _keep_hlo() -> None:
         import torch_xla
 
         torch_xla._XLAC._set_ir_debug(True)
+=======
+    )
+
+
+def _is_file_of(running: XlaBackend, library: Path) -> bool:
+    """Whether a plugin file is the running backend's, by this path or another."""
+    try:
+        return running.library is not None and library.samefile(running.library)
+    except OSError:
+        return False
+>>>>>>> w/f
 
 
 def _set_flags(name: str) -> None:
@@ -156,17 +165,20 @@ def _start_cpu(devices: int) -> XlaBackend:
         "CPU_NUM_DEVICES": str(devices),
         **flags.cpu_threads(devices, usable_cores(), os.environ),
     }
-    if _runtime_runs() and any(os.environ.get(key) != value for key, value in variables.items()):
+    if runtime_runs() and any(os.environ.get(key) != value for key, value in variables.items()):
+        settings = " ".join(f"{key}={value}" for key, value in variables.items())
         raise FitError(
             lines(
-                f"torch_xla's runtime was started before parallama could ask for {devices} CPU device(s)",
-                f"import parallama and load the model first, or set {' '.join(f'{key}={value}' for key, value in variables.items())} yourself",
+                "torch_xla's runtime was started before parallama could ask for "
+                f"{devices} CPU device(s)",
+                f"import parallama and load the model first, or set {settings} yourself",
             )
         )
     os.environ |= variables
-    # Importing torch_xla would load every installed plugin, and some print, or set variables that are for their devices only.
+    # Importing torch_xla would load every installed plugin. Some print, or set variables that are
+    # for their devices only.
     os.environ.setdefault("XLA_REGISTER_INSTALLED_PLUGINS", "0")
-    _import_torch_xla()
+    import_torch_xla()
     _use_spmd(devices)
     return XlaBackend(
         name="cpu",
@@ -177,56 +189,17 @@ def _start_cpu(devices: int) -> XlaBackend:
     )
 
 
-def _runtime_runs() -> bool:
-    """Whether torch-xla has made its client, which reads the environment. Importing it alone doesn't (and accelerate imports it)."""
-    if "torch_xla" not in sys.modules:
-        return False
-    import torch_xla
-
-    return bool(torch_xla._XLAC._xla_runtime_is_initialized())
-
-
-def _import_torch_xla() -> None:
-    """Import torch_xla without two of its modules, unless it is imported already; whoever imports them later gets them.
-
-    They need torch's own compiler (functorch, torch._inductor), which takes longer to import than all the rest. One exports programs as StableHLO: torch_xla takes functions
-    of it, which import it now when they are called. The other replaces torch's GRU, which stays.
-    """
-    if "torch_xla" in sys.modules:
-        return
-    import torch
-
-    gru = ModuleType("torch_xla.experimental.gru")
-    vars(gru)["GRU"] = torch.nn.GRU
-    stand_ins = {each.__name__: each for each in (gru, _ImportedLater("torch_xla.stablehlo"))}
-    sys.modules.update(stand_ins)
-    try:
-        import torch_xla  # noqa: F401
-    finally:
-        for name in stand_ins:
-            del sys.modules[name]
-
-
-class _ImportedLater(ModuleType):
-    """A stand-in for a module, whose functions import it when they are called."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-        def imported_later(*args: Any, **kwargs: Any) -> Any:
-            return getattr(importlib.import_module(self.__name__), name)(*args, **kwargs)
-
-        return imported_later
-
-
 def _start_plugin(
-    found: Found, devices: int | None, options: dict[str, OptionValue], grid: tuple[int, ...] | None
+    found: discovery.Found,
+    devices: int | None,
+    options: dict[str, OptionValue],
+    grid: tuple[int, ...] | None,
 ) -> XlaBackend:
-    if _runtime_runs():
+    if runtime_runs():
         raise FitError(
             lines(
-                f"torch_xla's runtime was started before parallama could ask for backend {found.name!r}",
+                "torch_xla's runtime was started before parallama could ask for backend "
+                f"{found.name!r}",
                 "import parallama and load the model first",
             )
         )
@@ -240,19 +213,9 @@ def _start_plugin(
             os.environ.setdefault(variable, value)
     # Plugins may print; standard output is for our results.
     with redirect_stdout(sys.stderr):
-        _import_torch_xla()
+        import_torch_xla()
         _register(found, options)
-        import torch_xla.runtime as xr
-
-        try:
-            present = xr.global_runtime_device_count()
-        except RuntimeError as error:
-            raise BackendError(
-                lines(
-                    f"backend {found.name!r} does not start: {cause(error)}",
-                    f"plugin: {found.library} (PJRT API {found.api})",
-                )
-            ) from None
+        present = _device_count(found)
     if devices not in (None, present):
         raise FitError(
             lines(
@@ -271,14 +234,27 @@ def _start_plugin(
     )
 
 
-def _register(found: Found, options: dict[str, OptionValue]) -> None:
-    """Tell torch_xla of a plugin: its own class for it where there is one, with our file and options."""
+def _device_count(found: discovery.Found) -> int:
+    """Make the plugin's client, and count its devices."""
+    import torch_xla.runtime as xr
+
+    try:
+        return int(xr.global_runtime_device_count())
+    except RuntimeError as error:
+        raise BackendError(
+            lines(
+                f"backend {found.name!r} does not start: {cause(error)}",
+                f"plugin: {found.library} (PJRT API {found.api})",
+            )
+        ) from None
+
+
+def _register(found: discovery.Found, options: dict[str, OptionValue]) -> None:
+    """Tell torch_xla of a plugin: its own class for it where there is one, our file and options."""
     import torch_xla
     from torch_xla.experimental import plugins as registry
 
-    entry = found.entry
-    if found.name == "tpu":
-        entry = entry_class("tpu")
+    entry = discovery.entry_class("tpu") if found.name == "tpu" else found.entry
     base: Any = registry.DevicePlugin if entry is None else entry
 
     class Plugin(base):  # type: ignore[misc]
@@ -306,7 +282,10 @@ def device_names() -> list[str]:
 
 
 def _use_spmd(devices: int) -> None:
-    """Partition programs over several devices; a single one runs better without, and on Tenstorrent's only without."""
+    """Partition programs over several devices.
+
+    A single one runs better without, and on Tenstorrent's only without.
+    """
     import torch_xla.runtime as xr
 
     if devices > 1:

@@ -1,9 +1,11 @@
 """Attention over the written part of a cache, block by block, in a loop within the program.
 
-One program serves a prompt of any length, and yet a chunk of it costs what it sees, not what the buffer could hold. The softmax is kept running over the blocks
-(Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022).
+One program serves a prompt of any length, and yet a chunk of it costs what it sees, not what the
+buffer could hold. The softmax is kept running over the blocks (Milakov and Gimelshein, "Online
+normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022).
 
-Shapes: `B` rows, `K` KV heads, `M` query rows of a KV head, group by group (`M = G * S`), `S` new positions, `T` cache length, `D` head dim.
+Shapes: `B` rows, `K` KV heads, `M` query rows of a KV head, group by group (`M = G * S`), `S` new
+positions, `T` cache length, `D` head dim.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ from collections.abc import Sequence
 
 import torch
 
+from .attention_products import row_maximum
 from .mesh import DeviceMesh
 from .ops import stretch
-from .products import row_maximum
 from .while_loops import repeat
 
 BLOCK = 256
@@ -33,7 +35,9 @@ def attend(
     new: int,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of new positions over the places of the cache before them. Where devices share the work: of each device's own part.
+    """Attention of new positions over the places of the cache before them.
+
+    Where devices share the work, all tensors are each device's own part.
 
     Args:
         query: scaled, `[B, K, M, D]`.
@@ -43,8 +47,9 @@ def attend(
         window: how far back a position sees, itself included.
 
     Returns:
-        The mixture of values `[B, K, M, D]`, not divided yet, the highest score and the sum of weights, `[B, K, M, 1]` each; all fp32. A row that sees nothing has
-        `HIDDEN` as its highest score: what it is merged with takes its weight to zero.
+        The mixture of values `[B, K, M, D]`, not divided yet, the highest score and the sum of
+        weights, `[B, K, M, 1]` each; all fp32. A row that sees nothing has `HIDDEN` as its highest
+        score: what it is merged with takes its weight to zero.
     """
     length = keys.shape[2]
     block = min(BLOCK, length)
@@ -55,33 +60,28 @@ def attend(
         query, keys, values, starts = given
         mixed, top, total = state
         asked = number * block
-        first = torch.clamp(
-            asked, max=length - block
-        )  # the last block may begin earlier, and shows only what is left
+        # The last block may begin earlier. Of it only what is left is seen.
+        first = torch.clamp(asked, max=length - block)
         place = first + torch.arange(block, dtype=torch.int32, device=query.device)
         start = starts[:, None, None, None]
         seen = (place >= asked) & (place < start)
         if window is not None:
-            position = (
-                start
-                + torch.arange(query.shape[2], dtype=torch.int32, device=query.device)[:, None]
-                % new
-            )
+            rows = torch.arange(query.shape[2], dtype=torch.int32, device=query.device)
+            position = start + rows[:, None] % new
             seen = seen & (place > position - window)
         raw = torch.einsum("bkmd,bktd->bkmt", query, stretch(keys, first, block)).float()
         scores = torch.where(seen, raw, torch.full((), HIDDEN, device=raw.device))
         higher = torch.maximum(top, row_maximum(mesh, scores))
         weights = torch.exp(scores - higher)
         kept = torch.exp(top - higher)
-        added = torch.einsum(
-            "bkmt,bktd->bkmd", weights.to(query.dtype), stretch(values, first, block)
-        )
+        block_values = stretch(values, first, block)
+        added = torch.einsum("bkmt,bktd->bkmd", weights.to(query.dtype), block_values)
         return mixed * kept + added, higher, total * kept + weights.sum(-1, keepdim=True)
 
+    # Zeros made of a device's own part: a constant would not be the device's own.
     nothing = query.float() * 0
     column = nothing[..., :1]
     blocks = (starts.amax(0) + (block - 1)) // block
-    mixed, top, total = repeat(
-        mesh, blocks.int(), body, [query, keys, values, starts], [nothing, column + HIDDEN, column]
-    )
+    given, state = [query, keys, values, starts], [nothing, column + HIDDEN, column]
+    mixed, top, total = repeat(mesh, blocks.int(), body, given, state)
     return mixed, top, total

@@ -1,11 +1,13 @@
-"""The static KV cache: one buffer of keys and one of values a layer, split over rows and heads, written in place.
+"""The static KV cache: buffers of keys and values, split over rows and heads, written in place.
 
-Shapes: keys and values are `[B, K, T, D]`: a position is one stretch of `D` numbers a head, so writing it touches few pages (see also `products`).
-
-A step that both updates a donated buffer and multiplies with it makes XLA copy the buffer, because nothing tells it that the product
-comes first. So attention reads the buffers as they came in, handles the new positions apart, and the write is made to depend on
-attention's result: with that order fixed the update happens in place, for any number of heads and rows a device.
+Each layer has two buffers, `[B, K, T, D]`: a position is one stretch of `D` numbers a head, so
+writing it touches few pages.
 """
+
+# A step that both updates a donated buffer and multiplies with it makes XLA copy the buffer:
+# nothing tells it that the product comes first. So attention reads the buffers as they came in and
+# handles the new positions apart, and the write depends on attention's result. With that order
+# fixed the update happens in place, for any number of heads and rows a device.
 
 from __future__ import annotations
 
@@ -16,41 +18,24 @@ from typing import Any
 import torch
 
 from ...plan.mesh_shape import DATA
-from ..steps import CACHE_AXES, cache_names
+from ..steps import CACHE_AXES
 from .mesh import DeviceMesh
 from .ops import row_update
-
-
-def allocate(
-    mesh: DeviceMesh,
-    layers: int,
-    batch: int,
-    slots: int,
-    head_dim: int,
-    length: int,
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """Zeroed buffers on the devices, by name."""
-    local = (batch // mesh.shape.data, slots // mesh.shape.model, length, head_dim)
-    return {
-        name: mesh.put_shards(lambda _device: torch.zeros(local, dtype=dtype), CACHE_AXES)
-        for name in cache_names(layers)
-    }
+from .ordering import each_after
 
 
 def grow(old: Mapping[str, torch.Tensor], mesh: DeviceMesh, length: int) -> dict[str, torch.Tensor]:
     """A step: the same contents in buffers of `length` positions."""
     grown = {}
     for name, tensor in old.items():
-        grown[name] = mesh.mark(
-            torch.nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[2])), CACHE_AXES
-        )
+        padding = (0, 0, 0, length - tensor.shape[2])
+        grown[name] = mesh.mark(torch.nn.functional.pad(tensor, padding), CACHE_AXES)
     return grown
 
 
 @dataclass(frozen=True)
 class LayerKV:
-    """What `StepCache.update` hands to attention in place of a tensor.
+    """What `StepCache.update` gives to attention in place of a tensor.
 
     Attributes:
         new: `[B, K, S, D]`, the positions of this step.
@@ -70,10 +55,10 @@ class LayerKV:
 
 
 class StepCache:
-    """The cache as transformers' models see it within one step. It lives while the step is traced.
+    """The cache as transformers' models see it within one step. It lives while that is traced.
 
     Args:
-        buffers: by the names of `names`; replaced by their updated versions as the layers write.
+        buffers: by the names of `steps.cache_names`; each is replaced when its layer has written.
         starts: `[B]` int32, where each row's new positions begin.
         fresh: nothing in the buffers is visible yet.
     """
@@ -94,7 +79,7 @@ class StepCache:
         self._fresh = fresh
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Asked by transformers only where it would count positions itself; the steps here always pass them."""
+        """Transformers asks only where it would count positions; the steps here pass them."""
         raise AssertionError("positions are passed explicitly")
 
     def update(
@@ -111,12 +96,16 @@ class StepCache:
     def write(
         self, layer: int, key: torch.Tensor, value: torch.Tensor, after: torch.Tensor
     ) -> None:
-        """Write new positions, `[B, K, S, D]` each; `after` is a tensor of that shape that must be computed before."""
+        """Write new positions, `[B, K, S, D]` each.
+
+        Args:
+            after: must be computed before; of the same shape.
+        """
         if not self.buffers:  # a step that only wants logits
             return
-        order = after * 0
-        self._write(f"cache.key.{layer}", key + order)
-        self._write(f"cache.value.{layer}", value + order)
+        key, value = each_after(after, key, value)
+        self._write(f"cache.key.{layer}", key)
+        self._write(f"cache.value.{layer}", value)
 
     def _write(self, name: str, new: torch.Tensor) -> None:
         mesh, buffer = self.mesh, self.buffers[name]

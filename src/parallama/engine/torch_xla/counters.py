@@ -1,4 +1,4 @@
-"""torch-xla's own counters."""
+"""torch-xla's own counters: programs compiled, operations run on the host."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...errors import FitError, lines
-from ...plan.mesh_shape import MeshShape
+from ...errors import FitError, UsageError, lines
+from ...plan.mesh_shape import DATA, MeshShape
 from ..devices.plugins import OptionValue
 from ..interface import Axes, Engine, Traits
 from . import backends, counters
@@ -59,7 +59,8 @@ class DeviceMesh(Engine):
         if devices is not None and devices != self.shape.devices:
             raise FitError(
                 lines(
-                    f"mesh {self.shape} has {self.shape.devices} devices, but --devices is {devices}",
+                    f"mesh {self.shape} has {self.shape.devices} devices, but --devices is "
+                    f"{devices}",
                     "a mesh covers all devices of the process",
                     f"use a mesh such as 1x{devices}",
                 )
@@ -112,8 +113,16 @@ class DeviceMesh(Engine):
         """
         from torch_xla.utils.dlpack import from_dlpack
 
-        assert self.traits.adopts and tensor.is_contiguous()
-        assert tensor.data_ptr() % _ALIGNMENT == 0
+        aligned = tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0
+        if not (self.traits.adopts and aligned):
+            raise UsageError(
+                lines(
+                    f"a tensor {list(tensor.shape)} cannot be adopted by {self!r}",
+                    f"expected a contiguous one at a multiple of {_ALIGNMENT} bytes, and one CPU "
+                    "device",
+                    "use put",
+                )
+            )
         return from_dlpack(tensor)
 
     def shards(self, tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -135,11 +144,11 @@ class DeviceMesh(Engine):
         ]
 
     def relay(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
-        """See `Engine`."""
-        from . import ops
+        """See `Engine`. Moves bits: XLA:CPU would move 16-bit floats as fp32."""
+        from . import ops, ordering
 
         with self.lock:
-            bits = ops.optimization_barrier(ops.as_bits(tensor.detach().clone()))
+            bits = ordering.barrier(ops.as_bits(tensor.detach().clone()))
             moved = self.mark(bits, axes)
             same = ops.of_bits(moved, tensor.dtype)
             if same is not moved:
@@ -161,6 +170,12 @@ class DeviceMesh(Engine):
         """See `Engine`; lazily run programs count, too."""
         return counters.compilations()
 
+    def reshaped(self, shape: MeshShape) -> DeviceMesh:
+        """See `Engine`."""
+        backend = self.backend
+        name = backend.name if backend.library is None else str(backend.library)
+        return DeviceMesh(shape, backend=name, backend_options=backend.options)
+
     def wait(self) -> None:
         """See `Engine`."""
         import torch_xla.core.xla_model as xm
@@ -174,13 +189,27 @@ class DeviceMesh(Engine):
     # -- for what is traced
 
     def mark(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
-        """Say how a device tensor lies; inside a traced step this pins an intermediate."""
+        """Say how a device tensor is split; inside a traced step this pins an intermediate."""
         if self.spmd:
             self._spmd.mark_sharding(tensor, self._mesh, tuple(axes))
         return tensor
 
+    def mark_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Say that a tensor `[B, ...]` is split over its rows and nothing else."""
+        return self.mark(tensor, (DATA, *(None,) * (tensor.dim() - 1)))
+
+    def resplit(self, tensor: torch.Tensor, before: Axes, after: Axes) -> torch.Tensor:
+        """Within a step: devices exchange a tensor that is split over `before` here, and only here.
+
+        A tensor has one mark, so a copy has the other.
+        """
+        return self.mark(self.mark(tensor, before).clone(), after)
+
     def enter_manual(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
-        """Within a step: from here on `tensor` is each device's own part, and what is computed from it stays there."""
+        """Within a step: from here on `tensor` is each device's own part.
+
+        What is computed from it stays on the device.
+        """
         if not self.spmd:
             return tensor
         return self._spmd.enable_manual_sharding(tensor, tuple(axes), mesh=self._mesh).global_tensor
@@ -198,35 +227,31 @@ class DeviceMesh(Engine):
     def all_reduce(
         self, tensor: torch.Tensor, *axes: str, kind: Literal["sum", "max"] = "sum"
     ) -> torch.Tensor:
-        """Within a manually partitioned region: the sum or maximum of every device's tensor along these axes, on each of them."""
+        """Within a manual region: the sum or maximum of every device's tensor along these axes."""
         axes = tuple(axis for axis in axes if self.shape.size(axis) > 1)
-        return (
-            self._xla._XLAC._xla_spmd_all_reduce(kind, tensor, 1.0, self.shape.groups(*axes))
-            if axes
-            else tensor
-        )
+        if not axes:
+            return tensor
+        groups = self.shape.groups(*axes)
+        return self._xla._XLAC._xla_spmd_all_reduce(kind, tensor, 1.0, groups)
 
     def all_gather(self, tensor: torch.Tensor, axis: str, dim: int) -> torch.Tensor:
-        """Within a manually partitioned region: every device's part along an axis, put together along a dim."""
+        """Within a manual region: every device's part along an axis, put together along a dim."""
         parts = self.shape.size(axis)
         if parts == 1:
             return tensor
-        # torch-xla orders all-gathers by a token: each would wait for the one before, and keep it alive when nobody needs it.
-        self._xla._XLAC._set_all_reduce_token(str(self.device), None)
-        return self._xla._XLAC._xla_all_gather(
-            tensor, dim, parts, self.shape.groups(axis), False, 1, True
-        )
+        from . import ordering
+
+        groups = self.shape.groups(axis)
+        with ordering.unchained(self.device):
+            return self._xla._XLAC._xla_all_gather(tensor, dim, parts, groups, False, 1, True)
 
     def reduce_scatter(self, tensor: torch.Tensor, axis: str, dim: int) -> torch.Tensor:
-        """Within a manually partitioned region: each device's part, along a dim, of the sum of all tensors along an axis."""
+        """Within a manual region: each device's part, along a dim, of the sum along an axis."""
         parts = self.shape.size(axis)
-        return (
-            self._xla._XLAC._xla_spmd_reduce_scatter(
-                "sum", tensor, 1.0, dim, parts, self.shape.groups(axis)
-            )
-            if parts > 1
-            else tensor
-        )
+        if parts == 1:
+            return tensor
+        groups = self.shape.groups(axis)
+        return self._xla._XLAC._xla_spmd_reduce_scatter("sum", tensor, 1.0, dim, parts, groups)
 
     def run(self) -> None:
         """Compute everything that was traced so far and not run yet, in one program."""

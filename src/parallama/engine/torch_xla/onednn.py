@@ -1,13 +1,16 @@
-"""HLO of a product that XLA:CPU hands to oneDNN, as the bytes of an `HloModuleProto` (openxla/xla, `xla/service/hlo.proto`). Pure.
+"""HLO of a product that XLA:CPU gives to oneDNN, as the bytes of an `HloModuleProto`. Pure.
 
-XLA:CPU has a fusion that a oneDNN graph computes. It makes one itself only under a flag that holds for every product of the process, and then also of products that oneDNN
-refuses once they run. Written into the program as it stands after that pass, the fusion is for this product alone. torch-xla's builder has no fusions, so the module is written out.
+The messages are those of openxla/xla, `xla/service/hlo.proto`.
 """
+
+# XLA:CPU has a fusion that a oneDNN graph computes. It makes one itself only under a flag that
+# holds for every product of the process, and then also of products that oneDNN refuses once they
+# run. Written into the program as it stands after that pass, the fusion is for this product alone.
+# torch-xla's builder has no fusions, so the module is written out.
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache
 
 Shape = tuple[int, ...]
 
@@ -15,34 +18,30 @@ _F32 = 11  # of PrimitiveType in xla_data.proto
 _KIND = '{"fusion_config":{"kind":"__onednn_fusion"}}'
 
 
-@cache
 def product(left: Shape, right: Shape) -> bytes:
-    """The module of `[..., O, E]` x `[..., E, N]` -> `[..., O, N]`, all fp32, whose leading dims are the same and which lie row by row: all that oneDNN takes of XLA."""
+    """The module of `[..., O, E]` x `[..., E, N]` -> `[..., O, N]`, all fp32.
+
+    Leading dims are the same, and tensors are stored row by row: all that oneDNN takes of XLA.
+    """
     batch = left[:-2]
-    assert right[:-2] == batch and right[-2] == left[-1]
+    assert right[:-2] == batch and right[-2] == left[-1], (left, right)
     out = (*batch, left[-2], right[-1])
     shapes = (left, right)
     # A number is given once, to computations and instructions alike, and a name ends with it.
     fused, entry = 7, 8
-    dims = (
-        _packed(1, [len(batch) + 1])
-        + _packed(2, [len(batch)])
-        + _packed(3, range(len(batch)))
-        + _packed(4, range(len(batch)))
-    )
+    contracted = _packed(1, [len(batch) + 1]) + _packed(2, [len(batch)])
+    dims = contracted + _packed(3, range(len(batch))) + _packed(4, range(len(batch)))
     dot = _instruction("product", "dot", 3, out, _field(30, dims) + _packed(36, [1, 2]))
     config = _field(11, "kCustom") + _packed(36, [4, 5]) + _packed(38, [fused]) + _field(43, _KIND)
     fusion = _instruction("onednn", "fusion", 6, out, config)
+    inner = _computation("product", fused, [*_parameters(shapes, 1), dot], 3, shapes, out)
+    outer = _computation("entry", entry, [*_parameters(shapes, 4), fusion], 6, shapes, out)
     return b"".join(
         [
             _field(1, "parallama_product"),
             _field(2, f"entry.{entry}"),
-            _field(
-                3, _computation("product", fused, [*_parameters(shapes, 1), dot], 3, shapes, out)
-            ),
-            _field(
-                3, _computation("entry", entry, [*_parameters(shapes, 4), fusion], 6, shapes, out)
-            ),
+            _field(3, inner),
+            _field(3, outer),
             _field(4, _program_shape(shapes, out)),
             _field(6, entry),
         ]
@@ -65,23 +64,13 @@ def _computation(
     out: Shape,
 ) -> bytes:
     body = b"".join(_field(2, instruction) for instruction in instructions)
-    return (
-        _field(1, f"{name}.{number}")
-        + body
-        + _field(4, _program_shape(shapes, out))
-        + _field(5, number)
-        + _field(6, root)
-    )
+    end = _field(4, _program_shape(shapes, out)) + _field(5, number) + _field(6, root)
+    return _field(1, f"{name}.{number}") + body + end
 
 
 def _instruction(name: str, opcode: str, number: int, shape: Shape, more: bytes) -> bytes:
-    return (
-        _field(1, f"{name}.{number}")
-        + _field(2, opcode)
-        + _field(3, _shape(shape))
-        + _field(35, number)
-        + more
-    )
+    named = _field(1, f"{name}.{number}") + _field(2, opcode)
+    return named + _field(3, _shape(shape)) + _field(35, number) + more
 
 
 def _program_shape(shapes: Sequence[Shape], out: Shape) -> bytes:

@@ -1,12 +1,14 @@
 """Programs: trace a functional step once, then replay its executable.
 
-Lazy tensors re-trace a step on every call, and that costs more than running it. Here a step is traced once with real device tensors as
-arguments; torch-xla tells which device buffers its graph reads, so each later call hands the executable its buffers directly
-(the way torch-xla's own dynamo bridge does, without dynamo).
-
-A step is functional: named tensors in, named tensors out, no writes to anything else. A donated argument must come out again under its
-own name: XLA then updates the buffer in place, and the tensor that was passed in is dead.
+A step is functional: named tensors in, named tensors out, no writes to anything else. A donated
+argument comes out again under its own name: XLA then updates the buffer in place, and the tensor
+that was passed in is dead.
 """
+
+# Lazy tensors re-trace a step on every call, and that costs more than running it. Here a step is
+# traced once with real device tensors as arguments. torch-xla tells which device buffers its graph
+# reads, so each later call gives the executable its buffers directly, as torch-xla's own dynamo
+# bridge does.
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ from typing import Any
 
 import torch
 
-from ...errors import ProgramError, RunError, lines, listed
+from ...errors import ProgramError, RunError, lines
 from ..interface import Compiled
-from . import backends, counters
+from . import counters
 from .mesh import DeviceMesh
+from .ordering import order_outputs
+from .xla_output import written_files
 
-_ORDERS = 4
-"""Times that outputs are put in another order before it is given up."""
 _TEMPORARY = re.compile(r"^allocation \d+: size (\d+), preallocated-temp", re.MULTILINE)
 Step = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
@@ -51,8 +53,13 @@ class Program(Compiled):
     Args:
         name: for messages.
         step: named device tensors to named device tensors.
-        arguments: tensors to trace with; they are read, not changed, and may be used for the first call.
+        arguments: tensors to trace with; they are read, not changed, and may be used for the first
+            call.
         donated: names of arguments whose buffers the outputs of the same name take over.
+
+    Raises:
+        ProgramError: the step cannot be traced, two arguments share a buffer, or a donated one
+            doesn't come out again. Whatever tracing or compiling raises, nothing is left behind.
     """
 
     def __init__(
@@ -67,9 +74,9 @@ class Program(Compiled):
         self.mesh = mesh
         self.last_run_s = 0.0
         with mesh.lock:
-            written = backends.written_hlo()
+            written = written_files()
             self._compile(step, arguments, donated)
-            self._dumps = (backends.written_hlo() or set()) - (written or set())
+            self._files = written_files() - written
 
     def _compile(
         self, step: Step, arguments: Mapping[str, torch.Tensor], donated: Sequence[str]
@@ -80,17 +87,58 @@ class Program(Compiled):
         xlac: Any = torch_xla._XLAC
         self._run = xlac._run_cached_graph
         began = time.perf_counter()
-        # What the user has traced and not run yet is run here: below, all that is pending is cleared.
+        # What the user has traced and not run yet is run here: below, all that is pending is
+        # cleared.
         self.mesh.run()
         self.mesh.wait()
-        for key in donated:
-            xlac._set_buffer_donation(arguments[key], True)
-        # By buffer, not by torch-xla's tensor ids. A buffer has the id of the last tensor that a
-        # trace has read it through, so a second program would take its arguments for constants.
-        by_buffer = dict(
-            zip(xlac._get_tensors_handle(list(arguments.values())), arguments, strict=True)
-        )
-        assert len(by_buffer) == len(arguments), f"{self.name}: two arguments are one buffer"
+        by_buffer = self._by_buffer(arguments)
+        try:
+            for key in donated:
+                xlac._set_buffer_donation(arguments[key], True)
+            outputs = self._traced(step, arguments)
+            self.mesh.wait()
+            order = order_outputs(self.name, outputs, donated, by_buffer)
+            self._output_names, read, values = order
+            ordered = [outputs[key] for key in self._output_names]
+            self.trace_s = time.perf_counter() - began
+            with alias_with_buffer_donor_config():
+                self._hash = xlac._get_graph_hash(ordered)
+                xlac._xla_warm_up_cache(ordered, [])
+        finally:
+            # A program made later must neither run what was traced nor donate these buffers.
+            xlac._clear_pending_irs(str(self.mesh.device))
+            for key in donated:
+                xlac._set_buffer_donation(arguments[key], False)
+        self._template: list[Any] = [
+            value if key is None else None for key, value in zip(read, values, strict=True)
+        ]
+        self._slots = [(slot, key) for slot, key in enumerate(read) if key is not None]
+        self._checked = {key: _Signature.of(argument) for key, argument in arguments.items()}
+
+    def _by_buffer(self, arguments: Mapping[str, torch.Tensor]) -> dict[int, str]:
+        """The arguments' names by their buffers.
+
+        Not by torch-xla's tensor ids. A buffer has the id of the last tensor that a trace has read
+        it through, so a second program would take its arguments for constants.
+        """
+        import torch_xla
+
+        handles = torch_xla._XLAC._get_tensors_handle(list(arguments.values()))
+        by_buffer: dict[int, str] = {}
+        for name, handle in zip(arguments, handles, strict=True):
+            if handle in by_buffer:
+                raise ProgramError(
+                    lines(
+                        f"program {self.name}: arguments {by_buffer[handle]!r} and {name!r} are "
+                        "one buffer",
+                        "expected a tensor of its own for each",
+                    )
+                )
+            by_buffer[handle] = name
+        return by_buffer
+
+    def _traced(self, step: Step, arguments: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The step's outputs, not computed yet."""
         before = counters.fallbacks()
         with torch.no_grad():
             outputs = step(arguments)
@@ -103,19 +151,7 @@ class Program(Compiled):
                     "expected operations that stay on the device",
                 )
             )
-        self.mesh.wait()
-        read, values = self._order(outputs, by_buffer, donated)
-        ordered = [outputs[key] for key in self._output_names]
-        self.trace_s = time.perf_counter() - began
-        with alias_with_buffer_donor_config():
-            self._hash = xlac._get_graph_hash(ordered)
-            xlac._xla_warm_up_cache(ordered, [])
-        xlac._clear_pending_irs(str(self.mesh.device))
-        self._template: list[Any] = [
-            value if key is None else None for key, value in zip(read, values, strict=True)
-        ]
-        self._slots = [(slot, key) for slot, key in enumerate(read) if key is not None]
-        self._checked = {key: _Signature.of(argument) for key, argument in arguments.items()}
+        return outputs
 
     def hlo(self) -> list[str]:
         """See `Compiled`."""
@@ -127,7 +163,7 @@ class Program(Compiled):
         return sum(int(size) for text in texts for size in _TEMPORARY.findall(text))
 
     def _written(self, ending: str) -> list[Path]:
-        found = sorted(path for path in self._dumps if path.name.endswith(ending))
+        found = sorted(path for path in self._files if path.name.endswith(ending))
         if not found:
             raise RunError(
                 lines(
@@ -138,47 +174,12 @@ class Program(Compiled):
             )
         return found
 
-    def _order(
-        self,
-        outputs: Mapping[str, torch.Tensor],
-        by_buffer: Mapping[int, str],
-        donated: Sequence[str],
-    ) -> tuple[list[str | None], list[Any]]:
-        """Put the outputs in order; what the graph reads then, in order: arguments by name, None for other buffers, and all of them.
-
-        XLA pairs donated buffers with outputs of the same shape in the order of the graph's parameters; any other order would cross the pairs and copy every buffer. And that order follows from
-        that of the outputs: the graph is walked from the first one on.
-        """
-        import torch_xla
-
-        xlac: Any = torch_xla._XLAC
-        before = names = list(outputs)
-        for _ in range(_ORDERS):
-            _, values = xlac._get_tensors_xla_device_data_node([outputs[key] for key in names])
-            read = [by_buffer.get(handle) for handle in xlac._get_tensors_handle(values)]
-            kept = [key for key in read if key in donated]
-            missing = [key for key in donated if key not in outputs or key not in kept]
-            assert not missing, f"{self.name}: donated but not returned or not read: {missing}"
-            self._output_names = [key for key in outputs if key not in donated] + [
-                key for key in kept if key is not None
-            ]
-            if self._output_names == names:
-                return read, values
-            before, names = names, self._output_names
-        crossed = sorted(key for key, other in zip(before, names, strict=True) if key != other)
-        raise ProgramError(
-            lines(
-                f"program {self.name}: its outputs have no order in which the buffers of {listed(crossed)} are read",
-                "expected donated arguments that can be paired with the outputs of their names",
-                "give it a first output that reads them all",
-            )
-        )
-
     def __call__(self, arguments: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the executable. Donated arguments are dead afterwards; take them from the result.
 
         Raises:
-            ProgramError: an argument has another shape or dtype than the one the program was made with.
+            ProgramError: an argument has another shape or dtype than the one that the program was
+                made with.
         """
         for key, signature in self._checked.items():
             given = arguments[key]

@@ -1,11 +1,14 @@
 """Rotary embedding whose frequencies follow the length of what is run, within a compiled step.
 
-transformers looks at the largest position of every forward: `dynamic` then computes its base anew (NTK scaling, as posted by u/bloc97 and u/emozilla), `longrope` (Ding et al.,
-2024) takes one list of factors or the other. That is host code, on a value that a step only has on the devices. Here it is part of the program: `span`, the positions of the
-longest row, comes in as a tensor, and the frequencies are computed from it. What is cached keeps the rotation that it was written with, as in transformers.
-
-Only the history differs: a transformers module that has run a long text keeps that text's frequencies for somewhat shorter ones that come later. Here they follow from `span` alone.
+transformers looks at the largest position of every forward, on the host: `dynamic` then computes
+its base anew (NTK scaling, as posted by u/bloc97 and u/emozilla), `longrope` (Ding et al., 2024)
+takes one list of factors or the other. A step has that value only on the devices, as `span`, so
+here the program computes the frequencies from it.
 """
+
+# What is cached keeps the rotation that it was written with, as in transformers. Only the history
+# differs: a transformers module that has run a long text keeps that text's frequencies for somewhat
+# shorter ones that come later. Here they follow from `span` alone.
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class FollowingRotary(torch.nn.Module):
         original: transformers' module, on the host.
 
     Attributes:
-        span: `[1]` int32, set for each run.
+        span: `[1]` int32, positions of the longest row; set for each run.
         inv_freq: `[D / 2]` fp32, for what is not longer than the model was trained on.
         long_inv_freq: the same for what is; `longrope` only.
     """
@@ -44,11 +47,8 @@ class FollowingRotary(torch.nn.Module):
         self.threshold: int | None = None
         if original.rope_type == "longrope":
             self.threshold = int(self._config.rope_parameters["original_max_position_embeddings"])
-            self.register_buffer(
-                "long_inv_freq",
-                self._compute(self._config, seq_len=self.threshold + 1)[0],
-                persistent=False,
-            )
+            long, _ = self._compute(self._config, seq_len=self.threshold + 1)
+            self.register_buffer("long_inv_freq", long, persistent=False)
 
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor
@@ -56,19 +56,17 @@ class FollowingRotary(torch.nn.Module):
         """Cosines and sines for positions `[B, S]`, each `[B, S, D]` in the dtype of `x`."""
         angles = position_ids[..., None].float() * self._frequencies(x.device)
         table = torch.cat((angles, angles), dim=-1)
-        return (table.cos() * self.attention_scaling).to(x.dtype), (
-            table.sin() * self.attention_scaling
-        ).to(x.dtype)
+        cosines = table.cos() * self.attention_scaling
+        sines = table.sin() * self.attention_scaling
+        return cosines.to(x.dtype), sines.to(x.dtype)
 
     def _frequencies(self, device: torch.device) -> torch.Tensor:
         if self.threshold is not None:
-            return torch.where(
-                self.span > self.threshold, self.get_buffer("long_inv_freq"), self.inv_freq
-            )
-        frequencies: torch.Tensor = self._compute(self._config, device, seq_len=self.span)[0]
-        return torch.where(
-            self.span > self._config.max_position_embeddings, frequencies, self.inv_freq
-        )
+            long = self.get_buffer("long_inv_freq")
+            return torch.where(self.span > self.threshold, long, self.inv_freq)
+        scaled: torch.Tensor = self._compute(self._config, device, seq_len=self.span)[0]
+        longer = self.span > self._config.max_position_embeddings
+        return torch.where(longer, scaled, self.inv_freq)
 
 
 def following(rotary: Any) -> Any:

@@ -1,9 +1,10 @@
-"""How likely tokens that are given are, on the devices.
+"""How likely given tokens are, on the devices, where the vocabulary stays split over them.
 
-Logits stay split over the vocabulary, as in `sampling`: of each position only its largest logit, its normaliser, the given token's logit and the best token cross, from each device. See
-`loss` for why the normaliser is summed in stretches.
+Of each position every device gives only its largest logit, its normaliser, the given token's logit
+and its best token. `loss` says why the normaliser is summed in stretches.
 
-Shapes: `B` rows, `S` positions, `V` padded vocabulary, `N` devices along "model"; split logits are `[B, S, N, V / N]`.
+Shapes: `B` rows, `S` positions, `V` padded vocabulary, `N` devices along "model"; split logits are
+`[B, S, N, V / N]`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from ...plan.mesh_shape import DATA, MODEL
 from .loss import stretches
 from .mesh import DeviceMesh
+from .ops import whole_as_float, whole_of_float
 
 _HIDDEN = -1e30
 
@@ -23,32 +25,34 @@ def score(
     """How likely each position's token is.
 
     Args:
-        logits: `[B, S, V]`, split over "model"; ids from `vocab` on are padding, which no probability goes to.
+        logits: `[B, S, V]`, split over "model"; ids from `vocab` on are padding, which no
+            probability goes to.
         targets: `[B, S]` int64, the token that is to follow at each position.
 
     Returns:
-        Log-probabilities `[B, S]` fp32 in nats, and `[B, S]` bool: the token is the one that greedy decoding would choose.
+        Log-probabilities `[B, S]` fp32 in nats, and `[B, S]` bool: the token is the one that greedy
+        decoding would choose.
     """
-    parts = mesh.shape.model
+    device, parts = logits.device, mesh.shape.model
     batch, length, width = logits.shape
     split_axes = (DATA, None, MODEL, None)
     scores = mesh.mark(logits.float().reshape(batch, length, parts, width // parts), split_axes)
-    ids = torch.arange(width, device=logits.device).reshape(1, 1, parts, width // parts)
+    ids = torch.arange(width, device=device).reshape(1, 1, parts, width // parts)
     if width != vocab:
-        scores = torch.where(ids < vocab, scores, torch.full((), _HIDDEN, device=logits.device))
-    zero = torch.zeros((), device=logits.device)
+        scores = torch.where(ids < vocab, scores, torch.full((), _HIDDEN, device=device))
+    zero = torch.zeros((), device=device)
     top = scores.amax(-1)
     shifted = scores - top[..., None]
     cut = shifted.unflatten(-1, (stretches(width // parts, 1), -1))
     normaliser = torch.logsumexp(torch.logsumexp(cut, dim=-1), dim=-1)
     own = torch.where(ids == targets[..., None, None], scores, zero).sum(-1)
-    best = shifted.argmax(-1) + torch.arange(parts, device=logits.device) * (width // parts)
-    # One small tensor crosses. Ids are exact in fp32 below 2^24.
-    found = torch.stack([top, normaliser, own, best.float()], dim=-1)
-    found = mesh.mark(mesh.mark(found, split_axes).clone(), (DATA, None, None, None))
+    best = shifted.argmax(-1) + torch.arange(parts, device=device) * (width // parts)
+    # Of each device one small tensor is gathered.
+    found = torch.stack([top, normaliser, own, whole_as_float(best)], dim=-1)
+    found = mesh.resplit(found, split_axes, (DATA, None, None, None))
     top, normaliser, own, best = found.unbind(-1)
     peak = top.amax(-1)
     total = torch.log(torch.exp(normaliser + top - peak[..., None]).sum(-1))
-    winner = torch.arange(parts, device=logits.device) == top.argmax(-1, keepdim=True)
-    chosen = torch.where(winner, best, zero).sum(-1).long()
+    winner = torch.arange(parts, device=device) == top.argmax(-1, keepdim=True)
+    chosen = whole_of_float(torch.where(winner, best, zero).sum(-1))
     return own.sum(-1) - peak - total, chosen == targets

@@ -1,16 +1,18 @@
-"""A few seconds of real work on a backend's devices, compared with the host's arithmetic: a split product, an all-reduce, a donated buffer.
+"""A few seconds of real work on a backend's devices, compared with the host's arithmetic.
 
-`python -m parallama.engine.torch_xla.selftest REQUEST` does it in a process of its own, since a plugin may crash or hang, and prints one line of JSON. `doctor` starts it.
+`python -m parallama.engine.torch_xla.selftest REQUEST` does it in a process of its own, since a
+plugin may crash or hang, and prints one line of JSON. `doctor` starts it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ from .program import Program
 
 CPU_DEVICES = 2
 REPLAYS = 3
-# Sums of 64 to 512 float32 products of numbers between -1 and 1; a device that multiplies in bfloat16 or TF32 keeps 8 to 11 bits of each.
+# Sums of 64 to 512 float32 products of numbers between -1 and 1. A device that multiplies in
+# bfloat16 or TF32 keeps 8 to 11 bits of each.
 ALLOWED = {"cpu": 1e-4}
 ALLOWED_ELSEWHERE = 5e-2
 
@@ -33,7 +36,8 @@ class Check:
     """One check.
 
     Attributes:
-        max_error: largest absolute difference from the host's result; None where nothing was compared.
+        max_error: largest absolute difference from the host's result; None where nothing was
+            compared.
         allowed_error: how large it may be.
         said: what went wrong, if it wasn't the numbers.
     """
@@ -45,11 +49,9 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return (
-            self.said is None
-            and self.max_error is not None
-            and self.max_error <= self.allowed_error
-        )
+        if self.said is not None or self.max_error is None:
+            return False
+        return self.max_error <= self.allowed_error
 
 
 def run(backend: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -72,13 +74,14 @@ def run(backend: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def product(mesh: DeviceMesh, allowed: float) -> Iterator[Check]:
-    """`relu(x @ A.T) @ B.T` as a layer is split: A by its outputs, B by its inputs, whose partial sums all devices add up."""
+    """`relu(x @ A.T) @ B.T`, split as a layer is.
+
+    A is split by its outputs, B by its inputs; all devices add up B's partial sums.
+    """
     devices = mesh.shape.devices
     draw = torch.Generator().manual_seed(1)
-    x, first, second = (
-        torch.rand(size, generator=draw) * 2 - 1
-        for size in ((4, 64), (32 * devices, 64), (48, 32 * devices))
-    )
+    sizes = ((4, 64), (32 * devices, 64), (48, 32 * devices))
+    x, first, second = (torch.rand(size, generator=draw) * 2 - 1 for size in sizes)
     given = {
         "x": mesh.put(x, (None, None)),
         "first": mesh.put(first, (MODEL, None)),
@@ -87,10 +90,8 @@ def product(mesh: DeviceMesh, allowed: float) -> Iterator[Check]:
 
     def step(tensors: Any) -> dict[str, torch.Tensor]:
         hidden = mesh.mark(tensors["x"] @ tensors["first"].T, (None, MODEL))
-        return {
-            "hidden": hidden,
-            "sum": mesh.mark(torch.relu(hidden) @ tensors["second"].T, (None, None)),
-        }
+        total = mesh.mark(torch.relu(hidden) @ tensors["second"].T, (None, None))
+        return {"hidden": hidden, "sum": total}
 
     outputs = Program("selftest-product", mesh, step, given)(given)
     hidden = x.double() @ first.double().T
@@ -102,28 +103,24 @@ def product(mesh: DeviceMesh, allowed: float) -> Iterator[Check]:
 
 
 def donation(mesh: DeviceMesh) -> Iterator[Check]:
-    """A buffer that each run takes over and writes again, as the KV cache is: the results count up, and the tensor handed in is dead."""
+    """A buffer that each run takes over and writes again, as the KV cache is.
+
+    The results count up, and the tensor that was passed in is dead.
+    """
     start = torch.arange(16 * mesh.shape.devices, dtype=torch.float32).reshape(-1, 4)
     axes = (MODEL, None)
     given = {"state": mesh.put(start, axes), "by": mesh.put(torch.ones(4), (None,))}
-    program = Program(
-        "selftest-donation",
-        mesh,
-        lambda t: {"state": mesh.mark(t["state"] + t["by"], axes)},
-        given,
-        ["state"],
-    )
-    handed = given["state"]
+
+    def step(tensors: Any) -> dict[str, torch.Tensor]:
+        return {"state": mesh.mark(tensors["state"] + tensors["by"], axes)}
+
+    program = Program("selftest-donation", mesh, step, given, ["state"])
+    passed_in = given["state"]
     for _ in range(REPLAYS):
         given["state"] = program(given)["state"]
     check = compare("donated buffer", mesh.fetch(given["state"], axes), start + REPLAYS, 0.0)
-    if check.passed and _readable(mesh, handed):
-        check = Check(
-            name=check.name,
-            max_error=check.max_error,
-            allowed_error=0.0,
-            said="the buffer was copied, not taken over",
-        )
+    if check.passed and _readable(mesh, passed_in):
+        check = replace(check, said="the buffer was copied, not taken over")
     yield check
 
 
@@ -137,19 +134,14 @@ def _readable(mesh: DeviceMesh, tensor: torch.Tensor) -> bool:
 
 def compare(name: str, got: torch.Tensor, wanted: torch.Tensor, allowed: float) -> Check:
     """A device's result beside the host's."""
+    blank = Check(name=name, max_error=None, allowed_error=allowed)
     if got.shape != wanted.shape:
-        return Check(
-            name=name,
-            max_error=None,
-            allowed_error=allowed,
-            said=f"the result is {list(got.shape)}, expected {list(wanted.shape)}",
-        )
+        shapes = f"the result is {list(got.shape)}, expected {list(wanted.shape)}"
+        return replace(blank, said=shapes)
     error = (got.double() - wanted.double()).abs().max().item()
-    if error != error or error == float("inf"):
-        return Check(
-            name=name, max_error=None, allowed_error=allowed, said="the result is not finite"
-        )
-    return Check(name=name, max_error=error, allowed_error=allowed)
+    if not math.isfinite(error):
+        return replace(blank, said="the result is not finite")
+    return replace(blank, max_error=error)
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""Loops within a program: a body that is traced once, and run as often as a number on the device says. torch has none that torch-xla would keep as a loop under SPMD."""
+"""Loops within a program: a body that is traced once, run as often as a device's number says.
+
+torch has no loop that torch-xla would keep as one under SPMD.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,14 @@ def repeat(
 ) -> list[torch.Tensor]:
     """`state`, after `body` was run so many times.
 
-    The body is traced with stand-ins of the same shapes, so it must not close over tensors. Where devices share the work, it is run by each on its own part, for as many
-    times as that device's `times` says: a collective in it would hang.
+    The body is traced with stand-ins of the same shapes, so it must not close over tensors. Where
+    devices share the work, each runs it on its own part, for as many times as its own `times` says:
+    a collective in the body would hang.
 
     Args:
         times: int32 scalar.
-        body: from the number of the round (int32 scalar), `given` and the state to the next state, of the same shapes and dtypes.
+        body: from the number of the round (int32 scalar), `given` and the state to the next state,
+            of the same shapes and dtypes.
         given: what the body reads besides.
     """
     import torch_xla
@@ -41,26 +46,23 @@ def repeat(
     context = torch_xla._XLAC.lowering.LoweringContext("parallama_body")
     context.build(results)
     once = xb.computation_from_module_proto("parallama_body", context.hlo())
-    constants = dict(
-        context.device_parameter_id_tensor_mapping()
-    )  # numbers that torch-xla makes parameters of, by their place
+
+    # Parameter number of the body -> place among the loop's values: inputs, then held constants.
     places = {
         context.tensor_parameter_id(stand_in): place for place, stand_in in enumerate(stand_ins)
     }
     places.pop(-1, None)  # what the body doesn't read
-    held = [
-        mesh.enter_manual(tensor.to(times.device), (None,) * tensor.dim())
-        for number, tensor in constants.items()
-        if number not in places
-    ]
-    places |= {
-        number: len(inputs) + index
-        for index, number in enumerate(number for number in constants if number not in places)
-    }
+    # Numbers in the body that torch-xla makes parameters of.
+    constants = dict(context.device_parameter_id_tensor_mapping())
+    held: list[torch.Tensor] = []
+    for number, tensor in constants.items():
+        if number not in places:
+            places[number] = len(inputs) + len(held)
+            held.append(mesh.enter_manual(tensor.to(times.device), (None,) * tensor.dim()))
+    first_state = 2 + len(given)
+    end = first_state + len(state)
 
     def lower(*operands: Any) -> Any:
-        first_state, end = 2 + len(given), 2 + len(given) + len(state)
-
         def left(number: Any, times: Any, *_: Any) -> Any:
             return number < times
 
@@ -68,15 +70,11 @@ def repeat(
             values = [number, *rest]
             new = xb.Op.call(once, [values[places[parameter]] for parameter in range(len(places))])
             states = [new.get_tuple_element(index) for index in range(len(state))]
-            return (
-                number + xb.Op.one(number.builder(), xb.Type.S32),
-                times,
-                *rest[: len(given)],
-                *states,
-                *rest[end - 2 :],
-            )
+            following = number + xb.Op.one(number.builder(), xb.Type.S32)
+            return following, times, *rest[: len(given)], *states, *rest[end - 2 :]
 
-        loop = xb.Op.mkwhile([operands[1], operands[0], *operands[2:]], left, run)
+        times, round_, *rest = operands
+        loop = xb.Op.mkwhile([round_, times, *rest], left, run)
         return xb.Op.tuple([loop.get_tuple_element(index) for index in range(first_state, end)])
 
     operands = [times, *inputs, *held]

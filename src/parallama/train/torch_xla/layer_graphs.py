@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...engine.torch_xla.ops import held_until
+from ...engine.torch_xla.ordering import after
 from ..options import StepOptions
 
 
@@ -37,7 +37,7 @@ class LayerRun:
 
         XLA must not see that it is the same run again, or it would keep the first run's values.
         """
-        input = held_until(self.input.detach(), gradient)
+        input = after(self.input.detach(), gradient)
         input.requires_grad_(self.input.requires_grad)
         return LayerRun(
             input=input, output=self.call(input), following=self.following, call=self.call

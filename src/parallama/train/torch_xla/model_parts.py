@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ...engine.torch_xla.products import TRIGONOMETRIC, unfused
+from ...engine.torch_xla.ordering import TRIGONOMETRIC, kept_apart
 
 _plain_linear = torch.nn.functional.linear
 _PRODUCTS = {torch.Tensor.mul, torch.Tensor.__mul__, torch.mul}
@@ -65,7 +65,7 @@ class ModelForm(TorchFunctionMode):
         elif function is torch.nn.functional.embedding:
             found = self._products.embedding(args[0], args[1])
         elif function in TRIGONOMETRIC and self._unfused_rotary:
-            found = unfused(function(*args, **kwargs))
+            found = kept_apart(function(*args, **kwargs))
         return function(*args, **kwargs) if found is None else found
 
 

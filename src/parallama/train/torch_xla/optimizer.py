@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ...engine.torch_xla.ops import barrier_together
+from ...engine.torch_xla.ordering import barrier_all
 from ...plan.placement import Placement
 from ..options import StepOptions
 
@@ -62,7 +62,7 @@ def _settled(*kept: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
     XLA would compute it a second time from the old buffers for the parameter, and copy them first.
     """
-    return barrier_together(*kept)
+    return barrier_all(*kept)
 
 
 def _correction(beta: float, step: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ...engine.torch_xla.mesh import DeviceMesh
-from ...engine.torch_xla.ops import held_until, scope
+from ...engine.torch_xla.ordering import after, one_unknown_to_xla
+from ...engine.torch_xla.scopes import scope
 from ...plan.mesh_shape import DATA, MODEL
 from ...plan.train_collectives import BACKWARD
 from ..layout import TrainingPlan
@@ -93,7 +94,7 @@ class Passes:
         self._scales: set[int] = set()
         if mesh.backend.weights_first:
             self._scales = {id(vector) for vector in self._vectors.values()}
-        self._one = (rank.flatten()[:1] >= 0).float()
+        self._one = one_unknown_to_xla(rank)
         self._dropout: InputDropout | None = None
         self._after: torch.Tensor | None = None
 
@@ -177,7 +178,7 @@ class Passes:
         if id(table) not in self._by_tensor:
             return None
         rows = self._embedded(ids)
-        return rows if self._after is None else held_until(rows, self._after)
+        return rows if self._after is None else after(rows, self._after)
 
     def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
         table = self._weights[_EMBEDDING].whole(ids)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from ...engine.torch_xla.mesh import DeviceMesh
-from ...engine.torch_xla.ops import scope
+from ...engine.torch_xla.scopes import scope
 from ...plan import heads
 from ...plan.mesh_shape import DATA, MODEL
 from ...plan.placement import Blocks

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...engine.torch_xla.mesh import DeviceMesh
-from ...engine.torch_xla.ops import scope
+from ...engine.torch_xla.scopes import scope
 from ...plan.mesh_shape import MODEL
 from ...plan.train_collectives import BACKWARD
 

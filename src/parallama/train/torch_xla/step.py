@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ...engine.torch_xla.mesh import DeviceMesh
-from ...engine.torch_xla.ops import name_scopes
 from ...engine.torch_xla.program import Program
+from ...engine.torch_xla.scopes import name_scopes
 from ...errors import CheckpointError, lines, listed
 from ...files.checkpoint import Checkpoint
 from ...files.nonfinite import finite_only

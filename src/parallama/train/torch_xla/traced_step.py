@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ...engine.torch_xla.mesh import DeviceMesh
-from ...engine.torch_xla.ops import scope
+from ...engine.torch_xla.ordering import read_backwards
+from ...engine.torch_xla.scopes import scope
 from ...plan import heads
 from ...plan.mesh_shape import DATA
 from ...plan.placement import Axes
@@ -110,11 +111,9 @@ class TracedStep:
             loss_and_square = torch.cat([only_once * own["scalars"][1], square])
             everywhere = self._mesh.all_reduce(loss_and_square, *self._mesh.shape)
         loss, norm = everywhere[:1], everywhere[1:].sqrt()
-        # `Program` puts outputs in the order in which the graph reads the donated buffers. An
-        # output that stands first and reads them all fixes that order, last one first. The update
-        # depends on it, or XLA would copy every buffer to have the old one for it.
+        # It stands first among the outputs, and the update depends on it.
         changing = self._layout.changing()
-        order = torch.cat([own[name].flatten()[:1] for name in reversed(changing)])
+        order = read_backwards([own[name] for name in changing])
         finite = torch.isfinite(loss) & torch.isfinite(norm) & torch.isfinite(order).all()
         out = {"order": order, "report": torch.cat([loss, norm, finite.float()])}
         with scope("optimizer"):
@@ -156,7 +155,7 @@ class TracedStep:
                 dropout = lora.Dropout(
                     options.lora.dropout,
                     self._seed,
-                    own[STEP] * options.grad_accum + index,
+                    own[STEP].to(torch.int64) * options.grad_accum + index,
                     own["rank.data"],
                     own["rank.model"],
                     plan,

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from ...engine.torch_xla.mesh import DeviceMesh
-from ...engine.torch_xla.ops import held_until, optimization_barrier, scope
+from ...engine.torch_xla.ordering import SUM_ROWS, after, barrier
+from ...engine.torch_xla.scopes import scope
 from ...plan.mesh_shape import DATA
 from ...plan.train_collectives import BACKWARD
 
-SUMMED = 8
-"""Rows of a product that stands for a sum. With one row XLA would make it a sum again."""
 LEAST_NATURAL = 16
 """From so many rows on, a product is computed as `x @ W.T`.
 
@@ -75,7 +74,7 @@ class _Scaled(torch.autograd.Function):
         sums = None
         if ctx.needs_input_grad[0]:
             rows = (gradient * x).flatten(0, -2).float()
-            sums = (one.expand(SUMMED, rows.shape[0]) @ rows)[0].to(weight.dtype)
+            sums = (one.expand(SUM_ROWS, rows.shape[0]) @ rows)[0].to(weight.dtype)
         return sums, (gradient * weight if ctx.needs_input_grad[1] else None), None
 
 
@@ -101,8 +100,8 @@ class Weight:
     sink: Callable[[torch.Tensor], None] | None
     anchor: torch.Tensor
 
-    def whole(self, after: torch.Tensor) -> torch.Tensor:
-        """The weight, all-gathered over "data", not before `after` is computed.
+    def whole(self, first: torch.Tensor) -> torch.Tensor:
+        """The weight, all-gathered over "data", not before `first` is computed.
 
         XLA would find the same all-gather in every pass, and keep the first one's result through
         the whole step.
@@ -110,7 +109,7 @@ class Weight:
         part = self.part.to(self.dtype)
         if self.gather is None or self.mesh.shape.size(DATA) == 1:
             return part
-        return self.mesh.all_gather(held_until(part, after), DATA, self.gather)
+        return self.mesh.all_gather(after(part, first), DATA, self.gather)
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """`[N, E]` -> `[N, O]`."""
@@ -118,7 +117,7 @@ class Weight:
         if not self.mesh.backend.weights_first:
             return x @ weight.t()
         if x.shape[0] < LEAST_NATURAL:
-            return optimization_barrier(torch.einsum("oe,ne->on", weight, x)).t()
+            return barrier(torch.einsum("oe,ne->on", weight, x)).t()
         if len(weight) > MOST_OUTPUTS:
             return torch.cat([x @ part.t() for part in weight.split(MOST_OUTPUTS)], dim=-1)
         return x @ weight.t()
