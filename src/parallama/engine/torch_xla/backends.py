@@ -129,16 +129,6 @@ def _check_running(
             difference,
             "use another process, or a mesh of as many devices",
         )
-<<<<<<< HEAD
-    _hlo = tempfile.TemporaryDirectory(prefix="parallama-hlo-")
-    os.environ["XLA_IR_DEBUG"] = os.environ["XLA_HLO_DEBUG"] = "1"
-    given = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{given} --xla_dump_to={_hlo.name} --xla_dump_hlo_as_text".lstrip()
-    if "torch_xla" in sys.modules:  # which has read XLA_IR_DEBUG when it was imported
-        import torch_xla
-
-        torch_xla._XLAC._set_ir_debug(True)
-=======
     )
 
 
@@ -148,7 +138,6 @@ def _is_file_of(running: XlaBackend, library: Path) -> bool:
         return running.library is not None and library.samefile(running.library)
     except OSError:
         return False
->>>>>>> w/f
 
 
 def _set_flags(name: str) -> None:

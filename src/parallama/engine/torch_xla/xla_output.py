@@ -59,6 +59,10 @@ def keep_programs() -> None:
     given = os.environ.get("XLA_FLAGS", "")
     dump = f"--xla_dump_to={_folder.name} --xla_dump_hlo_as_text"
     os.environ["XLA_FLAGS"] = f"{given} {dump}".lstrip()
+    if "torch_xla" in sys.modules:  # it has read XLA_IR_DEBUG when it was imported
+        import torch_xla
+
+        torch_xla._XLAC._set_ir_debug(True)
 
 
 def written_files() -> set[Path]:
