@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 Axes = Sequence[str | None]
 """Of a tensor: for every dim the mesh axis that it is split over, or None."""
 DeviceTensor = Any
-"""A tensor on the devices: the engine's own object. It has `shape`, `dtype` and `element_size()`."""
+"""A tensor on the devices: the engine's own object.
+
+It has `shape`, torch's `dtype`, and `element_size()`."""
 State = Mapping[str, DeviceTensor]
 
 
@@ -142,11 +144,17 @@ class Engine(ABC):
     traits: Traits
     lock: AbstractContextManager[Any]
 
+    @abstractmethod
+    def with_shape(self, shape: MeshShape) -> Engine:
+        """A mesh of another shape over the same devices."""
+
     # -- tensors
 
     @abstractmethod
     def put_shards(self, shard: Callable[[int], torch.Tensor], axes: Axes) -> DeviceTensor:
         """Make a tensor from each device's own part, without ever holding the whole.
+
+        The parts are copied: they may be views of memory that is written or freed afterwards.
 
         Args:
             shard: device number to its part on the host, contiguous. It is called once for every
@@ -166,7 +174,7 @@ class Engine(ABC):
 
     @abstractmethod
     def shards(self, tensor: DeviceTensor) -> list[torch.Tensor]:
-        """Each device's part on the host, in device order; compiles nothing."""
+        """A copy of each device's part on the host, in device order; compiles nothing."""
 
     @abstractmethod
     def parts(self, tensor: DeviceTensor) -> list[tuple[slice, ...]]:

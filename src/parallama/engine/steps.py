@@ -10,8 +10,8 @@ under the same names:
 - `span` `[1]` int32, positions of the longest row, only where rotary frequencies follow it;
 - `logits` `[B, V]` fp32, of a decode step, only where they are asked for.
 
-Texts that are there already are run at once, without a state: for their logits, or for how likely
-their tokens are.
+Texts that are there already are run at once, without a state: for their logits (`logits`
+`[B, S, V]` fp32, split as `TEXT_LOGITS_AXES`), or for how likely their tokens are.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "penalty": (DATA,),
     "seed": (DATA,),
 }
+TEXT_LOGITS_AXES = (DATA, None, MODEL)
+"""Of the logits of every position of a text."""
 PARAMS = ("temperature", "top_k", "top_p", "min_p", "penalty", "seed")
 
 

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from ..engine.sampling_params import SamplingParams
-from ..engine.steps import StepKey
+from ..engine.steps import TEXT_LOGITS_AXES, StepKey
 from ..errors import UsageError, lines, shown
 from ..files.checkpoint import Checkpoint
 from ..model.config_checks import eos_ids
-from ..plan.mesh_shape import DATA, MODEL
 from ..plan.overrides import Overrides
 from ..plan.program_shapes import CHUNK, chunk_size
 from ..sharded.device_weights import DeviceWeights
@@ -287,7 +286,7 @@ class LLM(ShardedModel):
             self.programs.warm_up([key], self.report("compiling"))
             self._runs.stats = RunStats(programs_compiled=compiled())
             out = self.programs[key](arguments)["logits"]
-        whole = self.mesh.fetch(out, (DATA, None, MODEL))[
+        whole = self.mesh.fetch(out, TEXT_LOGITS_AXES)[
             : len(batch), :length, : self.plan.model.vocab
         ]
         return whole if many else whole[0]

@@ -93,6 +93,11 @@ class DeviceMesh(Engine):
 
     # -- the door
 
+    def with_shape(self, shape: MeshShape) -> DeviceMesh:
+        """See `Engine`."""
+        options = self.backend.options
+        return DeviceMesh(shape, backend=self.backend.name, backend_options=options)
+
     def put_shards(self, shard: Callable[[int], torch.Tensor], axes: Axes) -> torch.Tensor:
         """See `Engine`."""
         if not self.spmd:

@@ -24,7 +24,7 @@ from ...plan.mesh_shape import DATA, MODEL
 from ...plan.placement import Plan
 from ..interface import Steps
 from ..sampling_params import Mode
-from ..steps import PARAMS, SPAN, STATE_AXES, StepKey
+from ..steps import PARAMS, SPAN, STATE_AXES, TEXT_LOGITS_AXES, StepKey
 from . import attention, cache, sampling
 from .last_positions import LastPositions
 from .mesh import DeviceMesh
@@ -254,7 +254,7 @@ class TorchXlaSteps(Steps):
         hidden, _ = self._hidden(
             given["ids"], given["start"], buffers, fresh=True, span=given.get(SPAN)
         )
-        return {"logits": self.mesh.mark(self._head(hidden).float(), (DATA, None, MODEL))}
+        return {"logits": self.mesh.mark(self._head(hidden).float(), TEXT_LOGITS_AXES)}
 
     def scores(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """How likely `targets` `[B, S]` are, each behind the `ids` up to its position: `logprobs` `[B, S]` fp32, and whether each is the best (`greedy`)."""
