@@ -24,13 +24,12 @@ from parallama.engine.interface import (
     Steps,
     Traits,
 )
-from parallama.engine.steps import CACHE_AXES, STATE_AXES, StepKey, cache_names
+from parallama.engine.steps import CACHE_AXES, LOGITS_AXES, STATE_AXES, StepKey, cache_names
 from parallama.errors import ProgramError, RunError, lines
 from parallama.plan import heads
-from parallama.plan.mesh_shape import DATA, MODEL, MeshShape
+from parallama.plan.mesh_shape import MeshShape
 from parallama.plan.placement import Blocks, Plan
 
-TEXT_AXES = (DATA, None, MODEL)
 HIDDEN = -1e30
 
 
@@ -57,12 +56,15 @@ class HostEngine(Engine):
     lock = threading.RLock()
     made = 0
 
-    def __init__(self, shape: str) -> None:
+    def __init__(self, shape: str | MeshShape) -> None:
         self.shape = MeshShape.parse(shape)
         self.backend = Backend(name="host", devices=self.shape.devices)
         self.traits = Traits(
             in_host_memory=True, adopts=self.shape.devices == 1, sum_bytes=1, trains=False
         )
+
+    def reshaped(self, shape: MeshShape) -> HostEngine:
+        return HostEngine(shape)
 
     def put_shards(self, shard: Callable[[int], torch.Tensor], axes: Axes) -> HostTensor:
         holders = self.shape.holders(tuple(axes))
@@ -149,7 +151,7 @@ class HostSteps(Steps):
 
     def _logits(self, key: StepKey, given: Mapping[str, torch.Tensor]) -> Results:
         logits, _ = self._forward(given["ids"], given["start"], {})
-        yield "logits", self._padded(logits), TEXT_AXES
+        yield "logits", self._padded(logits), LOGITS_AXES
 
     def _score(self, key: StepKey, given: Mapping[str, torch.Tensor]) -> Results:
         logits, _ = self._forward(given["ids"], given["start"], {})

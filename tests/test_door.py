@@ -175,7 +175,7 @@ def test_a_model_moves_to_another_mesh_while_a_stream_is_half_read(tiny: Tiny) -
     stream = llm.stream(prompt, max_new_tokens=12)
     tokens = [next(stream).token for _ in range(4)]
     for mesh in ("2x4", "4x2", "8x1"):
-        moved = llm.reshard(HostEngine(mesh))
+        moved = llm.reshard(mesh)
         assert str(moved.after) == mesh and llm.mesh.shape == moved.after
         tokens += [next(stream).token for _ in range(2)]
     tokens += [chunk.token for chunk in stream]

@@ -149,6 +149,8 @@ class Engine(ABC):
     def put_shards(self, shard: Callable[[int], torch.Tensor], axes: Axes) -> DeviceTensor:
         """Make a tensor from each device's own part, without ever holding the whole.
 
+        The parts are copied: they may be views of memory that is written or freed afterwards.
+
         Args:
             shard: device number to its part on the host, contiguous. It is called once for every
                 distinct part, with the devices of `MeshShape.holders`.
@@ -167,7 +169,7 @@ class Engine(ABC):
 
     @abstractmethod
     def shards(self, tensor: DeviceTensor) -> list[torch.Tensor]:
-        """Each device's part on the host, in device order; compiles nothing."""
+        """A copy of each device's part on the host, in device order; compiles nothing."""
 
     @abstractmethod
     def parts(self, tensor: DeviceTensor) -> list[tuple[slice, ...]]:

@@ -6,6 +6,7 @@ checkpoint again. Both meshes are over the devices of this process.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -112,7 +113,7 @@ class Mover:
         self._held = [0] * mesh.shape.devices
         for tensor in tensors:
             self._hold(mesh.local_bytes(tensor))
-            self._total += tensor.numel() * tensor.element_size()
+            self._total += math.prod(tensor.shape) * tensor.element_size()
         self._peak = max(self._held)
         self._baseline = rss_bytes()
         restart_high_water()
@@ -151,10 +152,10 @@ class Mover:
         with lean_host_memory() as give_back:
             # The largest while there is most room: its copies then add nothing to the peak.
             for name in sorted(names, key=becomes.__getitem__, reverse=grows):
-                freed, size = (
-                    self.mesh.local_bytes(tensors[name]),
-                    tensors[name].numel() * tensors[name].element_size(),
-                )
+                tensor = tensors[name]
+                freed = self.mesh.local_bytes(tensor)
+                size = math.prod(tensor.shape) * tensor.element_size()
+                del tensor  # `relay` frees it
                 moved[name] = relay(
                     partial(tensors.pop, name), self.mesh, old(name), self.new_mesh, new(name), rows
                 )
