@@ -36,7 +36,7 @@ import torch
 from parallama.errors import ParallamaError
 from parallama.files.find import find
 from parallama.plan.mesh_shape import MeshShape
-from parallama.plan.placement import make_plan
+from parallama.plan.make_plan import make_plan
 from parallama.sharded import stream
 
 path, file, size, mesh = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
