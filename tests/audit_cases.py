@@ -1,4 +1,4 @@
-"""What `test_audit` runs in a worker whose programs are dumped: an audit of a model, as it is or with a fault planted on the devices."""
+"""What `test_audit` runs in a worker whose programs are dumped: audits, with faults or without."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def judged(
     dtype: str = "float32",
     one_core_each: bool | None = None,
 ) -> dict[str, Any]:
-    """The audit's document, as on a machine that has a core for every device or hasn't, if that is given."""
+    """The audit's document, as on a machine with a core for every device or without, if given."""
     model = model_of(folder, mesh, plan, dtype, one_core_each)
     if fault in MODEL_FAULTS:
         MODEL_FAULTS[fault](model)
@@ -70,7 +70,7 @@ def judged(
 
 
 def audited_run(folder: str, mesh: str, prompts: list[list[int]], steps: int) -> dict[str, Any]:
-    """Both phases' audits, and what a session on the very programs that were audited continues the prompts with."""
+    """Both phases' audits, and how a session on the audited programs continues the prompts."""
     model = model_of(folder, mesh, None, "float32")
     made = model.steps()
     programs = make_programs(made)
@@ -258,7 +258,11 @@ PROGRAM_FAULTS: dict[str | None, Callable[[Steps], ProgramSet]] = {
 
 
 def recipe(folder: str, mesh: str, batch: int = 2, positions: int = 16) -> list[dict[str, Any]]:
-    """What the plain recipe compiles to, against the plan: transformers' own forward and heads, q/k/v/gate/up split on their outputs, o/down on their inputs."""
+    """What the plain recipe compiles to, against the plan.
+
+    Transformers' own forward and heads; q, k, v, gate and up are split on their outputs, o and down
+    on their inputs.
+    """
     model, device_mesh = from_folder(folder), DeviceMesh(mesh)
     plan = make_plan(ModelSpec.from_config(model.config), device_mesh.shape)
     name_scopes(model.model, "model")

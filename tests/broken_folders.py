@@ -1,6 +1,7 @@
-"""Model folders, good and broken: a tiny good one made byte by byte, and a table of named ways to break it.
+"""Model folders, good and broken: a tiny one made byte by byte, and a table of ways to break it.
 
-Run as a script, it lists the cases, or writes the folder of one: `python tests/broken_folders.py [NAME FOLDER]`.
+Run as a script, it lists the cases, or writes the folder of one:
+`python tests/broken_folders.py [NAME FOLDER]`.
 """
 
 from __future__ import annotations
@@ -242,7 +243,8 @@ class Case:
 
     Attributes:
         says: parts of the error's message; none if the folder must load.
-        where: the part that refuses: `open` (config, headers, index), `read` (tensors), `tokenizer` or `chat`.
+        where: the part that refuses: `open` (config, headers, index), `read` (tensors),
+            `tokenizer` or `chat`.
     """
 
     change: Callable[[Path], None]
@@ -343,7 +345,7 @@ def _tensors(
 
 
 def _index(edit: Callable[[Path, dict[str, str]], Any]) -> Callable[[Path], None]:
-    """Cut into shards, then change the index: what `edit` gives replaces its weight map (None: as `edit` left it)."""
+    """Cut into shards, then change the index: `edit` gives its weight map (None: as it left it)."""
 
     def change(folder: Path) -> None:
         claimed = make_sharded(folder)
@@ -459,7 +461,8 @@ def _headers_cases() -> None:
         "zeros": bytes(64),
         "a NaN": b'{"a": NaN}',
         "single quotes": b"{'a': {'dtype': 'F32', 'shape': [0], 'data_offsets': [0, 0]}}",
-        "a raw newline in a name": b'{"a\nb": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
+        "a raw newline in a name": b'{"a\nb": '
+        b'{"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
         "a name without value": b'{"a"}',
         "two objects": b"{}{}",
         "a bad escape": b'{"\\q": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}',
@@ -1290,8 +1293,10 @@ def _template(text: str) -> Callable[[Path], None]:
 
 def _chat_cases() -> None:
     for name, text in {
-        "loops for ever": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
-        "prints for ever": "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
+        "loops for ever": "{% for a in range(99999) %}{% for b in range(99999) %}"
+        "{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+        "prints for ever": "{% for a in range(99999) %}{% for b in range(99999) %}"
+        "xxxxxxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
         "makes a long text": "{{ 'x' * 10**10 }}",
         "makes a huge number": "{{ 10 ** (10 ** 9) }}",
         "pads a text": "{{ 'x'.ljust(10**10) }}",

@@ -43,7 +43,7 @@ def from_folder(folder: str, dtype: str = "float32") -> Any:
 def forward(
     folder: str, mesh: str, inputs: list[dict[str, torch.Tensor]], dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Logits of a sharded transformers model for each of `inputs`, and what its plan says against what the devices hold."""
+    """Logits of a sharded transformers model for each of `inputs`; its planned and real bytes."""
     model = shard_model(from_folder(folder, dtype), mesh)
     with torch.no_grad():
         outputs = [model(**kwargs, use_cache=False).logits.float().cpu() for kwargs in inputs]
@@ -112,8 +112,12 @@ def generate(
 def conversation(
     folder: str, mesh: str, turns: list[list[list[int]]], steps: int, capacity: int
 ) -> dict[str, Any]:
-    """Every turn's tokens on one continued session. A turn is, for each row, what is added to the text so far; an int first in the row, if
-    negative, cuts so many tokens off before."""
+    """Every turn's tokens on one continued session.
+
+    Args:
+        turns: for each row what is added to the text so far; a negative int first in the row cuts
+            so many tokens off before.
+    """
     model, programs = loaded(folder, mesh)
     rows = len(turns[0])
     session = Session(model, programs, [SamplingParams()] * rows, capacity=capacity, continued=True)
@@ -152,7 +156,11 @@ def frozen_rows(
     repeats: int,
     added: list[int],
 ) -> dict[str, Any]:
-    """A continued session whose rows meet `eos`, decode past it, and go on with the same text, `eos` standing `repeats` times in it."""
+    """A continued session whose rows meet `eos`, decode past it, and go on with the same text.
+
+    Args:
+        repeats: how often `eos` stands in it.
+    """
     model, programs = loaded(folder, mesh)
     session = Session(
         model, programs, [SamplingParams()] * len(prompts), capacity=256, eos=[eos], continued=True
@@ -212,7 +220,10 @@ def attend(
     new: int,
     window: int | None,
 ) -> list[list[torch.Tensor]]:
-    """`block_attention.attend` within one program, for each of the `starts`: mixture, highest score, sum of weights."""
+    """`block_attention.attend` in one program, for each of the `starts`.
+
+    Returns: mixture, highest score, sum of weights.
+    """
     device_mesh, axes = DeviceMesh(mesh), ("data", "model", None, None)
 
     def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -251,7 +262,10 @@ def attend(
 
 
 def wrong_shape(name: str, dtype: str, shape: list[int], donated: bool) -> None:
-    """Call a program made for `x` float32[4, 8] (read) and `state` float32[4, 8] (donated) with another tensor."""
+    """Call a program with another tensor than it was made for.
+
+    It was made for `x` float32[4, 8] (read) and `state` float32[4, 8] (donated).
+    """
     mesh = DeviceMesh("1x1")
 
     def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -272,7 +286,7 @@ def wrong_shape(name: str, dtype: str, shape: list[int], donated: bool) -> None:
 
 
 def replay(mesh: str, times: int) -> list[float]:
-    """Sum of a split, donated counter after each of some calls of one program; `x` is another tensor at each."""
+    """Sum of a split, donated counter after each of some calls; `x` is another tensor at each."""
     device_mesh = DeviceMesh(mesh)
     axes = ("data", "model")
 
@@ -322,7 +336,11 @@ def choose(
     vocab: int | None = None,
     kept: bool = False,
 ) -> Any:
-    """Tokens and log-probabilities that the sampler picks from `[B, V]` logits, or with `kept` what it picks from, `[B, V]` bool. Logits beyond `vocab` are padding; the rest up to a multiple of the "model" axis is filled up with zeros."""
+    """Tokens and log-probabilities that the sampler picks from `[B, V]` logits.
+
+    With `kept` what it picks from, `[B, V]` bool. Logits beyond `vocab` are padding; the rest up to
+    a multiple of the "model" axis is filled up with zeros.
+    """
     device_mesh = DeviceMesh(mesh)
     vocab = logits.shape[1] if vocab is None else vocab
     extra = -logits.shape[1] % device_mesh.shape.model
@@ -379,7 +397,7 @@ def choose(
 
 
 def untraceable(times: int) -> list[str]:
-    """What `Program` says, each time, of a step with an operation that torch-xla can only run on the host."""
+    """What `Program` says, each time, of a step that torch-xla can only run on the host."""
     mesh = DeviceMesh("1x1")
     said = []
     for _ in range(times):
@@ -391,14 +409,16 @@ def untraceable(times: int) -> list[str]:
         except ProgramError as error:
             said.append(str(error))
         else:
-            said.append(
-                f"answers {program({'x': mesh.put(torch.zeros(4), (None,))})['bits'].cpu().tolist()} for the bits of 0.0"
-            )
+            answer = program({"x": mesh.put(torch.zeros(4), (None,))})["bits"].cpu().tolist()
+            said.append(f"answers {answer} for the bits of 0.0")
     return said
 
 
 def two_programs(mesh: str) -> dict[str, list[float]]:
-    """A program that updates `state` and one that reads it, made before either runs: what each gives, in turns."""
+    """A program that updates `state` and one that reads it: what each gives, in turns.
+
+    Both are made before either runs.
+    """
     device_mesh = DeviceMesh(mesh)
     axes = (None, "model")
     state = device_mesh.put(torch.ones(4, 8), axes)
@@ -423,7 +443,12 @@ def two_programs(mesh: str) -> dict[str, list[float]]:
 
 
 def paired(mesh: str, reads: dict[str, list[str]]) -> dict[str, float]:
-    """A step whose donated outputs each read these arguments, in this order: 10 times the first and then the others; each output after a second run."""
+    """A step whose donated outputs each read these arguments, in this order.
+
+    Each is 10 times the first and then the others.
+
+    Returns: each output after a second run.
+    """
     device_mesh = DeviceMesh(mesh)
     given = {
         name: device_mesh.put(torch.full((4, 8), float(number)), (None, "model"))
@@ -446,7 +471,7 @@ def paired(mesh: str, reads: dict[str, list[str]]) -> dict[str, float]:
 
 
 def onednn_product(left: torch.Tensor, right: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """The module that `ops.onednn_product` puts into a program, as XLA reads it, and what comes of it."""
+    """The module that `ops.onednn_product` puts into a program, and what comes of it."""
     from torch_xla.core import xla_builder as xb
 
     mesh = DeviceMesh("1x1")
@@ -454,7 +479,7 @@ def onednn_product(left: torch.Tensor, right: torch.Tensor) -> tuple[str, torch.
         "product", onednn.product(tuple(left.shape), tuple(right.shape))
     )
     given = {"left": left.to(mesh.device), "right": right.to(mesh.device)}
-    # Neither operand comes as it is: what stands before and behind must not be fused with the product.
+    # Neither operand comes as it is: the operations before and behind must not be fused with it.
     program = Program(
         "product",
         mesh,

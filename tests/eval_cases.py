@@ -74,7 +74,7 @@ def refused(
 def scored(
     folder: str, mesh: str, batch: int, max_model_len: int, texts: list[tuple[list[int], int]]
 ) -> dict[str, Any]:
-    """Scores of texts given as token ids; the lengths of the programs; programs compiled before and after warm-up."""
+    """Scores of texts given as token ids, and how many programs were compiled before and after."""
     llm = parallama.load(folder, mesh=mesh, max_model_len=max_model_len)
     scorer, given = Scorer(llm, batch), [Text(ids, count) for ids, count in texts]
     began = compilations()

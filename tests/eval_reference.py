@@ -1,4 +1,7 @@
-"""lm-evaluation-harness's own `hf` model on SmolLM2's weights, in fp32 on the host, without XLA: `python eval_reference.py OPTIONS.json` prints what it finds."""
+"""lm-evaluation-harness's own `hf` model on SmolLM2's weights, in fp32 on the host, without XLA.
+
+`python eval_reference.py OPTIONS.json` prints what it finds.
+"""
 
 from __future__ import annotations
 

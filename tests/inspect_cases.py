@@ -28,7 +28,7 @@ def inspected(
     plan: Any = None,
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """An inspection's document and findings, and of the tensors named what every device holds of them and what is wrong with that."""
+    """An inspection's document and findings, and of the named tensors what every device holds."""
     llm = parallama.load(folder, mesh=mesh, plan=plan, dtype=dtype)
     if fault is not None:
         FAULTS[fault](llm)
@@ -51,11 +51,11 @@ def inspected(
 def saved(folder: str, to: str) -> None:
     """Save the HLO of a step where nobody asked XLA to write any, or nothing can be written."""
     llm = parallama.load(folder)
-    Inspector(llm, batch=1, max_model_len=256).save_hlo(Path(to), Path(to) / "hlo", "decode")
+    Inspector(llm, batch=1, max_model_len=256).save_hlo(Path(to), "decode")
 
 
 def command(arguments: list[str], fault: str | None = None, at: str = ".") -> tuple[int, str, str]:
-    """Exit code and both outputs of a command line in a folder, whose model was laid out wrongly if `fault` names how."""
+    """Exit code and both outputs of a command in a folder; `fault` misplaces the model."""
     load = parallama.api.load
 
     def load_wrongly(*args: Any, **kwargs: Any) -> LLM:

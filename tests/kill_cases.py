@@ -1,101 +1,38 @@
-"""Processes that are killed: this one imports what they need once, and forks a child for each.
-
-    python kill_cases.py < jobs
-
-A job is a line of JSON; for each, its child's exit code comes back when that has ended: by itself, or by a signal that it gives itself, before the k-th operation of the save protocol or some
-time after a step. No device exists before the fork, so a child may have any number of them. Other jobs don't kill, but let file operations fail.
-"""
+"""Processes that are killed, or whose file operations fail: training, and single checkpoints."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+import forks
 
 
-class Killer:
-    """The process of this module, as tests use it: `killer("save", log, folder=..., step=3)` gives back how the child ended, what it wrote being in the file `log`."""
+def forked(what: str, log: Path, **arguments: Any) -> int:
+    """Run a case of this module in a process of its own.
 
-    def __init__(self) -> None:
-        kept = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "kill_cases.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=kept,
-            cwd=HERE,
-        )
+    It ends by itself, or by a signal that it gives itself: before the k-th operation of the save
+    protocol, or some time after a step.
 
-    def __call__(self, what: str, log: Path, **arguments: Any) -> int:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(
-            json.dumps({"what": what, "log": str(log), "arguments": arguments}) + "\n"
-        )
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+    Args:
+        log: the file for what it writes.
 
-    def stop(self) -> None:
-        self._process.communicate(timeout=30)
-
-
-def main() -> None:
-    """Run every job of standard input."""
-    from parallama.engine.torch_xla import backends
-
-    os.environ |= {
-        "PJRT_DEVICE": "CPU",
-        "CPU_NUM_DEVICES": "1",
-        "XLA_REGISTER_INSTALLED_PLUGINS": "0",
-    }
-    backends._set_flags("cpu")
-    import torch_xla  # noqa: F401
-    import transformers  # noqa: F401
-    from transformers import LlamaForCausalLM  # noqa: F401
-
-    from parallama.sharded import loading  # noqa: F401
-    from parallama.train import checkpoints, loop, tokens  # noqa: F401
-
-    for line in sys.stdin:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            os._exit(_child(job))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-def _child(job: dict[str, Any]) -> int:
-    with Path(job["log"]).open("w") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    sys.stdout = sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
-    try:
-        return int(globals()[job["what"]](**job["arguments"]))
-    except BaseException as error:
-        import traceback
-
-        traceback.print_exc()
-        print(f"{type(error).__name__}: {error}")
-        return 70
-    finally:
-        sys.stderr.flush()
+    Returns: its exit code, 1 where it raised.
+    """
+    return forks.call(f"kill_cases:{what}", log=log, **arguments)
 
 
 def counting(
     kill_at: int | None, errno: int | None = None, fail_at: int | None = None
 ) -> tuple[Any, list[str]]:
-    """A disk whose `kill_at`-th operation (from 0) is the process's end, and whose `fail_at`-th raises; and the list of its operations as they come."""
+    """A disk whose `kill_at`-th operation (from 0) ends the process, and whose `fail_at`-th raises.
+
+    Returns: the disk, and the list of its operations as they come.
+    """
     from parallama.files.disk import Disk
 
     done: list[str] = []
@@ -129,7 +66,7 @@ def save(
 
 
 def commands(runs: list[dict[str, Any]], found: str, user: int | None = None) -> int:
-    """`parallama train` on the command line, for each of some runs in turn; how each ended goes into a file.
+    """`parallama train` for each of some runs in turn; how each ended goes into a file.
 
     Args:
         runs: arguments of `_command`.
@@ -149,7 +86,9 @@ def _command(
     after: int | None = None,
     then: list[Any] | None = None,
 ) -> dict[str, Any]:
-    """One run: its exit code, what it said, the operations of its disk, all names among its checkpoints, and the newest whole one with its files' hashes.
+    """One run: its exit code, what it said, the operations of its disk, and what it left.
+
+    That is all names among its checkpoints, and the newest whole one with its files' hashes.
 
     Args:
         fail_at: which operation fails, with `errno`.
@@ -225,7 +164,10 @@ def wait_for(path: str | None) -> None:
 
 
 def limit_files(path: str | None, more: int = 0) -> None:
-    """From now on no file of this process may be larger than this one is, and so many bytes; None: as large as before."""
+    """From now on no file of this process may be larger than this one is, and so many bytes.
+
+    None: as large as before.
+    """
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -267,7 +209,3 @@ def train(
     Path(settings.out, "operations").write_text(json.dumps(done))
     print(f"late programs: {outcome.programs_after_warmup}")
     return 0 if outcome.signal is None else 128 + outcome.signal
-
-
-if __name__ == "__main__":
-    main()

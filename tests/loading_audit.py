@@ -1,4 +1,7 @@
-"""Loads and chats with a model twice in this process; the second time under audit and profile hooks that note whatever could run code. Run by `test_hostile`."""
+"""Loads and chats with a model twice in this process; `test_loading_runs_nothing` runs it.
+
+The second time audit and profile hooks note whatever could run code.
+"""
 
 import _pickle
 import builtins

@@ -1,8 +1,9 @@
-"""A program of many loops that XLA:CPU splits over cores, on as many devices as there are cores, and then one large product.
+"""A program of many loops that XLA:CPU splits over cores, and then one large product.
 
     python long_program.py LAYERS
 
-On standard output, as JSON: how many numbers of the product are wrong. In a process of its own, which keeps itself to two cores: with more of them than devices nothing can go wrong.
+It keeps itself to two cores and has as many devices: with more cores nothing can go wrong. On
+standard output, as JSON: how many numbers of the product are wrong.
 """
 
 from __future__ import annotations

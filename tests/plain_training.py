@@ -1,11 +1,16 @@
-"""Fine-tuning as one writes it for a single device: transformers, torch's AdamW, its clipping, transformers' schedule. Nothing of parallama's, and no XLA.
+"""Fine-tuning as one writes it for a single device, without parallama and without XLA.
 
     python plain_training.py REQUEST.json
 
-The request names a `.gguf` file or a folder (`model`), an `.npz` file of int64 `[N, R, S]` (`batches`: `ids`, `labels`, `documents` of every optimizer step, each as `train.batch` has it) and
-`lr`, `betas`, `eps`, `weight_decay`, `max_grad_norm`, `threads`. On standard output, as JSON: every step's `[loss, gradient norm]`.
+That is transformers, torch's AdamW, its clipping, and transformers' schedule. The request names:
+- `model`: a `.gguf` file or a folder;
+- `batches`: an `.npz` file of int64 `[N, R, S]`: `ids`, `labels` and `documents` of every optimizer
+  step, each as `train.batch` has it;
+- `lr`, `betas`, `eps`, `weight_decay`, `max_grad_norm`, `threads`.
 
-Every document is a sequence of its own here, filled up on the right: what packing has to be equal to.
+On standard output, as JSON: every step's `[loss, gradient norm]`.
+
+Every document is a sequence of its own here, filled up on the right: packing has to be equal to it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Makes PJRT plugins for the tests: tiny x86-64 shared libraries whose `GetPjrtApi` gives a table of a chosen version, or misbehaves.
+"""Makes PJRT plugins for the tests, which give a table of a chosen version, or misbehave.
 
-Byte by byte, since a compiler need not be there. One loaded part holds everything; the dynamic section names a symbol table, its hash table and the relocations
-of the table's function pointers.
+They are tiny x86-64 shared libraries, made byte by byte, since a compiler need not be there. One
+loaded part holds everything; the dynamic section names a symbol table, its hash table and the
+relocations of the table's function pointers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def make(
 
     Args:
         get: what `GetPjrtApi` does: `table`, or a key of `CODE`.
-        calls: what every function of the table does: `null pointers` (a call crashes), or a key of `CODE`.
+        calls: what every function of the table does: `null pointers` (a call crashes), or a key
+            of `CODE`.
         symbol: the exported function's name.
         needs: a library that the loader must load first.
     """

@@ -55,7 +55,7 @@ def make_model(
     seed: int = 0,
     **more: Any,
 ) -> Any:
-    """A causal LM with random weights, biases and norms, large enough that every part of it shows in the logits."""
+    """A causal LM whose random weights, biases and norms are large enough to show in the logits."""
     config = CONFIG_MAPPING[family](
         hidden_size=heads * -(-32 // heads) if hidden is None else hidden,
         num_hidden_layers=layers,
@@ -127,7 +127,7 @@ def greedy(model: Any, prompt: Sequence[int], steps: int) -> tuple[list[int], li
 def greedy_batch(
     model: Any, prompts: Sequence[Sequence[int]], steps: int
 ) -> list[tuple[list[int], list[float]]]:
-    """transformers' own greedy continuation of a ragged batch, filled up on the left: as `greedy`, for each row."""
+    """transformers' own greedy continuation of a batch, padded on the left: as `greedy`."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -147,7 +147,10 @@ def greedy_batch(
 
 
 def greedy_turns(model: Any, turns: Sequence[Sequence[int]], steps: int) -> list[list[int]]:
-    """transformers' own greedy answers of a conversation in which the cache is kept: each turn's tokens are run behind what is cached, and so is the answer."""
+    """transformers' own greedy answers of a conversation in which the cache is kept.
+
+    Each turn's tokens are run behind what is cached, and so is the answer.
+    """
     answers, cache, waiting = [], None, []
     for turn in turns:
         waiting = [*waiting, *turn]

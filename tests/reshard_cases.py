@@ -35,7 +35,7 @@ def _cache(session: Any) -> dict[str, torch.Tensor]:
 def journey(
     folder: str, meshes: list[str], prompts: list[list[int]], rows: list[dict[str, Any]], steps: int
 ) -> dict[str, Any]:
-    """Decode some steps on each of some meshes, one session all the way; with one mesh it stays there."""
+    """Decode some steps on each of some meshes, in one session; with one mesh it stays there."""
     llm = parallama.load(folder, mesh=meshes[0])
     before = _weights(llm)
     session = llm.session(
@@ -81,7 +81,7 @@ def _weights(llm: Any) -> dict[str, torch.Tensor]:
 def half_read(
     folder: str, prompt: list[int], mesh: str, to: str | None, plan: dict[str, Any] | None, new: int
 ) -> dict[str, Any]:
-    """A stream that is re-sharded after its third token, and what comes afterwards in a new call."""
+    """A stream that is resharded after its third token, and what a new call says afterwards."""
     llm = parallama.load(folder, mesh=mesh)
     stream = llm.stream(prompt, max_new_tokens=new, ignore_eos=True)
     tokens = [next(stream).token for _ in range(3)]
@@ -175,7 +175,7 @@ def forward_after(folder: str, meshes: list[str], ids: torch.Tensor) -> list[tor
 
 
 def named(folder: str, mesh: str, to: str) -> dict[str, Any]:
-    """Any named tensors: two states of one parameter, and one that a user split along the other axis."""
+    """Any named tensors: two states of one parameter, and one that a user split otherwise."""
     old_mesh, new_mesh = DeviceMesh(mesh), DeviceMesh(to)
     spec = ModelSpec.from_config(from_folder(folder).config)
     old, new = make_plan(spec, old_mesh.shape), make_plan(spec, new_mesh.shape)
@@ -238,7 +238,10 @@ def chat(to: str) -> dict[str, Any]:
 
 
 def repeated(meshes: list[str]) -> dict[str, Any]:
-    """Large tensors that some of the meshes repeat, all the way along some meshes: what it took, and whether they are the same bits at the end."""
+    """Large tensors that some of the meshes repeat, moved along all of them.
+
+    Returns: what it took, and whether they are the same bits at the end.
+    """
     torch.manual_seed(5)
     numbers = torch.randint(
         -(1 << 15), 1 << 15, (4096, 2048), dtype=torch.int16

@@ -29,7 +29,7 @@ def compiles() -> int:
 
 
 def generate(mesh: str, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each call (the arguments of `LLM.generate`) its completions, its figures, and how many programs XLA compiled in it."""
+    """For each call (the arguments of `LLM.generate`) its completions, figures and compilations."""
     llm, done = model(mesh), []
     for call in calls:
         before = compiles()
@@ -57,7 +57,7 @@ def logits(mesh: str, ids: list[int], dtype: str = "float32") -> torch.Tensor:
 
 
 def sizes(mesh: str) -> dict[str, Any]:
-    """Measured and planned bytes of parameters; planned bytes of one row of 256 positions of cache."""
+    """Bytes of parameters, measured and planned, and of one row of 256 positions of cache."""
     llm = model(mesh)
     return {
         "measured": llm.param_bytes_per_device(),
@@ -69,7 +69,10 @@ def sizes(mesh: str) -> dict[str, Any]:
 def chat(
     mesh: str, turns: list[str], max_new_tokens: int, again: list[int], max_model_len: int
 ) -> dict[str, Any]:
-    """A conversation, and the turns `again` once more, each in a new Chat that is told what was said before."""
+    """A conversation, and the turns `again` once more.
+
+    Each of those is in a new Chat that is told what was said before.
+    """
     llm = model(mesh)
     talk = parallama.Chat(llm, system=SYSTEM, max_model_len=max_model_len, temperature=0)
     said, before = [], compiles()

@@ -23,7 +23,7 @@ from parallama.sharded.loading import to_devices
 
 
 def loaded(folder: str, mesh: str, dtype: str) -> dict[str, Any]:
-    """A folder on the devices: what was read, the tensors as they come back, and progress as it was reported."""
+    """A folder on the devices: what was read, the tensors as they come back, and the progress."""
     checkpoint, device_mesh = SafetensorsFolder(Path(folder)), DeviceMesh(mesh)
     reported: list[tuple[int, int]] = []
     plan = make_plan(checkpoint.spec, device_mesh.shape)
@@ -54,7 +54,7 @@ def export(folder: str, mesh: str, out: str) -> dict[str, Any]:
 
 
 def taken_over(dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
-    """A host tensor that one device takes over: where its memory is then, what is read back, and when it is freed."""
+    """A host tensor that one device takes over: its memory, its values, and when it is freed."""
     import torch_xla
 
     mesh = DeviceMesh("1x1")
@@ -80,7 +80,12 @@ def taken_over(dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def given_away(size: int, times: int) -> dict[str, Any]:
-    """A program that its argument is donated to, which starts as memory that was taken over, several times: the host's tensor, and what comes out."""
+    """A program that its argument is donated to, several times.
+
+    The argument starts as memory that was taken over.
+
+    Returns: the host's tensor, and what comes out.
+    """
     import torch_xla
 
     mesh, host = DeviceMesh("1x1"), torch.arange(float(size))
@@ -125,7 +130,10 @@ def changed_in_place(size: int) -> dict[str, Any]:
 
 
 def dropped_in_flight(size: int, products: int) -> dict[str, Any]:
-    """A tensor that was taken over and is dropped while a program reads it; before the drop, after it, and when the program is done: whether its memory is there."""
+    """A tensor that was taken over and is dropped while a program reads it.
+
+    Returns: whether its memory is there before the drop, after it, and when the program is done.
+    """
     import torch_xla
 
     mesh, host = DeviceMesh("1x1"), torch.eye(size)
@@ -198,7 +206,7 @@ def rewritten(folder: str, dtype: str, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def dropped(folder: str, dtype: str) -> dict[str, int]:
-    """Memory of this process: before a model is loaded onto one device, at most until it is, afterwards, and when the model is gone."""
+    """This process's memory before a model is on one device, at most, after, and without it."""
     import torch_xla
 
     DeviceMesh("1x1").put(torch.zeros(1), (None,))

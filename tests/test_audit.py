@@ -1,14 +1,14 @@
-"""Compiled steps held against their plans: what passes, and every fault that must be found, on real programs."""
+"""Compiled steps held against their plans: what passes, and every fault that must be found."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Done, command
+from messages import check_refusal
 
 from parallama.engine.devices import versions
 from parallama.plan.mesh_shape import MeshShape
@@ -120,7 +120,8 @@ FAULTS = {
 
 @pytest.mark.parametrize(
     ("fault", "phase"),
-    # Every fault once, in turns in prefill and decode, but for the one layer, which a test below has; the rest is slow.
+    # Every fault once, in turns in prefill and decode; the one layer has a test below. The rest is
+    # slow.
     [
         pytest.param(
             fault,
@@ -148,7 +149,8 @@ def said_of(document: dict[str, Any], module: str) -> list[str]:
     return [finding["what"] for finding in document["findings"] if finding["module"] == module]
 
 
-# What is moved for a weight on the wrong side: the product's result, or, where oneDNN multiplies, the weight.
+# What is moved for a weight on the wrong side: the product's result, or, where oneDNN multiplies,
+# the weight.
 SIDES = {
     ("o_proj split on its outputs", "Eigen", "prefill"): (
         FIRST + "self_attn.o_proj",
@@ -299,7 +301,7 @@ ALIKE = ("o_proj replicated", "down_proj on its outputs", "q, k, v on their inpu
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    # Every plan on one of the meshes, but for those of a kind that another plan has, too; the rest is slow.
+    # Every plan on one of the meshes, but for those that are like another one; the rest is slow.
     [
         pytest.param(
             name,
@@ -348,21 +350,16 @@ def test_groups_of_devices_are_named_by_their_axis() -> None:
 # -- from outside
 
 
-def audit(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "parallama", "audit", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def audit(*arguments: str) -> Done:
+    return command(["audit", *arguments], limit_s=600, optimize=False)
 
 
 @pytest.mark.slow  # unmarked, tests/test_readme.py has it audited on 1x8
 @pytest.mark.parametrize("mesh", ["1x2", "1x3", "1x4", "1x8", "2x4"])
 def test_smollm2_needs_two_all_reduces_a_layer_and_what_embedding_and_pick_need(mesh: str) -> None:
     done = audit("smollm2", "--mesh", mesh, "--phase", "all", "--json")
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
     assert document["passed"] and [each["phase"] for each in document["phases"]] == [
         "prefill",
         "decode",
@@ -385,24 +382,11 @@ def test_smollm2_needs_two_all_reduces_a_layer_and_what_embedding_and_pick_need(
 
 def test_plan_predicts_what_audit_finds(models: Any, tmp_path: Path) -> None:
     folder = models(**SMOL).folder
-    done = audit(folder, "--mesh", "2x2", "--batch", "4", "--seq", "40", "--phase", "all", "--json")
-    assert done.returncode == 0, done.stderr
-    command = [
-        sys.executable,
-        "-m",
-        "parallama",
-        "plan",
-        folder,
-        "--mesh",
-        "2x2",
-        "--batch",
-        "4",
-        "--seq",
-        "40",
-        "--json",
-    ]
-    planned = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    for phase in json.loads(done.stdout)["phases"]:
+    asked = [folder, "--mesh", "2x2", "--batch", "4", "--seq", "40", "--json"]
+    done, plan = audit(*asked, "--phase", "all"), command(["plan", *asked])
+    assert done.code == plan.code == 0, done.err + plan.err
+    planned = json.loads(plan.out)
+    for phase in json.loads(done.out)["phases"]:
         assert phase["found"] == planned["collectives"][phase["phase"]]
         assert phase["param_bytes_per_device"] == [planned["totals"]["param_bytes_per_device"]] * 4
 
@@ -410,50 +394,27 @@ def test_plan_predicts_what_audit_finds(models: Any, tmp_path: Path) -> None:
 def test_a_failed_audit_says_what_differs_and_exits_with_1(models: Any, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text("model.layers.*.self_attn.o_proj.weight: replicate\n")
-    done = audit(models(**DIVIDES).folder, "--mesh", "1x2", "--plan", str(plan))
-    assert done.returncode == 1
-    assert "decode: FAILED" in done.stdout
-    finding = "- model.layers.*.self_attn.o_proj: the plan needs all-gather over 'model', 2 of"
-    assert finding in " ".join(done.stdout.split())
-    assert (
-        audit(
-            models(**DIVIDES).folder,
-            "--mesh",
-            "1x2",
-            "--plan",
-            str(plan),
-            "--accept-plan",
-            "--quiet",
-        ).returncode
-        == 0
-    )
+    asked = [models(**DIVIDES).folder, "--mesh", "1x2", "--plan", str(plan)]
+    done, accepted = audit(*asked), audit(*asked, "--accept-plan", "--quiet")
+    assert (done.code, accepted.code) == (1, 0)
+    assert "decode: FAILED" in done.out
+    finding = " ".join(done.out.split()).split("- model.layers.*.self_attn.o_proj: ")[1]
+    assert "all-gather over 'model', 2 of" in finding
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "parts"),
     [
-        (
-            ["--phase", "generate"],
-            "--phase 'generate' is unknown\nexpected one of prefill, decode, train, all",
-        ),
-        (
-            ["--mesh", "2x1", "--batch", "3"],
-            "--batch is 3\nexpected a multiple of 2, the devices along 'data'",
-        ),
-        (["--seq", "0"], "--seq is 0\nexpected at least 1"),
+        (["--phase", "generate"], ("--phase 'generate'", "prefill, decode, train, all")),
+        (["--mesh", "2x1", "--batch", "3"], ("--batch is 3", "multiple of 2", "'data'")),
+        (["--seq", "0"], ("--seq is 0", "at least 1")),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_runs(
-    capsys: Any, arguments: list[str], said: str
+    arguments: list[str], parts: tuple[str, ...]
 ) -> None:
-    from parallama.__main__ import run
-
-    assert run(["audit", "nowhere", *arguments]) == 2
-    assert capsys.readouterr().err.startswith(f"parallama: {said}")
+    check_refusal(audit("nowhere", *arguments), 2, *parts)
 
 
 def test_a_sequence_longer_than_the_model_is_refused(models: Any) -> None:
-    done = audit(models(**SMOL).folder, "--seq", "100000")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-2] == "parallama: --seq is 100000"
-    assert done.stderr.splitlines()[-1].startswith("expected less than ")
+    check_refusal(audit(models(**SMOL).folder, "--seq", "100000"), 2, "--seq is 100000")

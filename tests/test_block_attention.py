@@ -1,4 +1,4 @@
-"""The loop over the written part of a cache against attention written down plainly, in double precision."""
+"""The loop over the written part of a cache against attention written plainly, in float64."""
 
 from __future__ import annotations
 

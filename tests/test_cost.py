@@ -4,10 +4,9 @@ import math
 from dataclasses import replace
 
 import pytest
-from conftest import Workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import TinyModels, random_prompts
+from messages import says
 from test_plan import MESHES, TINY, specs
 
 from parallama.errors import FitError, UsageError
@@ -38,7 +37,7 @@ def model_bytes(spec: ModelSpec, itemsize: int) -> int:
 
 
 def test_llama_3_1_8b_on_eight_devices_is_what_a_pencil_says():
-    """E 4096, 32 layers, 32 query and 8 KV heads of 128, F 14336, V 128256, bfloat16: two bytes a number."""
+    """E 4096, 32 layers, 32 query and 8 KV heads of 128, F 14336, V 128256, two bytes a number."""
     embedding = 128256 // 8 * 4096 * 2
     query = 4096 // 8 * 4096 * 2
     key = value = 1024 // 8 * 4096 * 2
@@ -53,10 +52,12 @@ def test_llama_3_1_8b_on_eight_devices_is_what_a_pencil_says():
     assert params == 2_008_031_232
     found = cost.memory(ON_8, batch=1, prompt=512, max_model_len=8192, itemsize=2)
     assert found.params == params
-    # Keys and values, 32 layers, 1 row, 1 KV head a device, 8192 positions of 128 numbers. The cache grows from 2048: 4096 would only double.
+    # Keys and values, 32 layers, 1 row, 1 KV head a device, 8192 positions of 128 numbers. The
+    # cache grows from 2048: 4096 would only double.
     assert found.kv == 2 * 32 * 1 * 1 * 8192 * 128 * 2 == 134_217_728
     assert found.growth == found.kv // 4
-    # 512 positions: E twice and the MLP's three tensors, against E, four query heads twice, one KV head twice, and 4 x 512 scores in fp32 and bfloat16.
+    # 512 positions: E twice and the MLP's three tensors, against E, four query heads twice, one KV
+    # head twice, and 4 x 512 scores in fp32 and bfloat16.
     mlp = 512 * (2 * 4096 + 3 * 1792) * 2
     attention = 512 * (4096 + (2 * 4 + 2 * 1) * 128) * 2 + 512 * 4 * 512 * (4 + 2)
     assert found.activations == max(mlp, attention) == 13_893_632
@@ -78,7 +79,8 @@ def test_a_training_step_of_llama_3_1_8b_is_what_a_pencil_says():
     assert found.logits == 512 * 16032 * (4 + 4)
     in_fp32 = train_memory(ON_8, TrainStep(batch=1, seq=512, itemsize=4))
     assert (in_fp32.params, in_fp32.optimizer, in_fp32.copies) == (found.params, found.optimizer, 0)
-    # The backward pass begins with all activations and ends with all gradients; in a second micro-step both are there.
+    # The backward pass begins with all activations and ends with all gradients; in a second
+    # micro-step both are there.
     assert found.backward == layer + entered
     assert found.total == found.params + found.optimizer + found.copies + max(
         found.activations + found.logits, 2 * params + layer + entered
@@ -101,7 +103,8 @@ def test_a_decode_step_can_be_the_peak():
     spec = replace(TINY, max_positions=1 << 20)
     plan = make_plan(spec, MeshShape())
     found = cost.memory(plan, batch=1, prompt=1, max_model_len=1 << 20, itemsize=4)
-    # E, twice the query and KV heads, and six heads' scores over the cache and the new position, as scores and as weights.
+    # E, twice the query and KV heads, and six heads' scores over the cache and the new position, as
+    # scores and as weights.
     assert found.activations == 4 * (24 + (2 * 6 + 2 * 2) * 4) + 6 * ((1 << 20) + 1) * (4 + 4)
 
 
@@ -114,8 +117,10 @@ def test_a_long_prompts_chunks_see_the_cache():
     assert two.activations > one.activations
 
 
-def test_the_devices_hold_as_much_as_is_forecast(workers: Workers, models: TinyModels):
+def test_the_devices_hold_as_much_as_is_forecast(workers, models):
     """Weights and cache, against the runtime's own slices."""
+    from reference import random_prompts
+
     tiny = models(heads=6, kv_heads=3)
     done = workers[2].call(
         "device_cases:generate",
@@ -333,13 +338,9 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
     with pytest.raises(FitError) as caught:
         found.check()
     assert found.fit is not None
-    first, second, third = str(caught.value).split("\n")
-    assert first == "llama-3.1-8b on mesh 1x4 needs 25.5 GB on each device, n300 has 12 GB"
-    assert (
-        second
-        == f"the largest batch is {found.fit.largest_batch} at this context, the largest context {found.fit.largest_context} at this batch"
-    )
-    assert third == "use more devices along 'model', or a smaller dtype, batch or context"
+    sizes = ("mesh 1x4", "25.5 GB", "n300", "12 GB", "'model'")
+    limits = (f" {found.fit.largest_batch} ", f" {found.fit.largest_context} ")
+    assert says(caught.value, "llama-3.1-8b", *sizes, *limits)
     assert 1 <= found.fit.largest_batch < 64 and 1 <= found.fit.largest_context < 8192
     forecast("fits", found.plan, replace(request, batch=found.fit.largest_batch)).check()
 

@@ -1,10 +1,12 @@
-"""What is not supported is refused with its reason, before anything is read or run; what is refused is really so in transformers."""
+"""What is not supported is refused with its reason before anything is read or run.
+
+What is refused is really so in transformers.
+"""
 
 from typing import Any
 
 import pytest
-import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from messages import says
 
 from parallama.errors import CheckpointError
 from parallama.model.families import FAMILIES, REASONS
@@ -39,215 +41,139 @@ LONGROPE = {
     "long_factor": [2.0, 2.0],
     "original_max_position_embeddings": 16,
 }
-PLAIN = "expected plain weights: float32, bfloat16 or float16"
 
 
-def refused(values: dict[str, Any]) -> str:
+def check_refused(values: dict[str, Any], *parts: object) -> None:
     with pytest.raises(CheckpointError) as caught:
         ModelSpec.from_config(values, "config.json")
-    message = str(caught.value)
-    assert len(message.splitlines()) <= 3 and len(message) < 500
-    return message
+    assert says(caught.value, *parts) and len(str(caught.value)) < 500, caught.value
 
 
-FEATURES = [
-    (
-        LLAMA,
-        {"num_local_experts": 8},
-        "config.json: num_local_experts is 8: mixture of experts is not supported",
-    ),
-    (
-        QWEN3,
-        {"num_experts": 128},
-        "config.json: num_experts is 128: mixture of experts is not supported",
-    ),
+FEATURES: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
+    (LLAMA, {"num_local_experts": 8}, ("num_local_experts is 8", "mixture of experts")),
+    (QWEN3, {"num_experts": 128}, ("num_experts is 128", "mixture of experts")),
     (
         LLAMA,
         {"final_logit_softcapping": 30.0},
-        "config.json: final_logit_softcapping is 30.0: soft-capping of logits is not supported",
+        ("final_logit_softcapping is 30.0", "soft-capping"),
     ),
-    (
-        LLAMA,
-        {"attn_logit_softcapping": 50.0},
-        "config.json: attn_logit_softcapping is 50.0: soft-capping of logits is not supported",
-    ),
-    (
-        LLAMA,
-        {"kv_lora_rank": 512},
-        "config.json: kv_lora_rank is 512: latent attention is not supported",
-    ),
-    (
-        LLAMA,
-        {"clip_qkv": 8.0},
-        "config.json: clip_qkv is 8.0: clipped queries, keys and values is not supported",
-    ),
-    (
-        LLAMA,
-        {"vision_config": {"depth": 2}},
-        "config.json: vision_config is {'depth': 2}: images or sound beside text is not supported",
-    ),
-    (LLAMA, {"is_causal": False}, "config.json: is_causal is False"),
-    (
-        LLAMA,
-        {"use_bidirectional_attention": True},
-        "config.json: use_bidirectional_attention is True: attention in both directions is",
-    ),
-    (
-        LLAMA,
-        {"per_layer_config": {"0": {"intermediate_size": 8}}},
-        "config.json: per_layer_config is",
-    ),
-    (
-        LLAMA,
-        {"quantization_config": {"quant_method": "awq"}},
-        f"config.json has a quantization_config\n{PLAIN}",
-    ),
-    (
-        LLAMA,
-        {"quantization": {"bits": 4, "group_size": 64}},
-        f"config.json has a quantization\n{PLAIN}",
-    ),
+    (LLAMA, {"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping is 50.0", "soft-capping")),
+    (LLAMA, {"kv_lora_rank": 512}, ("kv_lora_rank is 512", "latent attention")),
+    (LLAMA, {"clip_qkv": 8.0}, ("clip_qkv is 8.0",)),
+    (LLAMA, {"vision_config": {"depth": 2}}, ("vision_config is {'depth': 2}", "images")),
+    (LLAMA, {"is_causal": False}, ("is_causal is False",)),
+    (LLAMA, {"use_bidirectional_attention": True}, ("use_bidirectional_attention is True",)),
+    (LLAMA, {"per_layer_config": {"0": {"intermediate_size": 8}}}, ("per_layer_config is",)),
+    (LLAMA, {"quantization_config": {"quant_method": "awq"}}, ("quantization_config", "float16")),
+    (LLAMA, {"quantization": {"bits": 4, "group_size": 64}}, ("quantization", "float16")),
     (
         LLAMA,
         {"layer_types": ["full_attention", "sliding_attention"]},
-        "config.json: layer_types has 'sliding_attention'",
+        ("layer_types has 'sliding_attention'",),
     ),
     (
         MISTRAL,
         {"layer_types": ["full_attention"] * 2},
-        "config.json: layer_types has 'full_attention'\nexpected sliding_attention, for",
+        ("layer_types has 'full_attention'", "expected sliding_attention"),
     ),
     (
         QWEN3,
         {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8},
-        "config.json: layer_types has 'sliding_attention'",
+        ("layer_types has 'sliding_attention'",),
     ),
     (
         QWEN3,
         {"layer_types": ["chunked_attention"] * 2},
-        "config.json: layer_types has 'chunked_attention', which is not supported",
+        ("layer_types has 'chunked_attention'",),
     ),
     (
         QWEN3,
         {"layer_types": ["full_attention"]},
-        "config.json: layer_types is ['full_attention']\nexpected a list with an entry for each of 2",
+        ("layer_types is ['full_attention']", "2 layers"),
     ),
-    (QWEN3, {"layer_types": "full"}, "config.json: layer_types is 'full'"),
-    (
-        QWEN3,
-        {"layer_types": [None, None]},
-        "config.json: layer_types has None, which is not supported",
-    ),
-    (
-        MISTRAL,
-        {"sliding_window": 0},
-        "config.json: sliding_window is 0\nexpected null or a whole number of at least 1",
-    ),
-    (MISTRAL, {"sliding_window": "8"}, "config.json: sliding_window is '8'"),
-    (
-        QWEN3,
-        {"sliding_window": -1, "use_sliding_window": True},
-        "config.json: sliding_window is -1",
-    ),
+    (QWEN3, {"layer_types": "full"}, ("layer_types is 'full'",)),
+    (QWEN3, {"layer_types": [None, None]}, ("layer_types has None",)),
+    (MISTRAL, {"sliding_window": 0}, ("sliding_window is 0", "at least 1")),
+    (MISTRAL, {"sliding_window": "8"}, ("sliding_window is '8'",)),
+    (QWEN3, {"sliding_window": -1, "use_sliding_window": True}, ("sliding_window is -1",)),
     (
         LLAMA | {"model_type": "ministral"},
         {"sliding_window": None},
-        "config.json: sliding_window is None",
+        ("sliding_window is None",),
     ),
-    (
-        SMOLLM3,
-        {"no_rope_layers": [1]},
-        "config.json: no_rope_layers is [1]\nexpected a list with an entry for each of 2 layers",
-    ),
-    (
-        SMOLLM3,
-        {"no_rope_layers": [1, 2]},
-        "config.json: no_rope_layers has 2, which is not supported",
-    ),
-    (
-        SMOLLM3,
-        {"no_rope_layer_interval": 0},
-        "config.json: no_rope_layer_interval is 0\nexpected a whole number of at least 1",
-    ),
+    (SMOLLM3, {"no_rope_layers": [1]}, ("no_rope_layers is [1]", "2 layers")),
+    (SMOLLM3, {"no_rope_layers": [1, 2]}, ("no_rope_layers has 2",)),
+    (SMOLLM3, {"no_rope_layer_interval": 0}, ("no_rope_layer_interval is 0", "at least 1")),
 ]
 
 
 @pytest.mark.parametrize(
-    ("values", "more", "said"), FEATURES, ids=[str(more)[:60] for _, more, _ in FEATURES]
+    ("values", "more", "parts"), FEATURES, ids=[str(more)[:60] for _, more, _ in FEATURES]
 )
-def test_what_a_family_does_not_have_is_refused_with_the_reason(values, more, said):
+def test_what_a_family_does_not_have_is_refused_with_the_reason(values, more, parts):
     ModelSpec.from_config(values)
-    assert refused(values | more).startswith(said)
+    check_refused(values | more, "config.json", *parts)
 
 
-ROPES = [
-    (
-        {"partial_rotary_factor": 0.5},
-        "partial_rotary_factor 0.5 is not supported\nexpected 1: every head is rotated whole",
-    ),
+ROPES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor 0.5", "expected 1")),
     (
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
-        "partial_rotary_factor 0.25 is not supported",
+        ("partial_rotary_factor 0.25",),
     ),
     (
         {"rope_scaling": {"type": "su"}},
-        "rope type 'su' is not supported\nexpected one of default, linear, dynamic, yarn, llama3, longrope",
+        ("rope type 'su'", "default, linear, dynamic, yarn, llama3, longrope"),
     ),
-    ({"rope_scaling": {"rope_type": ["linear"]}}, "rope type ['linear'] is not supported"),
-    ({"rope_scaling": [1]}, "rope type [1] is not supported"),
-    (
-        {"rope_parameters": {"full_attention": LINEAR}},
-        "rotary embedding differs between layers: ['full_attention']",
-    ),
+    ({"rope_scaling": {"rope_type": ["linear"]}}, ("rope type ['linear']",)),
+    ({"rope_scaling": [1]}, ("rope type [1]",)),
+    ({"rope_parameters": {"full_attention": LINEAR}}, ("['full_attention']",)),
     (
         {"rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4]}},
-        "mrope_section [8, 4, 4] is not supported",
+        ("mrope_section [8, 4, 4]",),
     ),
-    ({"rope_theta": 0}, "rope_theta is 0\nexpected a number above 1, for rotary embedding"),
-    ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
-    ({"rope_theta": None}, "rope_theta is None"),
-    ({"rope_theta": float("nan")}, "rope_theta is nan"),
+    ({"rope_theta": 0}, ("rope_theta is 0", "above 1")),
+    ({"rope_theta": "1e4"}, ("rope_theta is '1e4'",)),
+    ({"rope_theta": None}, ("rope_theta is None",)),
+    ({"rope_theta": float("nan")}, ("rope_theta is nan",)),
     *(
-        (
-            {"rope_scaling": LINEAR | {"factor": factor}},
-            f"factor is {factor!r}\nexpected a number of at least 1",
-        )
+        ({"rope_scaling": LINEAR | {"factor": factor}}, (f"factor is {factor!r}", "at least 1"))
         for factor in (0, -1, "2", True)
     ),
-    ({"rope_scaling": {"rope_type": "dynamic"}}, "factor is None"),
+    ({"rope_scaling": {"rope_type": "dynamic"}}, ("factor is None",)),
     (
         {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "head_dim": 2},
-        "head_dim is 2\nexpected more than 2 for rope type 'dynamic'",
+        ("head_dim is 2", "'dynamic'"),
     ),
     (
         {"rope_scaling": LINEAR | {"factor": 1e12}},
-        "rope type 'linear' reaches 64000000000000 positions\nexpected at most 2147483648",
+        ("'linear'", "64000000000000 positions", "at most 2147483648"),
     ),
     (
         {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
-        "high_freq_factor is 1.0\nexpected a number above 1",
+        ("high_freq_factor is 1.0", "above 1"),
     ),
-    ({"rope_scaling": LLAMA3 | {"low_freq_factor": None}}, "low_freq_factor is None"),
+    ({"rope_scaling": LLAMA3 | {"low_freq_factor": None}}, ("low_freq_factor is None",)),
     (
         {"rope_scaling": LLAMA3, "original_max_position_embeddings": 0},
-        "original_max_position_embeddings is 0",
+        ("original_max_position_embeddings is 0",),
     ),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": "x"}}, "beta_fast is 'x'"),
     (
-        {"rope_scaling": LONGROPE | {"long_factor": [1.0]}},
-        "long_factor is [1.0]\nexpected a list of 2 numbers, half of head_dim",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": "x"}},
+        ("beta_fast is 'x'",),
     ),
+    ({"rope_scaling": LONGROPE | {"long_factor": [1.0]}}, ("long_factor is [1.0]", "2 numbers")),
     (
         {"rope_scaling": LONGROPE | {"short_factor": [1.0, 0.0]}},
-        "short_factor holds 0.0\nexpected numbers above 0",
+        ("short_factor holds 0.0", "above 0"),
     ),
-    ({"rope_scaling": {"rope_type": "longrope"}}, "short_factor is None"),
+    ({"rope_scaling": {"rope_type": "longrope"}}, ("short_factor is None",)),
 ]
 
 
-@pytest.mark.parametrize(("more", "said"), ROPES, ids=[str(more)[:60] for more, _ in ROPES])
-def test_a_rotary_embedding_that_cannot_be_run_is_refused_with_the_reason(more, said):
-    assert refused(LLAMA | more).startswith(f"config.json: {said}")
+@pytest.mark.parametrize(("more", "parts"), ROPES, ids=[str(more)[:60] for more, _ in ROPES])
+def test_a_rotary_embedding_that_cannot_be_run_is_refused_with_the_reason(more, parts):
+    check_refused(LLAMA | more, "config.json", *parts)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +190,8 @@ def test_a_rotary_embedding_that_cannot_be_run_is_refused_with_the_reason(more, 
     ids=str,
 )
 def test_the_longest_sequence_is_what_the_rotary_embedding_was_stretched_to(rope, reach):
+    from transformers import CONFIG_MAPPING
+
     spec = ModelSpec.from_config(LLAMA | {"rope_scaling": rope})
     assert spec.max_positions == reach
     assert spec.rope == ((rope or {}).get("rope_type") or (rope or {}).get("type", "default"))
@@ -285,21 +213,21 @@ _FUSED = ("qkv", "query_key_value", "c_attn")
 
 @pytest.mark.parametrize("model_type", sorted(REASONS))
 def test_another_family_is_refused_with_a_reason(model_type):
-    first, second = refused({"model_type": model_type}).splitlines()
-    assert first == f"model_type {model_type!r} is not supported: {REASONS[model_type]}"
-    assert second == f"expected one of {', '.join(sorted(FAMILIES))}"
+    known = ", ".join(sorted(FAMILIES))
+    check_refused({"model_type": model_type}, repr(model_type), REASONS[model_type], known)
 
 
 def test_an_unnamed_family_is_refused_with_what_its_config_shows():
-    assert refused({"model_type": "some_moe", "num_experts": 64}).startswith(
-        "model_type 'some_moe' is not supported: mixture of experts\n"
-    )
+    check_refused({"model_type": "some_moe", "num_experts": 64}, "'some_moe'", "mixture of experts")
 
 
-@pytest.mark.parametrize(
-    "model_type", sorted(set(REASONS) & set(CONFIG_MAPPING) - {"dbrx", "nemotron"})
-)
+@pytest.mark.parametrize("model_type", sorted(set(REASONS) - {"dbrx", "nemotron"}))
 def test_the_reason_is_true_of_transformers_own_modules(model_type):
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    if model_type not in CONFIG_MAPPING:
+        return  # transformers has no code of its own for it
     config = CONFIG_MAPPING[model_type]()
     with torch.device("meta"):
         names = {name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()}
@@ -340,6 +268,8 @@ def test_the_reason_is_true_of_transformers_own_modules(model_type):
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_a_supported_familys_own_defaults_are_not_refused(model_type):
+    from transformers import CONFIG_MAPPING
+
     config = CONFIG_MAPPING[model_type]()
     assert ModelSpec.from_config(config).model_type == model_type
     assert unsupported_feature(config.to_dict()) is None

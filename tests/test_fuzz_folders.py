@@ -1,7 +1,8 @@
-"""10,000 mutants of a good folder's header, index and config: each loads or is a CheckpointError; anything else that is raised is a failure.
+"""10,000 mutants of a good folder's header, index and config: each loads or is a CheckpointError.
 
-The mutations know the structure: they change, drop, repeat and swap keys and values of the JSON, take values from a list of bad ones, move offsets, and only now and then flip bytes. Every mutant follows from
-its number, which a failure names.
+The mutations know the structure: they change, drop, repeat and swap keys and values of the JSON,
+take values from a list of bad ones, move offsets, and only now and then flip bytes. Every mutant
+follows from its number, which a failure names.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from parallama.prove import hlo
 
-TEXT = """HloModule SyncTensorsGraph.9, is_scheduled=true, input_output_alias={ {1}: (2, {}, must-alias), {2}: (0, {}, may-alias) }, entry_computation_layout={(f32[2,8]{1,0})->f32[2,8]{1,0}}, num_partitions=2
+TEXT = """HloModule SyncTensorsGraph.9, is_scheduled=true, \
+input_output_alias={ {1}: (2, {}, must-alias), {2}: (0, {}, may-alias) }, \
+entry_computation_layout={(f32[2,8]{1,0})->f32[2,8]{1,0}}, num_partitions=2
 
 %add (x: f32[], y: f32[]) -> f32[] {
   %x = f32[] parameter(0)
@@ -22,10 +24,15 @@ ENTRY %main.7_spmd (p0: bf16[2,8], p1: s64[3], p2: f32[4]) -> (f32[2,8], bf16[2,
   %p0 = bf16[2,8]{1,0} parameter(0), sharding={devices=[1,2]<=[2]}
   %p1 = s64[3]{0} parameter(1)
   %p2 = f32[4]{0} parameter(2), metadata={op_name="xla__device_data"}
-  %dot.2 = f32[2,8]{1,0} dot(%p0, %p0), lhs_contracting_dims={1}, rhs_contracting_dims={1}, metadata={op_type="aten__einsum" op_name="model.1/model.layers.0.2/model.layers.0.self_attn.12/aten__einsum.4/aten__mul"}
-  %all-reduce-start = f32[2,8]{1,0} all-reduce-start(%dot.2), channel_id=1, replica_groups={{0,1}}, to_apply=%add, metadata={op_name="model.layers.0.mlp.down_proj.5/aten__einsum"}
+  %dot.2 = f32[2,8]{1,0} dot(%p0, %p0), lhs_contracting_dims={1}, \
+rhs_contracting_dims={1}, metadata={op_type="aten__einsum" \
+op_name="model.1/model.layers.0.2/model.layers.0.self_attn.12/aten__einsum.4/aten__mul"}
+  %all-reduce-start = f32[2,8]{1,0} all-reduce-start(%dot.2), channel_id=1, \
+replica_groups={{0,1}}, to_apply=%add, \
+metadata={op_name="model.layers.0.mlp.down_proj.5/aten__einsum"}
   %all-reduce-done = f32[2,8]{1,0} all-reduce-done(%all-reduce-start)
-  %all-gather = (f32[4]{0}, pred[16]{0}) all-gather(%p2, %p2), channel_id=2, replica_groups=[1,2]<=[2], dimensions={0}
+  %all-gather = (f32[4]{0}, pred[16]{0}) all-gather(%p2, %p2), \
+channel_id=2, replica_groups=[1,2]<=[2], dimensions={0}
   %copy.3 = f32[4]{0} copy(%p2)
   %bitcast = f32[4]{0} bitcast(%all-gather)
   %dot.3 = f32[4]{0} dot(%bitcast, %copy.3), metadata={op_name="lm_head.3/aten__einsum"}

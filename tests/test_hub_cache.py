@@ -1,4 +1,4 @@
-"""A model in the hub's own cache: blobs, refs, and a snapshot folder of relative links out of itself."""
+"""A model in the hub's own cache: blobs, refs, and a snapshot of relative links out of itself."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import forks
 import pytest
+
+from parallama.prove.verification import verify
 
 COMMAND = str(Path(sys.executable).with_name("parallama"))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def cached(folder: Path, home: Path) -> Path:
-    """A folder's files as huggingface_hub lays them out for the model `org/tiny`; gives the snapshot's folder."""
+    """Lay a folder's files out as huggingface_hub does for `org/tiny`; the snapshot's folder."""
     repository = home / "hub" / "models--org--tiny"
     snapshot = repository / "snapshots" / COMMIT
     for made in (repository / "blobs", repository / "refs", snapshot):
@@ -47,18 +50,16 @@ def run(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def environment(home: Path) -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != "HF_HUB_CACHE"} | {
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "1",
-    }
+    kept = {key: value for key, value in forks.environment().items() if key != "HF_HUB_CACHE"}
+    return kept | {"HF_HOME": str(home)}
 
 
 def test_a_model_of_the_hubs_cache_is_verified_by_its_id_and_by_its_folder(home):
     snapshot = home / "hub" / "models--org--tiny" / "snapshots" / COMMIT
-    for name in ("org/tiny", str(snapshot)):
-        done = run(home, "verify", name, "--json")
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["passed"] and json.loads(done.stdout)["tensors"] > 10
+    by_id, by_folder = run(home, "verify", "org/tiny", "--json"), verify(str(snapshot))
+    assert by_id.returncode == 0, by_id.stderr
+    assert json.loads(by_id.stdout)["passed"] and by_folder.passed
+    assert json.loads(by_id.stdout)["tensors"] == by_folder.tensors > 10
 
 
 def test_a_snapshot_that_links_to_another_repositorys_blobs_is_refused(models, tmp_path):
@@ -79,20 +80,9 @@ def test_a_model_of_the_hubs_cache_loads_by_its_id_with_a_bar_and_bytes_per_seco
 ):
     """On a pseudo-terminal, without a network; standard output stays a document."""
     ours, theirs = pty.openpty()
-    arguments = [
-        COMMAND,
-        "generate",
-        "org/tiny",
-        "--prompt-ids",
-        "5,6,7",
-        "--max-new-tokens",
-        "2",
-        "--mesh",
-        "1x2",
-        "--json",
-    ]
+    few = ["--prompt-ids", "5,6,7", "--max-new-tokens", "2", "--mesh", "1x2", "--json"]
     with subprocess.Popen(
-        arguments,
+        [COMMAND, "generate", "org/tiny", *few],
         stdout=subprocess.PIPE,
         stderr=theirs,
         stdin=subprocess.DEVNULL,

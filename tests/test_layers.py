@@ -59,7 +59,10 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
-    """Every import of a file, at any depth, with the absolute dotted name of what is imported (`parallama.plan.make_plan.make_plan`)."""
+    """Every import of a file, at any depth, with its absolute dotted name.
+
+    That is, for example, `parallama.plan.make_plan.make_plan`.
+    """
     package = ("parallama", *path.relative_to(SOURCE).parent.parts)
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -96,7 +99,7 @@ def file_of(dotted: list[str]) -> str:
 
 
 def lines_on_import(path: Path) -> set[int]:
-    """The lines of the imports that run when the file is imported: outside functions and `if TYPE_CHECKING:`."""
+    """The lines of a file's imports outside functions and `if TYPE_CHECKING:`."""
     found: set[int] = set()
     waiting: list[ast.AST] = [tree_of(path)]
     while waiting:

@@ -1,4 +1,7 @@
-"""Loading runs no code of a checkpoint and starts no process: the source says so, and so does Python's own audit while folders are loaded."""
+"""Loading runs no code of a checkpoint and starts no process.
+
+The source says so, and so does Python's own audit while folders are loaded.
+"""
 
 import json
 import os
@@ -9,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from broken_folders import SINGLE, make
-from test_layers import FILES, imports, own_imports, place, report, row_name
+from forks import environment
+from test_layers import SOURCE, imports, own_imports, place, report
 
 HERE = Path(__file__).parent
 RUNNERS = {
@@ -28,20 +32,21 @@ RUNNERS = {
 
 
 def test_no_module_that_reads_checkpoints_can_start_a_process():
-    waiting, seen, problems = ["checkpoint", "gguf_file"], set(), []
+    waiting, seen, problems = ["files/checkpoint", "files/gguf_file"], set(), []
     while waiting:
-        row = waiting.pop()
-        if row in seen:
+        name = waiting.pop()
+        if name in seen:
             continue
-        seen.add(row)
-        for path in (path for path in FILES if row_name(path) == row):
-            problems += [
-                f"{place(path, node)}: imports {name}"
-                for node, name in imports(path)
-                if name in RUNNERS or name.split(".")[0] in RUNNERS
-            ]
-            waiting += [other for _, other in own_imports(path)]
-    assert {"model_files", "weight_files", "tokenizer_files", "safetensors_header"} <= seen
+        seen.add(name)
+        path = SOURCE / f"{name}.py"
+        problems += [
+            f"{place(path, node)}: imports {other}"
+            for node, other in imports(path)
+            if other in RUNNERS or other.split(".")[0] in RUNNERS
+        ]
+        waiting += [other for _, other in own_imports(path)]
+    reached = {"model_files", "weight_files", "tokenizer_files", "safetensors_header"}
+    assert {f"files/{name}" for name in reached} <= seen
     report(problems)
 
 
@@ -94,18 +99,13 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def test_nothing_of_a_checkpoint_is_run_and_nothing_outside_is_opened(folders, tmp_path):
-    kept = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))
-    }
     command = [sys.executable, "-P", str(HERE / "loading_audit.py"), *map(str, folders)]
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
         timeout=600,
-        env=kept,
+        env=environment(),
         stdin=subprocess.DEVNULL,
         cwd=folders[0],
     )

@@ -1,19 +1,22 @@
-"""The language-model loss and its gradient are right over a large vocabulary, for a model that is sure of its tokens."""
+"""The loss and its gradient are right over a large vocabulary, for a model sure of its tokens."""
 
 from __future__ import annotations
 
 import pytest
 import reference
 import torch
-from conftest import Workers
 from hypothesis import given
 from hypothesis import strategies as st
+from workers import Workers
 
 from parallama.engine.torch_xla.loss import next_token_loss, stretches
 
 
 def sure(vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `[2, 5, V]` and ids: one id of each position has almost all of the probability, the others together 49,152 * e^-18."""
+    """Logits `[2, 5, V]` and ids.
+
+    One id of each position has almost all of the probability, the others together 49,152 * e^-18.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab // 8, (2, 5), generator=generator)
     logits = 15 - 18 + 0.1 * torch.randn(2, 5, vocab, generator=generator)

@@ -1,4 +1,4 @@
-"""A manifest says of each file what it is, and a folder that differs from it is an error that names the file."""
+"""A manifest says of each file what it is, and a file that differs from it is an error."""
 
 import hashlib
 import json
@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from messages import check_raised
 
 from parallama.errors import CheckpointError
 from parallama.files import manifest
+
+KNOWN = {"format": "parallama-manifest", "version": 1}
 
 
 @pytest.fixture
@@ -19,11 +22,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def refused(folder: Path) -> str:
+def check_refused(folder: Path, *parts: object) -> None:
     with pytest.raises(CheckpointError) as caught:
         manifest.check(folder)
-    assert len(str(caught.value).splitlines()) <= 3
-    return str(caught.value)
+    check_raised(caught.value, 3, *parts)
 
 
 def rewrite(folder: Path, content: object) -> None:
@@ -66,22 +68,17 @@ def test_a_changed_byte_is_an_error_that_names_the_file(folder):
     with (folder / "model.safetensors").open("r+b") as file:
         file.seek(777)
         file.write(b"!")
-    first, second = refused(folder).splitlines()
-    assert first.startswith("model.safetensors has SHA-256 ")
-    assert second.startswith("expected ") and second.endswith(", from manifest.json")
+    check_refused(folder, "model.safetensors", "SHA-256", "manifest.json")
 
 
 def test_a_file_of_another_size_is_an_error_that_names_both(folder):
     (folder / "config.json").write_bytes(b"{ }")
-    assert refused(folder) == "config.json has 3 bytes\nexpected 2, from manifest.json"
+    check_refused(folder, "config.json", "3 bytes", "expected 2", "manifest.json")
 
 
 def test_a_missing_file_is_an_error_that_names_it(folder):
     (folder / "config.json").unlink()
-    assert (
-        refused(folder)
-        == "manifest.json names 'config.json', which is missing\ncopy or download the folder again"
-    )
+    check_refused(folder, "manifest.json", "'config.json'", "missing")
 
 
 @pytest.mark.parametrize(
@@ -90,59 +87,45 @@ def test_a_missing_file_is_an_error_that_names_it(folder):
     ids=lambda name: repr(name[:9]),
 )
 def test_a_manifest_that_names_a_file_elsewhere_is_an_error(folder, name):
-    rewrite(
-        folder,
-        {
-            "format": "parallama-manifest",
-            "version": 1,
-            "files": {name: {"bytes": 0, "sha256": "0" * 64}},
-        },
-    )
-    assert "file name" in refused(folder) or "which is missing" in refused(folder)
+    rewrite(folder, KNOWN | {"files": {name: {"bytes": 0, "sha256": "0" * 64}}})
+    check_refused(folder, repr(name)[:9])
 
 
 def test_a_link_out_of_the_folder_is_an_error_that_names_it(folder, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside") / "config.json"
     (folder / "config.json").rename(outside)
     (folder / "config.json").symlink_to(outside)
-    assert refused(folder).startswith("config.json is a link to ")
+    check_refused(folder, "config.json", "link")
 
 
 def test_a_fifo_is_an_error_and_not_waited_for(folder):
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
-    assert refused(folder) == "config.json is a FIFO\nexpected a regular file"
+    check_refused(folder, "config.json", "FIFO")
 
 
 @pytest.mark.parametrize(
     "content",
     [
         *("", "[]", "7", "{", '{"format": "parallama-manifest", "format": "parallama-manifest"}'),
-        {"format": "another", "version": 1, "files": {}},
-        {"format": "parallama-manifest", "version": 2, "files": {}},
-        {"format": "parallama-manifest", "version": 1},
-        {"format": "parallama-manifest", "version": 1, "files": {"config.json": 7}},
-        {
-            "format": "parallama-manifest",
-            "version": 1,
-            "files": {"config.json": {"bytes": -1, "sha256": "0" * 64}},
-        },
-        {
-            "format": "parallama-manifest",
-            "version": 1,
-            "files": {"config.json": {"bytes": 2, "sha256": "XY"}},
-        },
-        {
-            "format": "parallama-manifest",
-            "version": 1,
-            "files": {"config.json": {"bytes": "2", "sha256": "0" * 64}},
-        },
+        KNOWN | {"format": "another", "files": {}},
+        KNOWN | {"version": 2, "files": {}},
+        KNOWN,
+        *(
+            KNOWN | {"files": {"config.json": wrong}}
+            for wrong in (
+                7,
+                {"bytes": -1, "sha256": "0" * 64},
+                {"bytes": 2, "sha256": "XY"},
+                {"bytes": "2", "sha256": "0" * 64},
+            )
+        ),
     ],
     ids=str,
 )
 def test_what_is_no_manifest_is_an_error_that_names_it(folder, content):
     rewrite(folder, content)
-    assert "manifest.json" in refused(folder)
+    check_refused(folder, "manifest.json")
 
 
 def test_writing_about_a_missing_file_leaves_no_manifest(tmp_path):

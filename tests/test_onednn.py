@@ -1,4 +1,4 @@
-"""Products that go to oneDNN: the module that is written out, as XLA reads it, and what it computes."""
+"""Products that go to oneDNN: the module that is written, as XLA reads it, and what it computes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def test_a_product_is_a_fusion_of_its_own_and_right(
     )
     shapes = [",".join(map(str, shape)) for shape in (left, right, (*left[:-1], right[-1]))]
     fusion = re.search(
-        r"ROOT \S+ = f32\[(\S+?)\]\S* fusion\(f32\[(\S+?)\]\S* \S+, f32\[(\S+?)\]\S* \S+\), kind=kCustom",
+        r"ROOT \S+ = f32\[(\S+?)\]\S* "
+        r"fusion\(f32\[(\S+?)\]\S* \S+, f32\[(\S+?)\]\S* \S+\), kind=kCustom",
         text,
     )
     assert fusion is not None and list(fusion.groups()) == [shapes[2], *shapes[:2]]

@@ -1,4 +1,4 @@
-"""Sharded equals unsharded: tiny random models on virtual devices against plain transformers in another process."""
+"""Sharded equals unsharded: tiny random models on virtual devices against plain transformers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def assert_greedy(
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
-        # Each once on eight devices, or on the three that most head counts don't divide over; and some on every other shape.
+        # Each once on eight devices, or on the three that most head counts don't divide over; and
+        # some on every other shape.
         *((name, ("1x3", "1x8")[index % 2]) for index, name in enumerate(LLAMAS)),
         ("7/7 both biases", "1x2"),
         ("5/1 tied", "1x4"),
@@ -333,7 +334,8 @@ def test_a_row_past_its_end_is_frozen_and_can_go_on_with_any_text(
     tiny = models(**SMOL)
     prompts = reference.random_prompts([3, 20], tiny.vocab)
     eos = reference.greedy(tiny.model, prompts[0], 3)[0][2]
-    # With 6, the first row goes on with the end id as often as the session repeated it: only the first of them was run.
+    # With 6, the first row goes on with the end id as often as the session repeated it: only the
+    # first of them was run.
     got = workers[1].call(
         "device_cases:frozen_rows",
         folder=tiny.folder,

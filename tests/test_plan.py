@@ -1,4 +1,4 @@
-"""A plan places every tensor once, with a reason, or says what it lacks; it is plain data that survives JSON, made without torch."""
+"""A plan places every tensor once, with a reason, or says what it lacks; it needs no torch."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import check_raised
 
 from parallama.errors import PlanError, UsageError
 from parallama.model.families import TP_PLANS
@@ -78,12 +79,10 @@ def specs(draw):
 MESHES = st.builds(MeshShape, data=st.integers(1, 4), model=st.integers(1, 9))
 
 
-def refused(overrides=None, spec=TINY, mesh=ON_2X2, **kwargs) -> str:
+def check_refused(*parts, overrides=None, spec=TINY, mesh=ON_2X2, **kwargs) -> None:
     with pytest.raises(PlanError) as caught:
         make_plan(spec, mesh, overrides, **kwargs)
-    assert caught.value.exit_code == 2
-    assert len(str(caught.value).splitlines()) <= 3
-    return str(caught.value)
+    check_raised(caught.value, 2, *parts)
 
 
 # Every tensor has its place.
@@ -209,16 +208,12 @@ def test_a_bare_models_parameters_are_placed_by_their_own_names():
 
 def test_a_parameter_that_no_rule_covers_is_an_error_that_names_it():
     extra = [*TINY.parameters(), ("model.layers.0.adapter.weight", (4, 4))]
-    assert refused(parameters=extra) == (
-        "no rule of the plan covers model.layers.0.adapter.weight\nadd a pattern for it, as 'replicate' if nothing else fits"
-    )
+    check_refused("model.layers.0.adapter.weight", "'replicate'", parameters=extra)
 
 
 def test_many_uncovered_parameters_are_counted():
     extra = [*TINY.parameters(), *((f"model.extra.{index}", (4,)) for index in range(7))]
-    assert refused(parameters=extra).splitlines()[0] == (
-        "no rule of the plan covers model.extra.0, model.extra.1, model.extra.2, model.extra.3 and 3 more"
-    )
+    check_refused(*(f"model.extra.{index}" for index in range(4)), "3 more", parameters=extra)
 
 
 def test_an_uncovered_parameter_can_be_covered_by_a_pattern():
@@ -226,10 +221,8 @@ def test_an_uncovered_parameter_can_be_covered_by_a_pattern():
     placement = make_plan(
         TINY, ON_2X2, {"model.layers.*.adapter.weight": "replicate"}, parameters=extra
     )["model.layers.0.adapter.weight"]
-    assert (placement.axes, placement.reason) == (
-        (None, None),
-        "asked for by the pattern 'model.layers.*.adapter.weight'",
-    )
+    assert placement.axes == (None, None)
+    assert "'model.layers.*.adapter.weight'" in placement.reason
 
 
 @pytest.mark.parametrize(
@@ -245,31 +238,22 @@ def test_an_uncovered_parameter_can_be_covered_by_a_pattern():
     ],
 )
 def test_a_pattern_that_matches_nothing_is_an_error_that_names_it(pattern):
-    expected = f"plan pattern {pattern!r} matches no parameter\nexpected a name such as model.layers.0.self_attn.q_proj.weight"
-    assert refused({pattern: "replicate"}) == expected
+    check_refused(repr(pattern), Q, overrides={pattern: "replicate"})
 
 
 def test_a_rule_of_the_models_own_plan_that_matches_nothing_is_an_error():
     spec = replace(TINY, tp_plan=TP_PLANS["qwen3"])
-    assert (
-        refused(spec=spec).splitlines()[0]
-        == "plan pattern 'model.layers.*.self_attn.q_norm.*' matches no parameter"
-    )
+    check_refused("'model.layers.*.self_attn.q_norm.*'", spec=spec)
 
 
 def test_a_style_of_the_models_own_plan_that_we_do_not_know_is_an_error():
     spec = replace(TINY, tp_plan={**TP_PLANS["llama"], "layers.*.mlp.up_proj": "packed_colwise"})
-    assert refused(spec=spec) == (
-        f"transformers' plan gives 'layers.*.mlp.up_proj' the style 'packed_colwise'\nexpected one of {STYLE_LIST}"
-    )
+    check_refused("'layers.*.mlp.up_proj'", "'packed_colwise'", STYLE_LIST, spec=spec)
 
 
 def test_a_parameter_whose_shape_is_not_the_configs_is_an_error():
     wrong = [(name, (26, 24) if name == Q else shape) for name, shape in TINY.parameters()]
-    assert (
-        refused(parameters=wrong)
-        == f"{Q} has shape [26, 24]\nexpected 24 in dim 0, from the config"
-    )
+    check_refused(Q, "[26, 24]", "24 in dim 0", parameters=wrong)
 
 
 # Overrides.
@@ -293,7 +277,7 @@ def test_an_override_by_style_or_by_axes_places_what_it_matches_and_nothing_else
     plan, default = make_plan(TINY, ON_2X2, {pattern: style}), make_plan(TINY, ON_2X2)
     assert plan[pattern].axes == axes
     assert plan[pattern].style == (style if isinstance(style, str) else "axes")
-    assert plan[pattern].reason.startswith(f"asked for by the pattern {pattern!r}")
+    assert repr(pattern) in plan[pattern].reason
     assert [p for p in plan.placements if p.name != pattern] == [
         p for p in default.placements if p.name != pattern
     ]
@@ -335,60 +319,38 @@ def test_a_star_does_not_reach_over_a_dot(pattern, name, covers):
 
 
 @pytest.mark.parametrize(
-    ("style", "message"),
+    ("style", "parts"),
     [
-        (
-            "rows",
-            f"style 'rows' for {Q} is unknown\nexpected one of {STYLE_LIST}, or a list of axes",
-        ),
-        (
-            "model",
-            f"style 'model' for {Q} is unknown\nexpected one of {STYLE_LIST}, or a list of axes",
-        ),
-        (
-            ["model"],
-            f"{Q} has 2 dims, the plan gives 1 axes: ['model']\nexpected one axis (or null) per dim",
-        ),
-        ([], f"{Q} has 2 dims, the plan gives 0 axes: []\nexpected one axis (or null) per dim"),
-        (
-            [None, None, "batch"],
-            f"{Q} has 2 dims, the plan gives 3 axes: [None, None, 'data']\nexpected one axis (or null) per dim",
-        ),
-        (
-            ["model", "model"],
-            f"{Q}: axes ['model', 'model'] use one axis twice\nexpected each axis at most once",
-        ),
-        (
-            ["batch", "data"],
-            f"{Q}: axes ['data', 'data'] use one axis twice\nexpected each axis at most once",
-        ),
+        ("rows", ("'rows'", STYLE_LIST)),
+        ("model", ("'model'", STYLE_LIST)),
+        (["model"], ("2 dims", "['model']")),
+        ([], ("2 dims", "[]")),
+        ([None, None, "batch"], ("2 dims", "[None, None, 'data']")),
+        (["model", "model"], ("['model', 'model']", "twice")),
+        (["batch", "data"], ("['data', 'data']", "twice")),
     ],
 )
-def test_an_override_that_does_not_fit_its_parameter_is_an_error_that_names_both(style, message):
-    assert refused({Q: style}) == message
+def test_an_override_that_does_not_fit_its_parameter_is_an_error_that_names_both(style, parts):
+    check_refused(Q, *parts, overrides={Q: style})
 
 
 def test_an_axis_that_no_mesh_has_is_an_error():
     with pytest.raises(UsageError) as caught:
         make_plan(TINY, ON_2X2, {Q: ["rows", None]})
-    assert (
-        str(caught.value) == "unknown mesh axis 'rows'\nexpected 'data' (alias 'batch') or 'model'"
-    )
+    check_raised(caught.value, 2, "'rows'", "'data'", "'model'")
 
 
 def test_a_dim_that_its_axis_does_not_divide_is_an_error_that_names_all_three():
-    assert refused({"model.norm.weight": ["model"]}, mesh=MeshShape(model=5)) == (
-        "model.norm.weight dim 0 has size 24, which axis 'model' (5 devices) does not divide\n"
-        "expected a multiple; only heads, intermediate and vocabulary are padded"
-    )
-    assert refused({Q: ["model", "batch"]}, mesh=MeshShape(data=5, model=2)).splitlines()[0] == (
-        f"{Q} dim 1 has size 24, which axis 'data' (5 devices) does not divide"
-    )
+    for name, axes, mesh, parts in (
+        ("model.norm.weight", ["model"], MeshShape(model=5), ("dim 0", "'model'")),
+        (Q, ["model", "batch"], MeshShape(data=5, model=2), ("dim 1", "'data'")),
+    ):
+        check_refused(name, *parts, "24", "5 devices", overrides={name: axes}, mesh=mesh)
 
 
 @pytest.mark.parametrize("style", [3, None, True, 0.5])
 def test_an_override_that_is_neither_style_nor_axes_is_an_error(style):
-    assert Q in refused({Q: style})
+    check_refused(Q, overrides={Q: style})
 
 
 def test_a_bias_that_every_device_holds_is_not_called_split():
@@ -412,10 +374,8 @@ def test_a_tied_head_is_not_placed_twice(spec, mesh):
 
 
 def test_a_pattern_for_a_tied_head_is_told_what_it_is_tied_to():
-    assert refused({"lm_head.weight": "replicate"}, spec=replace(TINY, tied=True)) == (
-        "plan pattern 'lm_head.weight' matches no parameter\n"
-        "lm_head.weight is tied to model.embed_tokens.weight; expected a name such as model.layers.0.self_attn.q_proj.weight"
-    )
+    spec, overrides = replace(TINY, tied=True), {"lm_head.weight": "replicate"}
+    check_refused("'lm_head.weight'", "model.embed_tokens.weight", spec=spec, overrides=overrides)
 
 
 # Bytes.
@@ -433,7 +393,7 @@ def test_llama_3_1_8b_on_1x8_takes_the_bytes_worked_out_by_hand():
     assert each == 2_008_031_232
     plan = make_plan(LLAMA_3_1_8B, MeshShape(data=1, model=8))
     assert plan.parameter_bytes(itemsize=2) == [each] * 8
-    # Keys and values of 32 layers, one KV head a device, 2 rows of 1000 positions of 128 numbers of 2 bytes.
+    # Keys and values, layers, KV heads a device, rows, positions, numbers and bytes.
     assert (
         plan.cache_bytes(batch=2, length=1000, itemsize=2) == [2 * 32 * 1 * 2 * 1000 * 128 * 2] * 8
     )
@@ -516,7 +476,8 @@ OVERRIDES = {
 def test_overrides_are_read_from_yaml(tmp_path):
     file = tmp_path / "plan.yaml"
     file.write_text(
-        f"# every device holds it\n{Q}: replicate\nmodel.norm.weight: [null]\nmodel.layers.*.mlp.up_proj.weight:\n  - batch\n  - null\n",
+        f"# every device holds it\n{Q}: replicate\nmodel.norm.weight: [null]\n"
+        "model.layers.*.mlp.up_proj.weight:\n  - batch\n  - null\n",
         encoding="utf-8",
     )
     assert read_overrides(file) == OVERRIDES
@@ -531,21 +492,16 @@ def test_overrides_are_read_from_json_and_used(tmp_path):
     assert plan["model.layers.1.mlp.up_proj.weight"].axes == (DATA, None)
 
 
-def refused_file(path) -> str:
+def check_refused_file(path, *parts) -> None:
     with pytest.raises(PlanError) as caught:
         read_overrides(path)
-    assert len(str(caught.value).splitlines()) <= 3
-    return str(caught.value)
+    check_raised(caught.value, 2, repr(str(path)), *parts)
 
 
 def test_a_plan_file_that_is_not_there_is_an_error_that_names_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # long paths are cut
-    assert refused_file("none.yaml") == (
-        "plan file 'none.yaml' cannot be read: [Errno 2] No such file or directory: 'none.yaml'\nexpected YAML or JSON"
-    )
-    assert refused_file(tmp_path).startswith(
-        f"plan file {str(tmp_path)!r} cannot be read: [Errno 21] Is a directory"
-    )
+    check_refused_file("none.yaml", "No such file or directory")
+    check_refused_file(tmp_path, "Is a directory")
 
 
 @pytest.mark.parametrize(
@@ -566,10 +522,7 @@ def test_a_plan_file_that_is_not_there_is_an_error_that_names_it(tmp_path, monke
 def test_a_plan_file_that_is_no_yaml_is_an_error_that_names_it(tmp_path, content):
     path = tmp_path / "plan.yaml"
     path.write_bytes(content)
-    first, second = refused_file(path).splitlines()
-    assert first.startswith(f"plan file {str(path)!r} cannot be read: ")
-    assert len(first) > len(f"plan file {str(path)!r} cannot be read: ")
-    assert second == "expected YAML or JSON"
+    check_refused_file(path, "YAML", "JSON")
 
 
 @pytest.mark.parametrize(
@@ -578,30 +531,25 @@ def test_a_plan_file_that_is_no_yaml_is_an_error_that_names_it(tmp_path, content
 def test_a_plan_file_without_a_mapping_is_an_error_that_names_it(tmp_path, content):
     path = tmp_path / "plan.yaml"
     path.write_text(content, encoding="utf-8")
-    assert (
-        refused_file(path)
-        == f"plan file {str(path)!r} holds no mapping\nexpected 'pattern: style' or 'pattern: [axis, ...]' lines"
-    )
+    check_refused_file(path, "mapping", "pattern: style")
 
 
 @pytest.mark.parametrize(
-    ("content", "shown"),
+    ("content", "key", "value"),
     [
-        ("a.b: 7", "'a.b' maps to 7"),
-        ("a.b:", "'a.b' maps to None"),
-        ("a.b: {model: 0}", "'a.b' maps to {'model': 0}"),
-        ("a.b: [model, 1]", "'a.b' maps to ['model', 1]"),
-        ("a.b: [[model], null]", "'a.b' maps to [['model'], None]"),
-        ("7: replicate", "7 maps to 'replicate'"),
-        ("yes: replicate", "True maps to 'replicate'"),
+        ("a.b: 7", "'a.b'", "7"),
+        ("a.b:", "'a.b'", "None"),
+        ("a.b: {model: 0}", "'a.b'", "{'model': 0}"),
+        ("a.b: [model, 1]", "'a.b'", "['model', 1]"),
+        ("a.b: [[model], null]", "'a.b'", "[['model'], None]"),
+        ("7: replicate", "7", "'replicate'"),
+        ("yes: replicate", "True", "'replicate'"),
     ],
 )
-def test_a_plan_file_with_another_value_is_an_error_that_shows_it(tmp_path, content, shown):
+def test_a_plan_file_with_another_value_is_an_error_that_shows_it(tmp_path, content, key, value):
     path = tmp_path / "plan.yaml"
     path.write_text(f"{Q}: replicate\n{content}\n", encoding="utf-8")
-    assert refused_file(path) == (
-        f"plan file {str(path)!r}: {shown}\nexpected one of {STYLE_LIST}, or a list of axis names and nulls, one per dim"
-    )
+    check_refused_file(path, key, value, STYLE_LIST)
 
 
 @pytest.mark.parametrize(
@@ -610,17 +558,18 @@ def test_a_plan_file_with_another_value_is_an_error_that_shows_it(tmp_path, cont
 def test_a_pattern_that_stands_twice_in_a_plan_file_is_an_error(tmp_path, content):
     path = tmp_path / "plan.yaml"
     path.write_text(content, encoding="utf-8")
-    assert "a.b" in refused_file(path)
+    check_refused_file(path, "a.b")
 
 
 def test_the_styles_in_messages_are_the_styles_there_are():
     assert ", ".join(STYLES) == STYLE_LIST
 
 
-@pytest.mark.parametrize("module", ["errors", "model.spec", "plan.placement", "plan.forecast"])
-def test_planning_imports_no_torch(module):
-    code = f"import sys, parallama.{module}; print([n for n in ('torch', 'torch_xla', 'transformers', 'jax') if n in sys.modules])"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+def test_planning_imports_no_torch():
+    code = (
+        "import sys, parallama.errors, parallama.model.spec\n"
+        "import parallama.plan.placement, parallama.plan.forecast\n"
+        "print({'torch', 'torch_xla', 'transformers', 'jax'} & set(sys.modules))\n"
     )
-    assert run.stdout == "[]\n"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"

@@ -1,4 +1,7 @@
-"""`parallama plan`: its document, its tables, its pictures, and what it says when something is wrong; no torch, and nothing of the network."""
+"""`parallama plan`: its document, its tables, its pictures, and what it refuses.
+
+It needs no torch, and nothing of the network.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
-from test_cli import RUNNER, Run, environment
+from forks import Done, command, environment
+from messages import check_refusal, says
 
 from parallama.files.locate import locate
 from parallama.model.known_configs import CONFIGS
@@ -52,22 +57,6 @@ TOTALS = {
 HEAVY = ("torch", "transformers", "torch_xla", "numpy", "matplotlib")
 
 
-def together(*cases: list[str], folder: Path | None = None) -> list[Run]:
-    """Command lines, one after another in one process."""
-    given = json.dumps([{"arguments": arguments, "stdin": ""} for arguments in cases])
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=given,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment(),
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [Run(**result) for result in json.loads(done.stdout)]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Configs, good and bad, and plans of axes."""
@@ -85,109 +74,45 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     (root / "notes.txt").write_text("notes")
     (root / "axes.yaml").write_text(
-        "model.layers.*.mlp.up_proj.weight: [null, model]\nmodel.layers.*.mlp.gate_proj.weight: [model, data]\n"
+        "model.layers.*.mlp.up_proj.weight: [null, model]\n"
+        "model.layers.*.mlp.gate_proj.weight: [model, data]\n"
     )
     (root / "no-match.yaml").write_text("model.layers.*.mlp.sideways_proj.weight: colwise\n")
     return root
 
 
+RUNS = {
+    "8b": "llama-3.1-8b --mesh 1x8 --max-model-len 8192 --json",
+    "fits": "llama-3.1-8b --mesh 1x8 --max-model-len 8192 --json --hardware tpu-v6e --train "
+    "--remat full",
+    "fsdp": "llama-3.1-8b --mesh 2x4 --max-model-len 8192 --json --train --batch 2 --fsdp "
+    "--dtype float32",
+    "adapters": "llama-3.1-8b --mesh 2x4 --max-model-len 8192 --json --train --batch 2 "
+    "--lora.rank 8 --lora.targets q_proj --sequence-parallel --grad-accum 4 --remat 2 "
+    "--optimizer sgd",
+    "tables": "smollm2 --mesh 2x4 --train --explain --hardware p150 --plan axes.yaml",
+    "wide": "llama-3.1-405b -tp 16 --train",
+    "one": "tiny",
+    "too large": "llama-3.1-70b --mesh 1x2 --hardware n150",
+    "too large, as JSON": "llama-3.1-70b --mesh 1x2 --hardware n150 --json",
+    "folder": "tiny --mesh 1x2 --json",
+    "file": "tiny/config.json --mesh 1x2 --json",
+    "alias": "smollm2 --json",
+    "name": "smollm2-135m --json",
+    "half": "half.json",
+    "picture": "tiny --mesh 2x2 --plan axes.yaml --plot picture.svg --json",
+    "drawing": "tiny --mesh 2x2 --plot picture.png --json",
+}
+
+
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> dict[str, Run]:
+def runs(folder: Path) -> dict[str, Done]:
     """The good runs."""
-    on = ["--max-model-len", "8192"]
-    cases = {
-        "8b": ["plan", "llama-3.1-8b", "--mesh", "1x8", *on, "--json"],
-        "fits": [
-            "plan",
-            "llama-3.1-8b",
-            "--mesh",
-            "1x8",
-            *on,
-            "--json",
-            "--hardware",
-            "tpu-v6e",
-            "--train",
-            "--remat",
-            "full",
-        ],
-        "fsdp": [
-            "plan",
-            "llama-3.1-8b",
-            "--mesh",
-            "2x4",
-            *on,
-            "--json",
-            "--train",
-            "--batch",
-            "2",
-            "--fsdp",
-            "--dtype",
-            "float32",
-        ],
-        "adapters": [
-            *(
-                "plan",
-                "llama-3.1-8b",
-                "--mesh",
-                "2x4",
-                *on,
-                "--json",
-                "--train",
-                "--batch",
-                "2",
-                "--lora.rank",
-                "8",
-                "--lora.targets",
-                "q_proj",
-            ),
-            *("--sequence-parallel", "--grad-accum", "4", "--remat", "2", "--optimizer", "sgd"),
-        ],
-        "tables": [
-            "plan",
-            "smollm2",
-            "--mesh",
-            "2x4",
-            "--train",
-            "--explain",
-            "--hardware",
-            "p150",
-            "--plan",
-            "axes.yaml",
-        ],
-        "wide": ["plan", "llama-3.1-405b", "-tp", "16", "--train"],
-        "one": ["plan", "tiny"],
-        "too large": ["plan", "llama-3.1-70b", "--mesh", "1x2", "--hardware", "n150"],
-        "too large, as JSON": [
-            "plan",
-            "llama-3.1-70b",
-            "--mesh",
-            "1x2",
-            "--hardware",
-            "n150",
-            "--json",
-        ],
-        "folder": ["plan", "tiny", "--mesh", "1x2", "--json"],
-        "file": ["plan", "tiny/config.json", "--mesh", "1x2", "--json"],
-        "alias": ["plan", "smollm2", "--json"],
-        "name": ["plan", "smollm2-135m", "--json"],
-        "half": ["plan", "half.json"],
-        "picture": [
-            "plan",
-            "tiny",
-            "--mesh",
-            "2x2",
-            "--plan",
-            "axes.yaml",
-            "--plot",
-            "picture.svg",
-            "--json",
-        ],
-        "drawing": ["plan", "tiny", "--mesh", "2x2", "--plot", "picture.png", "--json"],
-    }
-    return dict(zip(cases, together(*cases.values(), folder=folder), strict=True))
+    found = forks.commands(*(["plan", *each.split()] for each in RUNS.values()), cwd=folder)
+    return dict(zip(RUNS, found, strict=True))
 
 
-def document(run: Run) -> dict[str, Any]:
+def document(run: Done) -> dict[str, Any]:
     assert (run.code, run.err) == (0, ""), run.err
     found: dict[str, Any] = json.loads(run.out)
     return found
@@ -196,35 +121,35 @@ def document(run: Run) -> dict[str, Any]:
 # -- without torch
 
 
-@pytest.mark.parametrize(
-    "more",
-    [["--json"], ["--explain", "--hardware", "h100-80gb"], ["--plot", "p.svg"]],
-    ids=lambda more: more[0],
-)
-def test_the_largest_model_is_planned_without_torch(tmp_path: Path, more: list[str]):
-    code = f"""
-import sys
+WITHOUT_TORCH = f"""
+import contextlib, io, json, sys
 from parallama.__main__ import run
-code = run(["plan", "llama-3.1-405b", "--mesh", "2x32", *{more!r}])
-print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
-sys.exit(code)
+found = []
+for more in (["--json"], ["--explain", "--hardware", "h100-80gb"], ["--plot", "p.svg"]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = run(["plan", "llama-3.1-405b", "--mesh", "2x32", *more])
+    heavy = [name for name in {HEAVY!r} if name in sys.modules]
+    found.append([code, "405" in out.getvalue(), heavy])
+print(json.dumps(found))
 """
+
+
+def test_the_largest_model_is_planned_without_torch(tmp_path: Path):
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", WITHOUT_TORCH],
         capture_output=True,
         text=True,
-        timeout=60,
         env=environment(),
         cwd=tmp_path,
     )
-    assert (done.returncode, done.stderr) == (0, "[]\n")
-    assert "405" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == [[0, True, []]] * 3
 
 
 # -- the document
 
 
-def test_the_document_has_its_keys(runs: dict[str, Run]):
+def test_the_document_has_its_keys(runs: dict[str, Done]):
     found = document(runs["8b"])
     assert found.keys() == KEYS
     assert all(entry.keys() == PARAMETER_KEYS for entry in found["parameters"])
@@ -242,7 +167,7 @@ def test_the_document_has_its_keys(runs: dict[str, Run]):
     assert (found["hardware"], found["fits"], found["totals"]["train"]) == (None, None, None)
 
 
-def test_the_documents_figures_are_those_of_the_pencil(runs: dict[str, Run]):
+def test_the_documents_figures_are_those_of_the_pencil(runs: dict[str, Done]):
     """The arithmetic stands in test_cost."""
     found = document(runs["8b"])
     totals = found["totals"]
@@ -274,7 +199,7 @@ def test_the_documents_figures_are_those_of_the_pencil(runs: dict[str, Run]):
     }
 
 
-def test_hardware_says_whether_it_fits_and_what_would(runs: dict[str, Run]):
+def test_hardware_says_whether_it_fits_and_what_would(runs: dict[str, Done]):
     found = document(runs["fits"])
     train, hardware = found["totals"]["train"], found["hardware"]
     assert found["fits"] is True
@@ -292,7 +217,7 @@ def test_hardware_says_whether_it_fits_and_what_would(runs: dict[str, Run]):
     assert hardware["largest_batch"] > 1 and hardware["largest_context"] > 512
 
 
-def test_a_training_step_is_planned_as_train_would_do_it(runs: dict[str, Run]):
+def test_a_training_step_is_planned_as_train_would_do_it(runs: dict[str, Done]):
     split, adapted = (document(runs[which])["totals"]["train"] for which in ("fsdp", "adapters"))
     vectors = (2 * 32 + 1) * 4096 * 4
     whole = 8_030_261_248 * 4 - vectors
@@ -313,7 +238,7 @@ def test_a_training_step_is_planned_as_train_would_do_it(runs: dict[str, Run]):
     assert adapted["param_bytes_per_device"] == whole // 4 + vectors + adapters * 4
 
 
-def test_a_name_a_folder_and_a_config_file_give_the_same_plan(runs: dict[str, Run]):
+def test_a_name_a_folder_and_a_config_file_give_the_same_plan(runs: dict[str, Done]):
     folder, file, alias, name = (
         document(runs[which]) for which in ("folder", "file", "alias", "name")
     )
@@ -325,9 +250,9 @@ def test_a_name_a_folder_and_a_config_file_give_the_same_plan(runs: dict[str, Ru
     )
 
 
-def test_the_installed_demo_model_has_the_config_of_its_name(runs: dict[str, Run]):
+def test_the_installed_demo_model_has_the_config_of_its_name(runs: dict[str, Done]):
     """Its GGUF file, which takes torch to read, against the table."""
-    (run,) = together(["plan", str(locate("smollm2").path), "--dtype", "bfloat16", "--json"])
+    run = command(["plan", str(locate("smollm2").path), "--dtype", "bfloat16", "--json"])
     by_file, by_name = document(run), document(runs["name"])
     assert by_file | {"model": "", "stored_dtype": ""} == by_name | {
         "model": "",
@@ -356,7 +281,7 @@ def test_a_hub_id_in_the_local_cache_is_planned_from_its_config_alone(tmp_path: 
 # -- for people
 
 
-def test_the_tables_stay_within_a_hundred_columns_with_a_line_a_kind(runs: dict[str, Run]):
+def test_the_tables_stay_within_a_hundred_columns_with_a_line_a_kind(runs: dict[str, Done]):
     for name in ("tables", "wide", "one"):
         run = runs[name]
         assert (run.code, run.err) == (0, "")
@@ -368,13 +293,12 @@ def test_the_tables_stay_within_a_hundred_columns_with_a_line_a_kind(runs: dict[
     assert len(lines) < 100
 
 
-def test_the_tables_hold_totals_tensors_collectives_and_device_counts(runs: dict[str, Run]):
+def test_the_tables_hold_totals_tensors_collectives_and_device_counts(runs: dict[str, Done]):
     out = runs["tables"].out
     for piece in (
         "134,515,008 parameters",
-        "9 query / 3 KV heads on 4 devices: padded with zero heads to 12 / 4",
-        "fits: it needs",
-        "activations, remat",
+        "12 / 4",  # heads with those of zeros
+        "fits: ",
         "layers.*.mlp.up_proj.weight x30",
         "[-, model]",
         "[model, data]",
@@ -386,47 +310,36 @@ def test_the_tables_hold_totals_tensors_collectives_and_device_counts(runs: dict
         assert piece in out, piece
 
 
-def test_explain_says_why_every_kind_lies_as_it_does(runs: dict[str, Run]):
-    out = " ".join(runs["tables"].out.split())
-    assert (
-        "layers.*.mlp.gate_proj.weight x30 [1536, 576] is split, dim 0 over 'model' and dim 1 over 'data': each device holds [384, 288]."
-        in out
-    )
-    assert "Rule 'axes': asked for by the pattern 'model.layers.*.mlp.gate_proj.weight'." in out
-    assert (
-        "norm.weight [576] is whole on every device. Rule 'replicate': norms are small: every device holds them."
-        in out
-    )
+def test_explain_says_of_every_kind_its_shapes_its_rule_and_its_pattern(runs: dict[str, Done]):
+    why = " ".join(runs["tables"].out.split()).split(" Why ")[1]
+    gate = why.split(" layers.*.mlp.gate_proj.weight x30 [1536, 576] ")[1].split(" layers.")[0]
+    norm = why.split(" norm.weight [576] ")[1].split(" KV cache ")[0]
+    for part in ("dim 0", "'model'", "dim 1", "'data'", "[384, 288]", "'axes'"):
+        assert part in gate, gate
+    assert "'replicate'" in norm
     assert "Why" not in runs["wide"].out.splitlines()
 
 
-def test_one_device_has_no_collectives(runs: dict[str, Run]):
+def test_one_device_has_no_collectives(runs: dict[str, Done]):
     lines = [line.rstrip() for line in runs["one"].out.splitlines()]
-    assert (
-        lines[
-            lines.index("Collectives of one step (predicted); a prefill step has 64 positions") + 1
-        ]
-        == "none"
-    )
+    (start,) = (number for number, line in enumerate(lines) if line.startswith("Collectives"))
+    assert lines[start + 1] == "none"
 
 
-def test_a_dtype_other_than_the_stored_one_is_said(runs: dict[str, Run]):
+def test_a_dtype_other_than_the_stored_one_is_said(runs: dict[str, Done]):
     assert "dtype  float32 (stored as float16)" in runs["half"].out
 
 
-def test_what_does_not_fit_is_shown_and_ends_with_code_4(runs: dict[str, Run]):
+def test_what_does_not_fit_is_shown_and_ends_with_code_4(runs: dict[str, Done]):
     run = runs["too large"]
     assert run.code == 4 and "does not fit" in run.out and "Device counts" in run.out
-    assert (
-        run.err.startswith("parallama: llama-3.1-70b on mesh 1x2 needs ")
-        and len(run.err.splitlines()) == 3
-    )
+    assert says(run.err, "llama-3.1-70b", "mesh 1x2", "n150")
     as_json = runs["too large, as JSON"]
     assert as_json.code == 4 and as_json.err == run.err
     assert json.loads(as_json.out)["fits"] is False
 
 
-def test_the_picture_is_written_beside_the_document(runs: dict[str, Run], folder: Path):
+def test_the_picture_is_written_beside_the_document(runs: dict[str, Done], folder: Path):
     assert document(runs["picture"]) and document(runs["drawing"])
     text = (folder / "picture.svg").read_text()
     assert (
@@ -440,166 +353,71 @@ def test_the_picture_is_written_beside_the_document(runs: dict[str, Run], folder
 # -- refusals
 
 
-REFUSALS: list[tuple[str, list[str], int, str]] = [
-    (
-        "no such model",
-        ["no-such-model"],
-        3,
-        "model 'no-such-model' is not there\nexpected a folder, a config.json, ",
-    ),
-    ("no such config", ["tiny/no.json"], 3, "model 'tiny/no.json' is not there\n"),
-    ("empty name", [""], 3, "model '' is not there\n"),
-    ("no config.json", ["empty"], 3, "folder 'empty' has no config.json\nexpected a model folder"),
-    ("no JSON", ["no.json"], 3, "no.json cannot be read: "),
-    ("a list", ["list.json"], 3, "the config of list.json holds a list\nexpected a JSON object"),
-    (
-        "another family",
-        ["gpt2.json"],
-        3,
-        "model_type 'gpt2' is not supported: query, key and value are one fused weight\n",
-    ),
-    (
-        "heads",
-        ["heads.json"],
-        3,
-        "num_attention_heads 6 does not divide by num_key_value_heads 4\n",
-    ),
-    ("quantized", ["quantized.json"], 3, "has a quantization_config\n"),
-    ("rope", ["rope.json"], 3, "rope type 'mrope' is not supported\n"),
-    (
-        "a text file",
-        ["notes.txt"],
-        3,
-        "'notes.txt' is a file of a kind that is not supported\nexpected a config.json, a .gguf file, ",
-    ),
-    (
-        "hub offline",
-        ["someone/else"],
-        3,
-        "the config.json of 'someone/else' cannot be had from the hub: ",
-    ),
-    ("no hub id", ["a..b/c"], 3, "model 'a..b/c' is no valid hub id: "),
-    (
-        "hardware",
-        ["tiny", "--hardware", "abacus"],
+REFUSALS: dict[str, tuple[str, int, tuple[str, ...]]] = {
+    "no such model": ("no-such-model", 3, ("'no-such-model'", "config.json")),
+    "no such config": ("tiny/no.json", 3, ("'tiny/no.json'",)),
+    "no config.json": ("empty", 3, ("'empty'", "config.json")),
+    "no JSON": ("no.json", 3, ("no.json cannot be read",)),
+    "a list": ("list.json", 3, ("list.json", "list", "object")),
+    "another family": ("gpt2.json", 3, ("model_type 'gpt2'",)),
+    "heads": ("heads.json", 3, ("num_attention_heads 6", "num_key_value_heads 4")),
+    "quantized": ("quantized.json", 3, ("quantization_config",)),
+    "rope": ("rope.json", 3, ("'mrope'",)),
+    "a text file": ("notes.txt", 3, ("'notes.txt'", "config.json", ".gguf")),
+    "a damaged GGUF": ("cut.gguf", 3, ("cut.gguf",)),
+    "hub offline": ("someone/else", 3, ("config.json", "'someone/else'")),
+    "no hub id": ("a..b/c", 3, ("'a..b/c'",)),
+    "hardware": ("tiny --hardware abacus", 2, ("'abacus'", "tpu-v4")),
+    "mesh": ("tiny --mesh 1y8", 2, ("mesh '1y8'",)),
+    "mesh and tp": (
+        "tiny --mesh 1x2 -tp 4",
         2,
-        "hardware 'abacus' is unknown\nexpected one of tpu-v4, ",
+        ("--mesh 1x2", "2 devices", "--tensor-parallel-size", "4"),
     ),
-    ("mesh", ["tiny", "--mesh", "1y8"], 2, "mesh '1y8' cannot be read\n"),
-    (
-        "mesh and tp",
-        ["tiny", "--mesh", "1x2", "-tp", "4"],
+    "dtype": ("tiny --dtype int8", 2, ("dtype 'int8'", "auto, float32", "bfloat16")),
+    "batch": ("tiny --batch 0", 2, ("--batch is 0",)),
+    "length": ("tiny --max-model-len 65", 2, ("--max-model-len is 65", "1 to 64")),
+    "seq": ("tiny --max-model-len 8 --seq 9", 2, ("--seq is 9", "1 to 8")),
+    "plan": ("tiny --plan no-match.yaml", 2, ("sideways_proj",)),
+    "axes that do not divide": (
+        "tiny --mesh 5x1 --plan axes.yaml",
         2,
-        "--mesh 1x2 splits over 2 devices, --tensor-parallel-size over 4\n",
+        ("dim 1", "24", "'data'", "5"),
     ),
-    (
-        "dtype",
-        ["tiny", "--dtype", "int8"],
-        2,
-        "dtype 'int8' is unknown\nexpected auto, float32 or bfloat16",
-    ),
-    ("batch", ["tiny", "--batch", "0"], 2, "--batch is 0\n"),
-    (
-        "length",
-        ["tiny", "--max-model-len", "65"],
-        2,
-        "--max-model-len is 65\nexpected 1 to 64, the model's maximum",
-    ),
-    (
-        "seq",
-        ["tiny", "--max-model-len", "8", "--seq", "9"],
-        2,
-        "--seq is 9\nexpected 1 to 8, the maximum length",
-    ),
-    ("plan", ["tiny", "--plan", "no-match.yaml"], 2, "matches no parameter\n"),
-    (
-        "axes that do not divide",
-        ["tiny", "--mesh", "5x1", "--plan", "axes.yaml"],
-        2,
-        "dim 1 has size 24, which axis 'data' (5 devices) does not divide",
-    ),
-    ("fsdp alone", ["tiny", "--fsdp"], 2, "--fsdp is about training\nexpected --train beside it"),
-    (
-        "remat",
-        ["tiny", "--train", "--remat", "some"],
-        2,
-        "remat is 'some'\nexpected none, full or a whole number of at least 1",
-    ),
-    (
-        "targets",
-        ["tiny", "--train", "--lora.rank", "2", "--lora.targets", "q,v"],
-        2,
-        "lora targets are q, v\nexpected some of q_proj",
-    ),
-    (
-        "sequence",
-        ["tiny", "--train", "--mesh", "1x2", "--seq", "7", "--sequence-parallel"],
+    "fsdp alone": ("tiny --fsdp", 2, ("--fsdp", "--train")),
+    "remat": ("tiny --train --remat some", 2, ("remat is 'some'", "none, full")),
+    "targets": ("tiny --train --lora.rank 2 --lora.targets q,v", 2, ("q, v", "q_proj")),
+    "sequence": (
+        "tiny --train --mesh 1x2 --seq 7 --sequence-parallel",
         4,
-        "--seq is 7\nexpected a multiple of 2",
+        ("--seq is 7", "multiple of 2"),
     ),
-    ("plot", ["tiny", "--plot", "p.jpg"], 2, "--plot p.jpg is neither .svg nor .png\n"),
-]
+    "plot": ("tiny --plot p.jpg", 2, ("--plot p.jpg", ".svg", ".png")),
+}
 
 
-@pytest.fixture(scope="module")
-def refused(folder: Path) -> dict[str, Run]:
-    found = together(*(["plan", *arguments] for _, arguments, _, _ in REFUSALS), folder=folder)
-    return dict(zip([case[0] for case in REFUSALS], found, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("name", "code", "expected"),
-    [(name, code, text) for name, _, code, text in REFUSALS],
-    ids=[case[0] for case in REFUSALS],
-)
+@pytest.mark.parametrize(("arguments", "code", "parts"), REFUSALS.values(), ids=REFUSALS)
 def test_what_is_wrong_is_said_in_three_lines(
-    refused: dict[str, Run], name: str, code: int, expected: str
+    folder: Path, arguments: str, code: int, parts: tuple[str, ...]
 ):
-    run = refused[name]
-    assert (run.code, run.out) == (code, ""), run.err
-    assert run.err.startswith("parallama: ") and expected in run.err
-    assert (
-        len(run.err.splitlines()) <= 3
-        and "Traceback" not in run.err
-        and "fault of parallama" not in run.err
-    )
+    check_refusal(command(["plan", *arguments.split()], cwd=folder), code, *parts)
 
 
-def test_a_damaged_gguf_is_refused(folder: Path):
-    (run,) = together(["plan", "cut.gguf"], folder=folder)
-    assert run.code == 3 and "cut.gguf" in run.err and len(run.err.splitlines()) <= 3
+def test_an_empty_name_is_no_model():
+    check_refusal(command(["plan", ""]), 3, "''")
 
 
 def test_every_known_name_is_planned():
-    for name, run in zip(
-        CONFIGS,
-        together(*(["plan", name, "--mesh", "1x8", "--json"] for name in CONFIGS)),
-        strict=True,
-    ):
+    cases = (["plan", name, "--mesh", "1x8", "--json"] for name in CONFIGS)
+    for name, run in zip(CONFIGS, forks.commands(*cases), strict=True):
         assert document(run)["model"] == name
 
 
-def test_help_lists_the_options_without_torch():
-    code = "import sys; from parallama.__main__ import run; code = run(['plan', '--help']); print('torch' in sys.modules); sys.exit(code)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment() | {"COLUMNS": "100"},
-    )
-    assert done.returncode == 0 and done.stdout.rstrip().endswith("False")
+def test_help_lists_the_options():
+    done = command(["plan", "--help"], env={"COLUMNS": "100"})
+    assert done.code == 0
     for option in (
-        "--mesh",
-        "--batch",
-        "--seq",
-        "--max-model-len",
-        "--dtype",
-        "--train",
-        "--plan",
-        "--hardware",
-        "--explain",
-        "--json",
-        "--plot",
+        *("--mesh", "--batch", "--seq", "--max-model-len", "--dtype", "--train", "--plan"),
+        *("--hardware", "--explain", "--json", "--plot"),
     ):
-        assert option in done.stdout
+        assert option in done.out

@@ -1,4 +1,4 @@
-"""Programs on real devices: what the optimized HLO of a decode step does, and what a program refuses."""
+"""Programs on real devices: what a decode step's optimized HLO does, and what a program refuses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 import pytest
-from conftest import CaseError
+from messages import says
+from workers import CaseError
 
 from parallama.host import usable_cores
 
@@ -105,7 +106,7 @@ def test_a_greedy_decode_step_has_the_fewest_collectives(
 def test_products_with_weights_are_not_fused_into_loops(
     dumps: Dumps, models: Any, batch: int
 ) -> None:
-    """XLA:CPU would fuse matrix times vector with the norm before it, into a loop that is slower than its own product."""
+    """XLA:CPU would fuse matrix times vector with the norm before it, which makes it slower."""
     tiny = models(**DIVIDES)
     hlo = dumps.decode(tiny.folder, 1, batch)
     weights = {
@@ -181,7 +182,10 @@ def test_onednn_multiplies_on_a_device_of_several_cores_while_nothing_else_is_sh
 def test_the_residual_stream_of_a_prompt_lies_as_products_results_do(
     dumps: Dumps, models: Any
 ) -> None:
-    """Of 64 rows and more: `[hidden, rows]`. But for the embeddings, which are turned, and the last position, nothing has its rows first, to be read across the grain."""
+    """Of 64 rows and more: `[hidden, rows]`.
+
+    But for the embeddings, which are transposed, and the last position, nothing has its rows first.
+    """
     tiny = models(**DIVIDES)
     hidden = tiny.model.config.hidden_size
     hlo = dumps.prefill(tiny.folder, 1, 4)
@@ -198,7 +202,10 @@ def test_the_residual_stream_of_a_prompt_lies_as_products_results_do(
 def test_a_prompt_goes_through_the_end_of_the_last_layer_with_one_position_a_row(
     dumps: Dumps, models: Any, devices: int
 ) -> None:
-    """From the last attention on only the positions that the next tokens follow are read: o_proj, gate, up and down have the batch's rows there, as the head has, not the prompt's."""
+    """From the last attention on only the positions that the next tokens follow are read.
+
+    o_proj, gate, up and down have the batch's rows there, as the head has, not the prompt's.
+    """
     batch = 4
     entry = dumps.prefill(models(**DIVIDES).folder, devices, batch).split("\nENTRY")[1]
     rows = [
@@ -238,11 +245,7 @@ def test_a_program_refuses_an_argument_of_another_shape_or_dtype(
             "device_cases:wrong_shape", name=name, dtype=dtype, shape=shape, donated=donated
         )
     assert caught.value.kind == "ProgramError"
-    assert caught.value.message.splitlines() == [
-        f"program add: argument {name!r} is {said}",
-        "expected float32[4, 8]",
-        "it would need another program",
-    ]
+    assert says(caught.value.message, "add", repr(name), said, "float32[4, 8]")
 
 
 def test_asking_for_an_undeclared_program_names_what_differs_from_the_nearest(
@@ -257,11 +260,7 @@ def test_asking_for_an_undeclared_program_names_what_differs_from_the_nearest(
             declare=True,
         )
     assert caught.value.kind == "ProgramError"
-    assert caught.value.message.splitlines() == [
-        "this step is none of the 2 programs known before the run",
-        "length is 512, known: 256",
-        "declare it in warm_up",
-    ]
+    assert says(caught.value.message, "2 programs", "length is 512", "256", "warm_up")
 
 
 def test_asking_before_any_warm_up_says_so(workers: Any, models: Any) -> None:
@@ -273,20 +272,24 @@ def test_asking_before_any_warm_up_says_so(workers: Any, models: Any) -> None:
             length=512,
             declare=False,
         )
-    assert caught.value.kind == "ProgramError"
-    assert "no program was compiled before the run" in caught.value.message
-    assert "call warm_up first" in caught.value.message
+    assert caught.value.kind == "ProgramError" and says(caught.value.message, "warm_up")
 
 
 def test_a_step_that_would_go_through_the_host_is_refused_every_time(workers: Any) -> None:
-    """Its result would be a constant of the executable. (torch-xla keeps the names of such operations for the life of the process.)"""
+    """Its result would be a constant of the executable.
+
+    torch-xla keeps the names of such operations for the life of the process.
+    """
     for said in workers[1].call("device_cases:untraceable", times=2):
-        assert said.startswith("program bits: torch-xla cannot trace"), said
+        assert says(said, "bits", "torch-xla"), said
 
 
 @pytest.mark.parametrize("mesh", ["1x1", "1x2"])
 def test_two_programs_over_the_same_state_see_what_the_other_made(workers: Any, mesh: str) -> None:
-    """torch-xla gives a buffer the id of the last tensor that was read through it: by ids, the second program would keep the first state for ever."""
+    """torch-xla gives a buffer the id of the last tensor that was read through it.
+
+    By ids, the second program would keep the first state for ever.
+    """
     found = workers[int(mesh[-1])].call("device_cases:two_programs", mesh=mesh)
     assert found == {"read": [32, 32, 64], "updated": [32, 64, 128]}
 
@@ -309,9 +312,4 @@ def test_outputs_that_cannot_be_paired_are_an_error(workers: Any) -> None:
         workers[2].call(
             "device_cases:paired", mesh="1x2", reads={"a": ["a"], "b": ["c"], "c": ["b"]}
         )
-    assert caught.value.kind == "ProgramError"
-    assert caught.value.message.splitlines() == [
-        "program paired: its outputs have no order in which the buffers of b, c are read",
-        "expected donated arguments that can be paired with the outputs of their names",
-        "give it a first output that reads them all",
-    ]
+    assert caught.value.kind == "ProgramError" and says(caught.value.message, "paired", "b, c")

@@ -1,4 +1,7 @@
-"""Cutting a checkpoint's tensor into device parts and putting the parts together loses nothing, on any mesh (torch on the CPU, no XLA)."""
+"""Cutting a tensor into device parts and putting them together loses nothing, on any mesh.
+
+Torch on the CPU, no XLA.
+"""
 
 import torch
 from hypothesis import given, settings
@@ -61,7 +64,7 @@ def checkpoint_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tenso
 
 
 def assemble(parts: list[torch.Tensor], plan: Plan, placement: Placement) -> torch.Tensor:
-    """Put each device's part where its coordinates say; devices that hold the same stretch must hold the same values."""
+    """Put each device's part where its coordinates say; parts of the same stretch must be equal."""
     whole = torch.full(placement.shape, torch.nan, dtype=parts[0].dtype)
     for device, part in enumerate(parts):
         coordinates = plan.mesh.coordinates(device)
@@ -107,7 +110,10 @@ def test_heads_of_one_element_come_back_too(plan):
 @settings(deadline=None)
 @given(plan=plans(), seed=st.integers(0, 1000))
 def test_taking_gradients_off_is_the_adjoint_of_laying_out(plan, seed):
-    """`<laid_out(w), g> = <w, taken_off(g)>` for every `w` and `g`: copies' gradients are added, those of padding dropped."""
+    """`<laid_out(w), g> = <w, taken_off(g)>` for every `w` and `g`.
+
+    Copies' gradients are added, those of padding dropped.
+    """
     generator = torch.Generator().manual_seed(seed)
     for placement in plan.parameters:
         source = torch.randint(-9, 10, placement.source_shape, generator=generator)

@@ -1,4 +1,4 @@
-"""The trained model, 9 query and 3 KV heads, on every mesh: what it says is what transformers says."""
+"""The trained model, 9 query and 3 KV heads, on every mesh: it says what transformers says."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import prompts
 import pytest
 import reference
 import torch
-from conftest import CaseError, Workers
+from workers import CaseError, Workers
 
 from parallama.files.find import find
 from parallama.model.spec import ModelSpec
 
 NEAR_TIE = 1e-4
-# How many of the prompts, and of each how many tokens: on every mesh all of them, of which CI sees a few.
+# How many of the prompts, and of each how many tokens; on every mesh all of them, which is slow.
 ALL, SOME = (20, 64), (8, 24)
 RUNS = [
     ("1x8", *SOME),
@@ -38,7 +38,11 @@ def devices(mesh: str) -> int:
 
 @dataclass(frozen=True)
 class Greedy:
-    """transformers' own continuation of one prompt; for each token its log-probability and how far the second best is behind (in logits)."""
+    """transformers' own continuation of one prompt.
+
+    Attributes:
+        gaps: how far each token's second best is behind, in logits.
+    """
 
     tokens: list[int]
     logprobs: list[float]
@@ -65,7 +69,7 @@ class Reference:
         return list(self.tokenizer(text)["input_ids"])
 
     def continued(self, rows: list[list[int]], steps: int) -> list[list[int]]:
-        """Greedy continuations by transformers' `generate`, past the end-of-text token; shorter rows are padded on the left."""
+        """Greedy continuations by transformers' `generate`, past the end-of-text token."""
         from transformers import GenerationConfig
 
         width = max(len(row) for row in rows)
@@ -80,7 +84,7 @@ class Reference:
         return out.tolist()
 
     def greedy(self, rows: list[list[int]], steps: int) -> list[Greedy]:
-        """The same with what is behind it, checked against every row alone: padding has changed no token."""
+        """The same with log-probabilities, held against every row alone."""
         found = []
         for row, tokens in zip(rows, self.continued(rows, steps), strict=True):
             alone = self.judged(row, tokens)
@@ -104,14 +108,14 @@ class Reference:
         return Greedy(chosen.tolist(), logprobs.tolist(), (best[:, 0] - best[:, 1]).tolist())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hf() -> Reference:
     # One thread: two that wait for each other on a busy machine are four times slower than one.
     torch.set_num_threads(1)
     return Reference()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def twenty(hf: Reference) -> list[list[int]]:
     """Twenty prompts of many lengths, as token ids."""
     rows = [hf.ids(text) for text in prompts.TEXTS]
@@ -120,13 +124,13 @@ def twenty(hf: Reference) -> list[list[int]]:
     return rows
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def wanted(hf: Reference, twenty: list[list[int]]) -> Callable[[int, int], list[Greedy]]:
     """transformers' continuations of the first so many of the prompts, by so many tokens."""
     return functools.cache(lambda rows, tokens: hf.greedy(twenty[:rows], tokens))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def alice(hf: Reference) -> list[int]:
     ids = hf.ids(prompts.ALICE)
     assert len(ids) >= 512
@@ -134,7 +138,7 @@ def alice(hf: Reference) -> list[int]:
 
 
 def near_tie(what: str, tokens: list[int], logprobs: list[float], wanted: Greedy) -> int | None:
-    """Hold a row against the reference; the position of a near tie where they part, or None if they never do."""
+    """Hold a row against the reference; where they part in a near tie, or None if they never do."""
     part = next(
         (
             at
@@ -146,10 +150,12 @@ def near_tie(what: str, tokens: list[int], logprobs: list[float], wanted: Greedy
     if part is not None:
         gap = wanted.gaps[part]
         assert gap < NEAR_TIE, (
-            f"{what}, position {part}: token {tokens[part]}, transformers {wanted.tokens[part]}, {gap:.2e} ahead of its second"
+            f"{what}, position {part}: token {tokens[part]}, transformers {wanted.tokens[part]}, "
+            f"{gap:.2e} ahead of its second"
         )
         print(
-            f"{what}: parts from transformers at position {part}, where its two best are {gap:.2e} apart"
+            f"{what}: parts from transformers at position {part}, "
+            f"where its two best are {gap:.2e} apart"
         )
     for at in range(len(tokens) if part is None else part):
         assert logprobs[at] == pytest.approx(wanted.logprobs[at], abs=1e-3), (
@@ -376,7 +382,7 @@ def test_the_cache_takes_the_planned_bytes_on_every_device(workers: Workers) -> 
 # -- rows
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def question(hf: Reference) -> list[int]:
     """A question in the chat template, whose answer is short."""
     messages = [{"role": "user", "content": "What is the capital of France?"}]

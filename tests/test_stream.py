@@ -1,13 +1,13 @@
-"""Loading reads only what the devices hold, each byte once, and never holds more of it than one tensor beside them."""
+"""Loading reads only what the devices hold, each byte once, and one tensor at a time."""
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import command, script
+from messages import check_refusal
 from safetensors.torch import load_file, save_file
 
 from parallama.errors import CheckpointError
@@ -24,7 +24,7 @@ DOWN, UP = "model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.we
 def read_by(
     folder: str, mesh: str, devices: tuple[int, ...]
 ) -> tuple[dict[str, int], SafetensorsFolder]:
-    """Bytes read of every tensor for some devices of a mesh, whose parts must be what the plan says."""
+    """Bytes read of every tensor for some devices, whose parts must be what the plan says."""
     checkpoint = SafetensorsFolder(Path(folder))
     plan = make_plan(checkpoint.spec, MeshShape.parse(mesh))
     counts = {}
@@ -130,7 +130,10 @@ def test_a_model_on_the_devices_is_the_files_to_the_bit_and_each_byte_was_read_o
 def test_large_tensors_that_a_mesh_repeats_are_read_once_and_repeated_on_the_devices(
     models, workers, mesh, programs
 ):
-    """One program for each shape whose first dim the devices put together: on 2x4 only that of `down_proj`, whose second dim is split already."""
+    """One program for each shape whose first dim the devices put together.
+
+    On 2x4 only that of `down_proj`, whose second dim is split already.
+    """
     tiny = models(heads=9, kv_heads=3, hidden=288, intermediate=8200, vocab=9000, layers=1)
     stored = load_file(Path(tiny.folder) / "model.safetensors")
     found = workers[8].call("stream_cases:loaded", folder=tiny.folder, mesh=mesh, dtype="float32")
@@ -267,8 +270,13 @@ from parallama.host import rss_bytes
 import parallama
 llm = parallama.load(sys.argv[1], mesh=mesh, dtype=sys.argv[2])
 stats = llm.load_stats
-print(json.dumps({"baseline": stats.baseline_rss_bytes, "peak": stats.peak_rss_bytes, "devices": sum(llm.param_bytes_per_device()),
-    "largest": stats.largest_tensor_bytes, "read": stats.bytes_read}))
+print(json.dumps({
+    "baseline": stats.baseline_rss_bytes,
+    "peak": stats.peak_rss_bytes,
+    "devices": sum(llm.param_bytes_per_device()),
+    "largest": stats.largest_tensor_bytes,
+    "read": stats.bytes_read,
+}))
 """
 
 
@@ -277,21 +285,16 @@ print(json.dumps({"baseline": stats.baseline_rss_bytes, "peak": stats.peak_rss_b
 def test_twelve_hundred_million_parameters_load_within_a_quarter_over_their_bytes(
     tmp_path_factory, dtype
 ):
-    """bf16, five files, on 1x8. On the CPU backend the devices' memory is the process's: what is left for loading is a quarter of it."""
+    """bf16, five files, on 1x8. The devices' memory is the process's: a quarter of it is left."""
     from parallama.bench.shapes import make
 
     folder = tmp_path_factory.getbasetemp() / "l1b-bf16"
     if not folder.exists():
         assert make("l1b-bf16", folder) > 1_200_000_000
     assert len(list(folder.glob("*.safetensors"))) == 5
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(folder), dtype],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    done = script(LOAD, str(folder), dtype, limit_s=900)
+    assert done.code == 0, done.err[-2000:]
+    found = json.loads(done.out)
     assert found["read"] == sum(
         math.prod(shape) * 2 for _, shape in SafetensorsFolder(folder).spec.parameters()
     )
@@ -306,27 +309,17 @@ def test_twelve_hundred_million_parameters_load_within_a_quarter_over_their_byte
 def test_bench_load_measures_ours_onto_every_mesh_and_safetensors_on_the_same_files(
     models, tmp_path, meshes
 ):
-    """With a tensor that holds NaN, which both commands below are asked to let pass or to refuse."""
+    """With a tensor that holds NaN, which is refused, or let pass where that is asked for."""
     folder = models(heads=16, kv_heads=8, intermediate=64, vocab=96).folder
     stored = load_file(Path(folder) / "model.safetensors")
     stored[DOWN][0, -1] = float("nan")
     save_file(stored, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((Path(folder) / "config.json").read_bytes())
-    command = [
-        str(Path(sys.executable).with_name("parallama")),
-        "bench",
-        str(tmp_path),
-        "--load",
-        "--repeats",
-        "1",
-        "--quiet",
-    ]
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert refused.returncode == 3 and f"tensor {DOWN} holds NaN or infinity" in refused.stderr
-    arguments = [*command, "--allow-nonfinite", "--mesh", ",".join(meshes), "--json"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)["meshes"]
+    few = ["bench", str(tmp_path), "--load", "--repeats", "1", "--quiet"]
+    check_refusal(command(few), 3, DOWN, "NaN")
+    done = command([*few, "--allow-nonfinite", "--mesh", ",".join(meshes), "--json"])
+    assert done.code == 0, done.err
+    told = json.loads(done.out)["meshes"]
     total = sum(tensor.nbytes for tensor in stored.values())
     norms = sum(tensor.nbytes for name, tensor in stored.items() if name.endswith("norm.weight"))
     assert [(found["mesh"], found["device_bytes"]) for found in told] == [

@@ -109,7 +109,8 @@ def test_the_text_ends_before_the_first_stop_string(
     got = "".join(in_pieces(stream, ids))
     whole = tokenizer.decode(ids, skip_special_tokens=True)
     ends = [whole.find(stop) for stop in stops if stop in whole]
-    # Of several stop strings the first that is complete ends the text, which need not be the one that begins first.
+    # Of several stop strings the first that is complete ends the text, which need not be the one
+    # that begins first.
     assert stream.stopped == bool(ends)
     assert whole.startswith(got)
     assert not any(stop in got for stop in stops)

@@ -1,4 +1,7 @@
-"""A compiled training step is what was predicted, to the byte: one reduction over data, two all-reduces a layer going forward and two going back."""
+"""A compiled training step is what was predicted, to the byte.
+
+One reduction over data, two all-reduces a layer going forward and two going back.
+"""
 
 from __future__ import annotations
 

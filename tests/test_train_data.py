@@ -1,4 +1,7 @@
-"""Training data: what becomes of records, and what is said of those that are wrong. With the real tokenizer of SmolLM2."""
+"""Training data: what becomes of records, and what is said of those that are wrong.
+
+With the real tokenizer of SmolLM2.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import check_raised, says
 
 from parallama.errors import ParallamaError
 from parallama.files.chat_template import Renderer, renderer_of
@@ -98,16 +102,19 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> No
     import copy
 
     other = copy.deepcopy(tokenizer)
-    other.chat_template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
-    with pytest.raises(ParallamaError, match="writes message 2 differently when others follow it"):
-        tokens.encode(
-            records.parse(chat("a", "b", "c", "d"), "here"), other, renderer_of(other, "other")
-        )
-    other.chat_template = "{{ raise_exception('no system here') }}"
-    with pytest.raises(
-        ParallamaError, match="data here: the chat template refuses it: no system here"
+    for template, said in (
+        (
+            "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}"
+            "{% endif %}|{% endfor %}",
+            ("here", "message 2"),
+        ),
+        ("{{ raise_exception('no system here') }}", ("here", "no system here")),
     ):
-        tokens.encode(records.parse(chat("a", "b"), "here"), other, renderer_of(other, "other"))
+        other.chat_template = template
+        record = records.parse(chat("a", "b", "c", "d"), "here")
+        with pytest.raises(ParallamaError) as caught:
+            tokens.encode(record, other, renderer_of(other, "other"))
+        assert says(caught.value, *said)
 
 
 def test_a_long_text_becomes_pieces_in_which_every_token_is_predicted_once(
@@ -163,76 +170,56 @@ def test_tokenized_data_come_from_the_cache_until_data_or_settings_change(
     damaged = tmp_path / "cache" / first.fingerprint / "tokens.bin"
     damaged.write_bytes(damaged.read_bytes()[:-4])
     jsonl(tmp_path, {"text": "one two three"}, {"text": "four"})
-    with pytest.raises(
-        ParallamaError, match="are damaged: files of the wrong length\nremove that folder"
-    ):
+    with pytest.raises(ParallamaError, match="damaged"):
         prepare(tokenizer, source, tmp_path)
 
 
 LONG = " ".join(["word"] * 200)
-WRONG: dict[str, tuple[list[Any], str]] = {
-    "an empty file": ([], "it is empty\nexpected a line for each record"),
-    "a file of empty lines": (["", "  "], "it is empty"),
-    "a line that is not JSON": (
-        [{"text": "fine"}, "{'text': 1}"],
-        ":2: it is not JSON: Expecting property name",
-    ),
-    "a line that is no object": (['"text"'], ":1: it is 'text'\nexpected a JSON object"),
-    "no known key": (
-        [{"content": "x"}],
-        "it has none of messages, prompt and text (keys: content)",
-    ),
-    "no key": ([{}], "(keys: none)"),
+WRONG: dict[str, tuple[list[Any], tuple[str, ...]]] = {
+    "an empty file": ([], ("empty",)),
+    "a file of empty lines": (["", "  "], ("empty",)),
+    "a line that is not JSON": ([{"text": "fine"}, "{'text': 1}"], (":2", "JSON")),
+    "a line that is no object": (['"text"'], (":1", "'text'", "JSON object")),
+    "no known key": ([{"content": "x"}], ("messages, prompt and text", "content")),
+    "no key": ([{}], ("messages, prompt and text", "none")),
     "two forms at once": (
         [{"text": "x", "prompt": "y", "completion": "z"}],
-        "it has several of messages, prompt and text",
+        ("messages, prompt and text",),
     ),
-    "messages that are no list": ([{"messages": "hi"}], "'messages' is 'hi'\nexpected a list of"),
-    "no messages": ([{"messages": []}], "'messages' is []"),
-    "a message that is no object": ([{"messages": ["hi"]}], "message 1 is 'hi'"),
+    "messages that are no list": ([{"messages": "hi"}], ("'messages' is 'hi'", "list")),
+    "no messages": ([{"messages": []}], ("'messages' is []",)),
+    "a message that is no object": ([{"messages": ["hi"]}], ("message 1 is 'hi'",)),
     "an unknown role": (
         [{"messages": [{"role": "bot", "content": "x"}]}],
-        "message 1 has role 'bot'\nexpected a role of system, user, assistant, tool",
+        ("message 1", "'bot'", "system, user, assistant, tool"),
     ),
     "content that is no text": (
         [{"messages": [{"role": "user", "content": 3}]}],
-        "message 1 has content 3\nexpected text",
+        ("message 1", "content 3", "text"),
     ),
-    "no assistant turn": (
-        [{"messages": [{"role": "user", "content": "x"}]}],
-        "no message has role assistant",
-    ),
-    "a prompt that is no text": ([{"prompt": ["x"], "completion": "y"}], "'prompt' is ['x']"),
-    "a prompt without completion": (
-        [{"prompt": "x"}],
-        "'completion' is None\nexpected text that isn't empty",
-    ),
-    "an empty text": ([{"text": ""}], "'text' is ''"),
+    "no assistant turn": ([{"messages": [{"role": "user", "content": "x"}]}], ("assistant",)),
+    "a prompt that is no text": ([{"prompt": ["x"], "completion": "y"}], ("'prompt' is ['x']",)),
+    "a prompt without completion": ([{"prompt": "x"}], ("'completion' is None",)),
+    "an empty text": ([{"text": ""}], ("'text' is ''",)),
     "an answer longer than the sequence": (
         [{"prompt": "x", "completion": LONG}],
-        "tokens, and seq_len is 128\nraise seq_len, or set too_long",
+        ("seq_len is 128", "too_long"),
     ),
     "a conversation longer than the sequence": (
         [chat("x", LONG)],
-        "tokens, and seq_len is 128\nraise seq_len, or set too_long",
+        ("seq_len is 128", "too_long"),
     ),
 }
 
 
-@pytest.mark.parametrize(("rows", "message"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(("rows", "parts"), WRONG.values(), ids=WRONG)
 def test_wrong_data_say_where_and_what_was_expected(
-    rows: list[Any], message: str, tokenizer: Any, tmp_path: Path
+    rows: list[Any], parts: tuple[str, ...], tokenizer: Any, tmp_path: Path
 ) -> None:
     source = jsonl(tmp_path, *rows)
     with pytest.raises(ParallamaError) as caught:
         prepare(tokenizer, source, tmp_path)
-    said = str(caught.value)
-    assert (
-        said.startswith(f"data {source}")
-        and message in said
-        and said.count("\n") <= 2
-        and caught.value.exit_code == 2
-    )
+    check_raised(caught.value, 2, source, *parts)
     assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
 
 
@@ -241,33 +228,28 @@ def test_data_that_are_not_there_say_so(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xfa")
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "\xff"}\n')
-    for source, message in (
-        ("none.jsonl", "data 'none.jsonl' is not there"),
-        (str(tmp_path / "empty"), "has no files ending in .jsonl or .txt"),
-        (str(tmp_path / "a.csv"), "is of no known kind"),
-        (str(tmp_path / "bad.txt"), "it is not UTF-8"),
-        (str(tmp_path / "bad.jsonl"), "bad.jsonl:1: it is not UTF-8"),
-        (
-            "shipped:cat",
-            "expected a .jsonl or .txt file, a folder of them, shipped:chat, shipped:text, or hf:NAME",
-        ),
-        ("x\0y", "data"),
+    for source, parts in (
+        ("none.jsonl", ("'none.jsonl'",)),
+        (str(tmp_path / "empty"), (".jsonl", ".txt")),
+        (str(tmp_path / "a.csv"), ("a.csv",)),
+        (str(tmp_path / "bad.txt"), ("bad.txt", "UTF-8")),
+        (str(tmp_path / "bad.jsonl"), ("bad.jsonl:1", "UTF-8")),
+        ("shipped:cat", (".jsonl", ".txt", "shipped:chat, shipped:text", "hf:NAME")),
+        ("x\0y", ("data",)),
     ):
         with pytest.raises(ParallamaError) as caught:
             prepare(tokenizer, source, tmp_path)
-        assert message in str(caught.value), source
+        assert says(caught.value, *parts), source
 
 
 def test_without_tokenizer_or_template_it_says_so(tokenizer: Any, tmp_path: Path) -> None:
     import copy
 
-    with pytest.raises(ParallamaError, match=r"the model has no tokenizer\.json"):
+    with pytest.raises(ParallamaError, match=r"tokenizer\.json"):
         prepare(None, "shipped:chat", tmp_path)
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
-    with pytest.raises(
-        ParallamaError, match=r"chat\.jsonl:1 is a conversation, but the model has no chat template"
-    ):
+    with pytest.raises(ParallamaError, match=r"chat\.jsonl:1 .*chat template"):
         prepare(bare, "shipped:chat", tmp_path)
 
 
@@ -286,7 +268,7 @@ def test_records_that_are_too_long_are_dropped_or_cut_when_asked(
         tokenizer, source, tmp_path, too_long="truncate"
     )  # of the third nothing would be left to train on
     assert (cut.lengths.tolist()[0], len(cut.lengths), cut.dropped, cut.truncated) == (128, 2, 1, 1)
-    with pytest.raises(ParallamaError, match=r"no token to train on \(1 records were dropped"):
+    with pytest.raises(ParallamaError, match="1 records were dropped"):
         prepare(
             tokenizer,
             jsonl(tmp_path, {"prompt": LONG, "completion": "z"}, name="b.jsonl"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import train_data
-from conftest import Workers
 from reference import TinyModels
 from test_train_step import PADDED, devices
+from workers import Workers
 
 
 @pytest.mark.parametrize(

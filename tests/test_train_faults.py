@@ -1,4 +1,7 @@
-"""File operations that fail during `parallama train`: a full disk, missing rights, a broken device. The run ends and says what to do; when that is done, it goes on as if nothing had been."""
+"""File operations that fail during `parallama train`: a full disk, missing rights, a broken device.
+
+The run ends and says what to do; when that is done, it goes on as if nothing had been.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 import train_models
-from kill_cases import Killer
+from kill_cases import forked
+from messages import says
 from test_checkpoints import ERRORS, mounted
 from test_train_kill import logged, options
 
@@ -52,7 +56,7 @@ class Healthy:
         return options(**(usual | keys), out=out)
 
     def check(self, out: Path) -> None:
-        """A run is this one: its log, its last checkpoint to the bit, and nothing else beside it."""
+        """A run is this one: its log, its last checkpoint to the bit, and nothing beside it."""
         path = checkpoints.newest(out / "checkpoints")
         assert path is not None and path.name == checkpoints.name_of(STEPS)
         manifest = checkpoints.verify(path)
@@ -69,11 +73,9 @@ class Healthy:
         }
 
 
-def run_all(
-    killer: Killer, folder: Path, runs: list[dict[str, Any]], **more: Any
-) -> list[dict[str, Any]]:
+def run_all(folder: Path, runs: list[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
     """Some commands in turn, in one process."""
-    code = killer(
+    code = forked(
         "commands", folder / "output", runs=runs, found=str(folder / "found.json"), **more
     )
     said = (folder / "output").read_text()
@@ -82,7 +84,7 @@ def run_all(
 
 
 @pytest.fixture(scope="module")
-def healthy(killer: Killer, tmp_path_factory: pytest.TempPathFactory) -> Healthy:
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Healthy:
     root = tmp_path_factory.mktemp("healthy")
     made = Healthy(
         model=train_models.make(root / "model"),
@@ -92,7 +94,6 @@ def healthy(killer: Killer, tmp_path_factory: pytest.TempPathFactory) -> Healthy
         tensors={},
     )
     one, two = run_all(
-        killer,
         root,
         [{"options": made.options(root / "one")}, {"options": made.options(made.out, keep_last=2)}],
     )
@@ -111,7 +112,10 @@ def healthy(killer: Killer, tmp_path_factory: pytest.TempPathFactory) -> Healthy
 def check_failed(
     healthy: Healthy, out: Path, ended: dict[str, Any], code: int, at: int = -1
 ) -> None:
-    """A run that could not save: what it said, and what it left. Without `at` it failed somewhere in the second checkpoint's files."""
+    """A run that could not save: what it said, and what it left.
+
+    Without `at` it failed somewhere in the second checkpoint's files.
+    """
     before, operation = healthy.operations[:at], healthy.operations[at]
     step = (
         STEPS if at < 0 else EVERY * [*before, operation].count("sync log.jsonl")
@@ -121,31 +125,19 @@ def check_failed(
         if at >= 0
         else [EVERY]
     )
-    (what, remedy), folder = ERRORS[code], out / "checkpoints"
-    said = ended["said"].splitlines()
-    assert ended["code"] == 1 and len(said) == 3 and said[2] == remedy, ended
-    if operation == "sync log.jsonl":
-        assert said[0] == f"parallama: the log {str(out / 'log.jsonl')!r} cannot be written: {what}"
-    else:
-        assert said[0].startswith(
-            f"parallama: the checkpoint of step {step} cannot be saved in {str(folder)!r}: {what}"
-        )
-        kept = (
-            f"the newest whole checkpoint is {str(folder / checkpoints.name_of(whole[-1]))!r}"
-            if whole
-            else None
-        )
-        assert said[1] == (kept or "there is no whole checkpoint yet"), (said, at)
+    folder, parts = out / "checkpoints", [f"{str(out / 'log.jsonl')!r}"]
+    if operation != "sync log.jsonl":
+        kept = repr(str(folder / checkpoints.name_of(whole[-1]))) if whole else "no whole"
+        parts = [f"step {step}", f"{str(folder)!r}", kept]
+    assert ended["code"] == 1 and says(ended["said"], "parallama: ", *parts, *ERRORS[code]), ended
     assert (ended["newest"], ended["hashes"]) == (
         (checkpoints.name_of(whole[-1]), healthy.saved[whole[-1]]) if whole else (None, {})
     )
     assert not [name for name in ended["names"] if name.startswith(".")]
 
 
-def fail_and_go_on(
-    killer: Killer, healthy: Healthy, folder: Path, cases: list[tuple[int, int, str]]
-) -> None:
-    """For each case (operation, error, whether saves are asynchronous) a run that fails, and the same command again."""
+def fail_and_go_on(healthy: Healthy, folder: Path, cases: list[tuple[int, int, str]]) -> None:
+    """For each case (operation, error, asynchronous saves) a run that fails, and the same again."""
     outs = [folder / f"{at}-{code}-{saving}" for at, code, saving in cases]
     given = [
         healthy.options(out, async_save=saving)
@@ -156,7 +148,7 @@ def fail_and_go_on(
         for options, (at, code, _) in zip(given, cases, strict=True)
     ]
     ended = run_all(
-        killer, folder, [run for fails in failing for run in (fails, {"options": fails["options"]})]
+        folder, [run for fails in failing for run in (fails, {"options": fails["options"]})]
     )
     for out, (at, code, _), failed, again in zip(outs, cases, ended[::2], ended[1::2], strict=True):
         check_failed(healthy, out, failed, code, at)
@@ -165,9 +157,12 @@ def fail_and_go_on(
 
 
 def test_whatever_fails_in_a_save_the_run_says_what_to_do_and_then_ends_as_if_nothing_had(
-    killer: Killer, healthy: Healthy, tmp_path: Path
+    healthy: Healthy, tmp_path: Path
 ) -> None:
-    """The operations of the second save (of its files one device's and the manifest's), each with one of the errors, in turns."""
+    """The operations of the second save, each with one of the errors, in turns.
+
+    Of its files one device's and the manifest's.
+    """
     errors, second = list(ERRORS), healthy.operations.index("sync log.jsonl", 1)
     chosen = [
         at
@@ -176,24 +171,25 @@ def test_whatever_fails_in_a_save_the_run_says_what_to_do_and_then_ends_as_if_no
     ]
     cases = [(at, errors[number % 3], SAVINGS[number // 3 % 2]) for number, at in enumerate(chosen)]
     assert len(cases) == 16 and len({case[1:] for case in cases}) == 6
-    fail_and_go_on(killer, healthy, tmp_path, cases)
+    fail_and_go_on(healthy, tmp_path, cases)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("saving", SAVINGS)
 @pytest.mark.parametrize("code", ERRORS, ids=[errno.errorcode[code] for code in ERRORS])
 def test_any_error_in_any_operation_of_two_saves(
-    killer: Killer, healthy: Healthy, tmp_path: Path, code: int, saving: str
+    healthy: Healthy, tmp_path: Path, code: int, saving: str
 ) -> None:
-    fail_and_go_on(
-        killer, healthy, tmp_path, [(at, code, saving) for at in range(len(healthy.operations))]
-    )
+    fail_and_go_on(healthy, tmp_path, [(at, code, saving) for at in range(len(healthy.operations))])
 
 
 def test_on_a_disk_that_is_really_full_a_run_says_so_and_goes_on_when_there_is_room(
-    killer: Killer, healthy: Healthy, tmp_path: Path
+    healthy: Healthy, tmp_path: Path
 ) -> None:
-    """It fills up after the third step, so that the second checkpoint fits in part; or no file may be larger, so that the last entry of the log is cut off after a few bytes."""
+    """The second checkpoint fits in part, or the last entry of the log is cut after a few bytes.
+
+    The disk fills up after the third step; or no file may be larger.
+    """
     with mounted(tmp_path, "-o", "size=3m"):
         runs = []
         for name, (saving, left) in {"async": ("true", 70_000), "sync": ("false", 16_000)}.items():
@@ -216,20 +212,13 @@ def test_on_a_disk_that_is_really_full_a_run_says_so_and_goes_on_when_there_is_r
             {"options": given, "after": 3, "then": ["limit_files", log, 10]},
             {"options": given, "after": 0, "then": ["limit_files", None]},
         ]
-        ended = run_all(killer, healthy.out.parent, runs)
+        ended = run_all(healthy.out.parent, runs)
         for name, failed, again in zip(
             ("async", "sync", "cut"), ended[::2], ended[1::2], strict=True
         ):
             if name == "cut":
-                said = failed["said"].splitlines()
-                assert (
-                    failed["code"] == 1
-                    and len(said) == 3
-                    and said[0] == f"parallama: the log {log!r} cannot be written: File too large"
-                )
-                assert (
-                    said[2] == ERRORS[errno.ENOSPC][1] and failed["hashes"] == healthy.saved[EVERY]
-                )
+                assert failed["code"] == 1 and failed["hashes"] == healthy.saved[EVERY]
+                assert says(failed["said"], repr(log), "File too large", "room"), failed
             else:
                 check_failed(healthy, tmp_path / name, failed, errno.ENOSPC)
             assert (again["code"], again["said"]) == (0, "")
@@ -237,16 +226,16 @@ def test_on_a_disk_that_is_really_full_a_run_says_so_and_goes_on_when_there_is_r
 
 
 FULL_BEFORE = {
-    "run": (0, "the run's folder '{out}' cannot be written"),
-    "tokens": (12_000, "tokenized data cannot be written to '{out}-cache/"),
-    "config": (4096, "the config '{out}/config.yaml' cannot be written"),
-    "log": (8192, "the log '{out}/log.jsonl' cannot be written"),
+    "run": (0, "'{out}'"),
+    "tokens": (12_000, "'{out}-cache/"),
+    "config": (4096, "'{out}/config.yaml'"),
+    "log": (8192, "'{out}/log.jsonl'"),
 }
-"""By what can't be written: how many bytes are left before the run, and what is said."""
+"""By what can't be written: how many bytes are left before the run, and what is named."""
 
 
 def test_on_a_disk_that_is_full_before_a_run_or_behind_it_the_run_says_what_cannot_be_written(
-    killer: Killer, healthy: Healthy, tmp_path: Path
+    healthy: Healthy, tmp_path: Path
 ) -> None:
     """Behind it are the adapter and the model, which are written when there is room."""
     with mounted(tmp_path, "-o", "size=3m"):
@@ -270,27 +259,14 @@ def test_on_a_disk_that_is_full_before_a_run_or_behind_it_the_run_says_what_cann
             {"options": given["true"], "after": 0, "then": ["fill", str(tmp_path), left]}
             for left in (4096, 40_000, 2_000_000)
         ]
-        *early, whole, no_adapter, no_model, written = run_all(killer, healthy.out.parent, runs)
-        for (name, (_, message)), ended in zip(FULL_BEFORE.items(), early, strict=True):
-            said = ended["said"].splitlines()
-            assert ended["code"] == 1 and 2 <= len(said) <= 3 and "room" in said[1], ended
-            assert (
-                said[0].startswith(f"parallama: {message.format(out=tmp_path / name)}")
-                and "No space left on device" in said[0]
-            ), ended
-        for ended, message in (
-            (no_adapter, "the adapter cannot be written: "),
-            (no_model, f"folder {str(out / 'model')!r} cannot be written: "),
-        ):
-            said = ended["said"].splitlines()
-            assert ended["code"] == 1 and len(said) == 3, ended
-            assert (
-                said[0].startswith(f"parallama: {message}") and "No space left on device" in said[0]
-            )
-            assert (
-                said[1].endswith(repr(str(out / "checkpoints" / checkpoints.name_of(STEPS))))
-                and "make room" in said[2]
-            )
+        *early, whole, no_adapter, no_model, written = run_all(healthy.out.parent, runs)
+        full = ("No space left on device", "room")
+        for (name, (_, file)), ended in zip(FULL_BEFORE.items(), early, strict=True):
+            assert ended["code"] == 1, ended
+            assert says(ended["said"], file.format(out=tmp_path / name), *full), ended
+        last = repr(str(out / "checkpoints" / checkpoints.name_of(STEPS)))
+        for ended, what in ((no_adapter, "adapter"), (no_model, repr(str(out / "model")))):
+            assert ended["code"] == 1 and says(ended["said"], what, last, *full), ended
         assert (whole["code"], written["code"], written["said"]) == (0, 0, "")
         assert {path.name for path in out.iterdir()} >= {"adapter", "model"} and not list(
             out.glob(".model*")
@@ -299,7 +275,7 @@ def test_on_a_disk_that_is_full_before_a_run_or_behind_it_the_run_says_what_cann
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody without rights")
 def test_where_the_right_to_write_is_taken_a_run_says_so_and_goes_on_when_it_is_back(
-    killer: Killer, healthy: Healthy, tmp_path: Path
+    healthy: Healthy, tmp_path: Path
 ) -> None:
     for folder in [tmp_path, *tmp_path.parents][:-1]:
         folder.chmod(folder.stat().st_mode | 0o055)
@@ -320,7 +296,7 @@ def test_where_the_right_to_write_is_taken_a_run_says_so_and_goes_on_when_it_is_
             {"options": given, "after": 3, "then": taken},
             {"options": given, "after": 0, "then": ["allow", str(folder), 0o755]},
         ]
-    ended = run_all(killer, theirs, runs, user=NOBODY)
+    ended = run_all(theirs, runs, user=NOBODY)
     for saving, failed, again in zip(SAVINGS, ended[::2], ended[1::2], strict=True):
         check_failed(healthy, theirs / saving, failed, errno.EACCES)
         assert (again["code"], again["said"]) == (0, "")

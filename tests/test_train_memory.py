@@ -1,4 +1,4 @@
-"""What a training step takes on each device: predicted, and measured on the devices and in what XLA sets aside for the compiled program."""
+"""What a training step takes on each device: predicted, and measured on devices and by XLA."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import train_data
-from conftest import Workers
 from reference import TinyModels
 from test_train_step import REPEATED, devices
+from workers import Workers
 
 WIDE = {
     "heads": 8,
@@ -68,7 +68,10 @@ def test_a_steps_working_memory_is_near_what_was_predicted(
 
 
 def check_growth(found: dict[str, int]) -> None:
-    """Over ten steps the process grew by less than what one of them sets aside; freed buffers that the next step's don't fit in would be added at every step."""
+    """Over ten steps the process grows by less than what one of them sets aside.
+
+    Freed buffers that the next step's don't fit in would be added at every step.
+    """
     assert found["activations"] > 100 << 20  # on each device
     assert found["growth"] < found["activations"], found
 
@@ -95,7 +98,7 @@ def test_the_process_does_not_grow_from_step_to_step(
 def test_the_process_does_not_grow_where_a_buffer_is_a_gigabyte(
     workers: Workers, tmp_path: Path
 ) -> None:
-    """With every block in one heap of glibc 2.36 it grew by 1.6 GB a step at this size, and not at smaller ones."""
+    """With all blocks in one heap of glibc 2.36 it grew by 1.6 GB a step, at this size alone."""
     from parallama.bench.shapes import make
 
     make("l200", tmp_path / "l200")
@@ -114,7 +117,10 @@ def test_the_process_does_not_grow_where_a_buffer_is_a_gigabyte(
 
 
 def check_share(held: dict[str, Any], parts: int) -> None:
-    """Every device has its share of what is split, and all of what the plan says is whole, to the byte: of weights, gradients and both of AdamW's moments."""
+    """To the byte: of weights, gradients and both of AdamW's moments.
+
+    Every device has its share of what is split, and all of what the plan says is whole.
+    """
     wanted = held["split_bytes"] // parts + held["whole_bytes"]
     assert held["split_bytes"] % parts == 0 and held["whole_bytes"] < held["split_bytes"] / 100
     assert held["params"] == held["gradients"] == [wanted] * parts

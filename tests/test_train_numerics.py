@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import train_data
-from conftest import Workers
 from reference import TinyModels, relative_l2
 from test_plan import TINY
 from test_train_step import PADDED, devices
+from workers import Workers
 
 from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import MeshShape
@@ -120,7 +120,7 @@ def test_dropout_of_adapters_is_the_same_for_a_seed_on_every_mesh_and_off_in_eva
             )
             > 1e-3
         )
-    # With the trained adapters, a trainer without dropout evaluates to the same; a training step doesn't.
+    # A trainer without dropout evaluates to the same with the trained adapters; a step doesn't.
     assert first["evaluated"] == first["evaluated_without_dropout"]
     assert abs(first["stepped"] / first["evaluated"] - 1) > 1e-3
 

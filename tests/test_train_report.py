@@ -1,4 +1,4 @@
-"""The log of a training run, and what `parallama report` makes of it. The pictures are drawn and read back."""
+"""The log of a training run, and what `parallama report` makes of it, pictures included."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def test_a_resumed_log_is_cut_back_to_the_checkpoint_and_goes_on(log: Path) -> N
     resumed.close()
     assert [each["step"] for each in read_log(log)] == list(range(1, 8))
     JsonLog(log, 0).close()
-    with pytest.raises(ParallamaError, match=r"log\.jsonl has no step yet"):
+    with pytest.raises(ParallamaError, match=r"log\.jsonl"):
         read_log(log)
 
 
 def test_a_log_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").mkdir()
-    with pytest.raises(ParallamaError, match=r"cannot be written: .*Is a directory"):
+    with pytest.raises(ParallamaError, match="Is a directory"):
         JsonLog(tmp_path, 0)
 
 
@@ -172,7 +172,7 @@ def test_events_that_cannot_be_written_end_the_run_and_do_not_hold_it(
     """No file may be larger than the first few events are."""
     first, second, third = (TensorBoard(tmp_path, step) for step in (0, 8, 9))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    said = r"TensorBoard's events .*tensorboard' cannot be written: File too large[\s\S]*make room"
+    said = r"tensorboard' .*File too large[\s\S]*make room"
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
         with pytest.raises(RunError, match=said), closing([first]):
@@ -187,7 +187,7 @@ def test_events_that_cannot_be_written_end_the_run_and_do_not_hold_it(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be written: Not a directory"):
+    with pytest.raises(RunError, match="Not a directory"):
         TensorBoard(tmp_path / "file", 0)
 
 
@@ -196,8 +196,5 @@ def test_without_wandb_it_says_how_to_get_it(tmp_path: Path) -> None:
 
     if importlib.util.find_spec("wandb") is not None:
         pytest.skip("wandb is installed here")
-    with pytest.raises(
-        ParallamaError,
-        match=r"report_to wandb needs the package 'wandb'\npip install 'parallama\[wandb\]'",
-    ):
+    with pytest.raises(ParallamaError, match=r"'wandb'\npip install 'parallama\[wandb\]'"):
         WandB(tmp_path, {})

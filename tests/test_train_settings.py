@@ -1,4 +1,4 @@
-"""The config of `parallama train`: what is read is what was meant, what is written is read back the same, and what is wrong says so."""
+"""The config of `parallama train`: read as meant, written as read, or an error that says so."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import check_raised, says
 
 from parallama.errors import ParallamaError
 from parallama.train import settings as settings_of
@@ -83,7 +84,8 @@ def test_what_dump_config_writes_is_read_back_the_same(document: dict[str, Any])
 def test_options_win_over_the_file_and_values_are_read_as_in_yaml(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
-        "model: smollm2\ndata: [a.jsonl, b]\nout: run\nsteps: 100\nlr: 1e-4\nresume: no\nlora:\n  rank: 4\n  alpha: 8\n"
+        "model: smollm2\ndata: [a.jsonl, b]\nout: run\nsteps: 100\nlr: 1e-4\nresume: no\n"
+        "lora:\n  rank: 4\n  alpha: 8\n"
     )
     settings = settings_of.read(
         file,
@@ -117,108 +119,88 @@ def test_options_win_over_the_file_and_values_are_read_as_in_yaml(tmp_path: Path
     assert settings_of.read(file, ["--fsdp", "false"]).fsdp is False
 
 
-BAD = {
-    "an unknown key": (
-        {"bach_size": 4},
-        "config key 'bach_size' is unknown\ndid you mean 'batch_size'?",
-    ),
-    "an unknown key within a key": (
-        {"lora.rnk": 4},
-        "config key 'lora.rnk' is unknown\ndid you mean 'rank'?",
-    ),
-    "a word for a number": ({"lr": "fast"}, "config key 'lr' is 'fast'\nexpected a number above 0"),
-    "a fraction of steps": ({"steps": 1.5}, "config key 'steps' is 1.5\nexpected a whole number of at least 1"),
-    "no steps": ({"steps": 0}, "config key 'steps' is 0\nexpected a whole number of at least 1"),
-    "a number for a truth value": ({"fsdp": 1}, "config key 'fsdp' is 1\nexpected true or false"),
-    "a learning rate that is no number": (
-        {"lr": ".nan"},
-        "config key 'lr' is nan\nexpected a number above 0",
-    ),
-    "a negative learning rate": (
-        {"lr": -1e-4},
-        "config key 'lr' is -0.0001\nexpected a number above 0",
-    ),
+BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "an unknown key": ({"bach_size": 4}, ("'bach_size'", "'batch_size'")),
+    "an unknown key within a key": ({"lora.rnk": 4}, ("'lora.rnk'", "'rank'")),
+    "a word for a number": ({"lr": "fast"}, ("'lr' is 'fast'",)),
+    "a fraction of steps": ({"steps": 1.5}, ("'steps' is 1.5", "whole number")),
+    "no steps": ({"steps": 0}, ("'steps' is 0", "at least 1")),
+    "a number for a truth value": ({"fsdp": 1}, ("'fsdp' is 1", "true or false")),
+    "a learning rate that is no number": ({"lr": ".nan"}, ("'lr' is nan", "above 0")),
+    "a negative learning rate": ({"lr": -1e-4}, ("'lr' is -0.0001", "above 0")),
     "one of several words": (
         {"schedule": "cosin"},
-        "config key 'schedule' is 'cosin'\nexpected cosine, linear or constant",
+        ("'schedule' is 'cosin'", "cosine, linear or constant"),
     ),
-    "a remat between": (
-        {"remat": 0},
-        "config key 'remat' is 0\nexpected none, full or a whole number of at least 1",
-    ),
-    "an unknown LoRA target": (
-        {"lora.targets": "[q_prj]"},
-        "lora targets are q_prj\nexpected some of q_proj",
-    ),
+    "a remat between": ({"remat": 0}, ("'remat' is 0", "'none'", "'full'")),
+    "an unknown LoRA target": ({"lora.targets": "[q_prj]"}, ("q_prj", "q_proj")),
     "a batch that doesn't divide": (
         {"mesh": "3x2"},
-        "batch_size 4 does not divide over 3 devices along 'data' (mesh 3x2)\nexpected a multiple of 3",
+        ("batch_size 4", "'data'", "3x2", "multiple of 3"),
     ),
-    "a mesh that can't be read": ({"mesh": "2by4"}, "mesh '2by4' cannot be read"),
-    "a warm-up longer than the run": ({"warmup_steps": 6}, "warmup_steps is 6, steps is 5"),
-    "no data": ({"data": "[]"}, "config key 'data' is an empty list"),
-    "validation without data": ({"eval_every": 5}, "eval_every is 5, but there is no eval_data"),
+    "a mesh that can't be read": ({"mesh": "2by4"}, ("mesh '2by4'",)),
+    "a warm-up longer than the run": ({"warmup_steps": 6}, ("warmup_steps is 6", "steps is 5")),
+    "no data": ({"data": "[]"}, ("'data'", "empty list")),
+    "validation without data": ({"eval_every": 5}, ("eval_every is 5", "eval_data")),
     "validation data without validation": (
         {"eval_data": "shipped:text"},
-        "eval_data is given, but eval_every is 0",
+        ("eval_data", "eval_every is 0"),
     ),
-    "samples of nothing": (
-        {"sample_every": 5},
-        "sample_every is 5, but there are no sample_prompts",
-    ),
+    "samples of nothing": ({"sample_every": 5}, ("sample_every is 5", "sample_prompts")),
     "a report to nobody": (
         {"report_to": "[tensorbord]"},
-        "config key 'report_to' is ['tensorbord']\nexpected a list of tensorboard or wandb",
+        ("'report_to' is ['tensorbord']", "tensorboard or wandb"),
     ),
 }
 
 
-@pytest.mark.parametrize(("keys", "message"), BAD.values(), ids=BAD)
-def test_a_wrong_config_says_what_was_expected(keys: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("keys", "parts"), BAD.values(), ids=BAD)
+def test_a_wrong_config_says_what_was_expected(
+    keys: dict[str, Any], parts: tuple[str, ...]
+) -> None:
     with pytest.raises(ParallamaError) as caught:
         settings_of.read(None, options(**keys))
-    assert str(caught.value).startswith(message)
-    assert str(caught.value).count("\n") <= 2 and caught.value.exit_code in (2, 4)
+    assert says(caught.value, *parts) and caught.value.exit_code in (2, 4), caught.value
 
 
-FILES = {
-    "a list": ("- a\n- b\n", "holds ['a', 'b']"),
-    "broken YAML": ("model: [a\n", "is no YAML"),
-    "a key twice": ("model: a\nmodel: b\n", "key 'model' stands there twice"),
-    "not text": (b"\xff\xfe\x00", "is no YAML"),
-    "an object to make": ("model: !!python/object/apply:os.system [true]\n", "is no YAML"),
-    "nothing": ("", "config key model, data, out, steps is missing"),
+FILES: dict[str, tuple[str | bytes, str]] = {
+    "a list": ("- a\n- b\n", "['a', 'b']"),
+    "broken YAML": ("model: [a\n", "YAML"),
+    "a key twice": ("model: a\nmodel: b\n", "'model'"),
+    "not text": (b"\xff\xfe\x00", "YAML"),
+    "an object to make": ("model: !!python/object/apply:os.system [true]\n", "YAML"),
+    "nothing": ("", "model, data, out, steps"),
 }
 
 
-@pytest.mark.parametrize(("content", "message"), FILES.values(), ids=FILES)
+@pytest.mark.parametrize(("content", "part"), FILES.values(), ids=FILES)
 def test_a_wrong_config_file_says_what_was_expected(
-    content: str | bytes, message: str, tmp_path: Path
+    content: str | bytes, part: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "run.yaml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ParallamaError) as caught:
         settings_of.read(file)
-    assert message in str(caught.value) and str(caught.value).count("\n") <= 2
+    check_raised(caught.value, 2, part)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("given", "part"),
     [
-        (["steps", "5"], "'steps' is no option"),
-        ([*options(), "--steps", "6"], "--steps was given twice"),
-        ([*options(), "--lr", "[1"], "--lr '[1' cannot be read"),
-        ([*options(), "--"], "'--' is no option"),
+        (["steps", "5"], "'steps'"),
+        ([*options(), "--steps", "6"], "--steps"),
+        ([*options(), "--lr", "[1"], "--lr '[1'"),
+        ([*options(), "--"], "'--'"),
     ],
 )
-def test_a_wrong_option_says_so(given: list[str], message: str) -> None:
-    with pytest.raises(ParallamaError, match="expected") as caught:
+def test_a_wrong_option_says_so(given: list[str], part: str) -> None:
+    with pytest.raises(ParallamaError) as caught:
         settings_of.read(None, given)
-    assert str(caught.value).startswith(message)
+    check_raised(caught.value, 2, part, "expected")
 
 
 def test_a_config_file_that_is_not_there_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ParallamaError, match="cannot be read: No such file or directory"):
+    with pytest.raises(ParallamaError, match="No such file or directory"):
         settings_of.read(tmp_path / "none.yaml")
 
 

@@ -1,9 +1,8 @@
-"""A trained model is fine-tuned on the chats that come with the package, by `parallama train`, on every mesh as by a plain loop of torch on one device."""
+"""`parallama train` fine-tunes a trained model on every mesh as a plain loop of torch does."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forks import command, environment
 
 from parallama.files.find import find
 from parallama.train.logs import read_log
@@ -20,7 +20,8 @@ from parallama.train.tokens import prepare
 
 HERE = Path(__file__).parent
 SEED = 3
-# AdamW's first updates are nearly the signs of gradients, so differences of rounding (1e-6 in the first loss) grow with the learning rate: at 1e-4 the 17th loss of 2x4 was 1.3e-4 off.
+# AdamW's first updates are nearly the signs of gradients, so differences of rounding grow with the
+# learning rate: 1e-6 in the first loss became 1.3e-4 in the 17th of 2x4 at 1e-4.
 HOW: dict[str, Any] = {
     "lr": 3e-5,
     "betas": [0.9, 0.95],
@@ -28,11 +29,6 @@ HOW: dict[str, Any] = {
     "weight_decay": 0.1,
     "max_grad_norm": 1.0,
 }
-KEPT = {
-    key: value
-    for key, value in os.environ.items()
-    if not key.startswith(("PJRT_", "XLA_", "CPU_NUM_"))
-} | {"HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Data:
 
 
 class PlainLoop:
-    """What the plain loop of torch made of data: every step's loss and gradient norm. It runs once for each."""
+    """Every step's loss and gradient norm of the plain loop, which runs once for each data."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,10 +81,8 @@ class PlainLoop:
             [sys.executable, str(HERE / "plain_training.py"), str(self.folder / "request.json")],
             capture_output=True,
             text=True,
-            env=KEPT
-            | {
-                "OMP_WAIT_POLICY": "PASSIVE"
-            },  # threads that wait for each other, spinning, are slow on a busy machine
+            # Threads that wait for each other, spinning, are slow on a busy machine.
+            env=environment() | {"OMP_WAIT_POLICY": "PASSIVE"},
             timeout=3600,
         )
         assert done.returncode == 0, done.stderr[-3000:]
@@ -126,7 +120,6 @@ def test_the_losses_of_a_run_are_those_of_a_plain_loop(
     data: Data,
     keys: dict[str, Any],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "run"
     given: dict[str, Any] = {
@@ -148,34 +141,19 @@ def test_the_losses_of_a_run_are_those_of_a_plain_loop(
         "cache": plain.folder / "cache",
     } | keys
     wanted = plain(data)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "parallama",
-            "train",
-            *(
-                f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
-                for key, value in given.items()
-            ),
-        ],
-        capture_output=True,
-        text=True,
-        env=KEPT,
-        timeout=3600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "0 programs after warm-up" in done.stderr
+    options = [
+        f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in given.items()
+    ]
+    done = command(["train", *options], limit_s=3600)
+    assert done.code == 0, done.err[-3000:]
+    assert "0 programs after warm-up" in done.err
     entries = read_log(out)
     losses, norms = ([entry[name] for entry in entries] for name in ("loss", "grad_norm"))
     worst = [
         max(abs(mine / theirs[at] - 1) for mine, theirs in zip(ours, wanted, strict=True))
         for at, ours in enumerate((losses, norms))
     ]
-    with capsys.disabled():
-        print(
-            f"\n{mesh} {keys} packing={data.packing}: {data.steps} losses within {worst[0]:.1e} of the plain loop's, norms within {worst[1]:.1e}"
-        )
     assert worst[0] < 1e-4 and worst[1] < 1e-2
     if given["export"]:
         assert json.loads((out / "model" / "config.json").read_text())["dtype"] == "float32"

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import train_data
-from conftest import Workers
 from reference import TinyModels, relative_l2
+from workers import Workers
 
 REPEATED = {
     "heads": 4,

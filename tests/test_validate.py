@@ -1,4 +1,4 @@
-"""`parallama validate`: equal runs pass, a planted fault is named, and what is wrong with the request is said."""
+"""`parallama validate`: equal runs pass, a planted fault is named, wrong requests are refused."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import Workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import TinyModels
+from workers import Workers
 
 from parallama.files.find import find
 from parallama.files.skeleton import to_host
@@ -73,7 +73,7 @@ def devices(mesh: str) -> int:
 
 
 class Asked:
-    """References of tiny models, computed in this process and kept: request and the folder with the answers."""
+    """References of tiny models, computed in this process and kept: request and answers' folder."""
 
     def __init__(self, root: Path, models: TinyModels) -> None:
         self._root, self._models = root, models
@@ -99,7 +99,7 @@ class Asked:
         return self._made[key]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def asked(models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Asked:
     return Asked(tmp_path_factory.mktemp("answers"), models)
 
@@ -366,7 +366,7 @@ def test_the_reference_process_says_who_starts_it() -> None:
     assert "parallama validate" in said[0]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bare(models: TinyModels) -> str:
     return models(**SMOL).folder
 
@@ -506,7 +506,10 @@ def test_the_trained_model_passes_on_the_shipped_text(
 
 @pytest.mark.slow
 def test_every_gradient_of_the_trained_model_is_the_references(workers: Workers) -> None:
-    """Its norms cancel large contributions: what the loss's sum over 49,152 ids loses in float32 shows here, magnified, and in no tiny model."""
+    """Its norms cancel large contributions.
+
+    What the loss's sum over 49,152 ids loses in float32 shows here, and in no tiny model.
+    """
     arguments = [
         "validate",
         "smollm2",

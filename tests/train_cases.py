@@ -66,7 +66,7 @@ def run(
     final: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
-    """Some steps: every step's result, the parameters at the end if asked for, and how many programs were compiled after the first step."""
+    """Some steps: their results, the parameters at the end if asked for, and late compilations."""
     made = trainer(model, mesh, options, **more)
     made.compile()
     compiled = compilations()
@@ -83,9 +83,10 @@ def run(
 def grown(
     model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], steps: int
 ) -> dict[str, int]:
-    """By how many bytes the process grew over the last ten of so many steps, and what one of them sets aside, as predicted.
+    """By how many bytes the process grew over the last ten of so many steps, and the prediction.
 
-    Of eight steps the most counts: with several devices some buffers may be freed when a step is read, or not yet, which makes one reading up to 200 MB less than another.
+    Of eight steps the most counts: with several devices some buffers may be freed when a step is
+    read, or not yet, which makes one reading up to 200 MB less than another.
     """
     made = trainer(model, mesh, options)
     held = []
@@ -106,7 +107,10 @@ def adapted(
     lr: float,
     folder: str,
 ) -> dict[str, Any]:
-    """Train adapters for some steps and save them: their gradients afterwards, on the first batch, and the model with them merged."""
+    """Train adapters for some steps and save them.
+
+    Returns: their gradients afterwards, on the first batch, and the model with them merged.
+    """
     made = trainer(model, mesh, options)
     for arrays in batches:
         made.step(batch_of(arrays), lr)
@@ -126,7 +130,7 @@ def hundred_steps(
     lr: float,
     steps: int,
 ) -> dict[str, Any]:
-    """What lies on the devices afterwards, beside the same laid out anew from the checkpoint's own numbers; and what each device holds."""
+    """What the devices hold afterwards, and the same placed anew from the checkpoint."""
     made = trainer(model, mesh, options)
     for _ in range(steps):
         last = made.step(batch_of(arrays), lr)
@@ -147,7 +151,7 @@ def hundred_steps(
 def skipped(
     model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """A step with a learning rate, one with a weight that is no number, and whether the state was left as it was."""
+    """A step with a learning rate, and one with a weight that is NaN: is the state as it was?"""
     made = trainer(model, mesh, options)
     first = made.step(batch_of(arrays), 1e-3)
     name = "param.model.layers.0.mlp.up_proj.weight"
@@ -170,7 +174,11 @@ def dropped(
     lr: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Steps with dropout of adapters, and the mean loss of the last batch: evaluated before and after them, by a trainer without dropout that has the same state, and as one more step has it."""
+    """Steps with dropout of adapters, and the mean loss of the last batch.
+
+    It is evaluated before and after them, by a trainer without dropout that has the same state, and
+    as one more step has it.
+    """
     made = trainer(model, mesh, options, seed=seed)
     plain = trainer(model, mesh, options | {"lora": options["lora"] | {"dropout": 0.0}}, seed=seed)
 
@@ -195,7 +203,7 @@ def dropped(
 def evaluated_between_steps(
     model: str, mesh: str, options: dict[str, Any], arrays: dict[str, np.ndarray], lr: float
 ) -> dict[str, Any]:
-    """Losses of a batch by `evaluate` and by `step` in turns, both programs made before; and how many were compiled later."""
+    """Losses of a batch by `evaluate` and by `step` in turns; both programs are made before."""
     made, batch = trainer(model, mesh, options), batch_of(arrays)
     made.compile(evaluate=True)
     compiled = compilations()
@@ -209,7 +217,10 @@ def evaluated_between_steps(
 
 
 def held(model: str, mesh: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Bytes that each device holds of weights, optimizer and gradients, by the runtime's word; what was predicted; and bytes of what the plan splits over all devices, and of what is whole on each."""
+    """Bytes that each device holds of weights, optimizer and gradients, measured and predicted.
+
+    And bytes of what the plan splits over all devices, and of what is whole on each.
+    """
     made = trainer(model, mesh, options)
     shape = (made.options.grad_accum, made.options.batch_size, made.options.seq_len)
     arrays = {name: np.ones(shape, dtype=np.int64) for name in ("ids", "labels")}

@@ -14,7 +14,7 @@ IGNORED = -100
 def random_batch(
     shape: tuple[int, int, int], vocab: int, seed: int = 0, *, packed: bool = True
 ) -> dict[str, np.ndarray]:
-    """`[A, B, S]`: two documents a row and some padding, a fifth of the labels left out; or one document a row."""
+    """`[A, B, S]`: two documents a row, padding and labels left out; or one document a row."""
     generator = np.random.default_rng(seed)
     length = shape[2]
     ids = generator.integers(0, vocab, shape)

@@ -1,11 +1,15 @@
-"""A model so small that a training run of it takes seconds, with a tokenizer and a chat template of its own."""
+"""A model so small that training takes seconds, with a tokenizer and a chat template of its own."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 VOCAB = 320
 
 
@@ -35,7 +39,7 @@ def tokenizer() -> Any:
 
 
 def make(folder: Path, **sizes: Any) -> str:
-    """A folder with a random model of 3 query heads and 1 KV head, which no mesh but 1x1 and 1x3 divides."""
+    """A folder with a random model of 3 query heads and 1 KV head, which only 1x3 divides."""
     from reference import make_model
 
     model = make_model(

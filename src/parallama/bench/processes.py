@@ -131,10 +131,11 @@ class EngineProcess:
             raise RunError(lines(f"{self.name} took more than {limit_s:g} s")) from None
         except OSError:
             line = ""
-        if not line.endswith("\n"):  # it may have died within a line
+        if not line:
             raise RunError(lines(f"{self.name} has died: {self._last_words()}"))
         try:
-            reply = json.loads(line)
+            # It may have died within a line.
+            reply = json.loads(line) if line.endswith("\n") else None
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):

@@ -136,6 +136,10 @@ def _keep_hlo() -> None:
     os.environ["XLA_IR_DEBUG"] = os.environ["XLA_HLO_DEBUG"] = "1"
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{given} --xla_dump_to={_hlo.name} --xla_dump_hlo_as_text".lstrip()
+    if "torch_xla" in sys.modules:  # which has read XLA_IR_DEBUG when it was imported
+        import torch_xla
+
+        torch_xla._XLAC._set_ir_debug(True)
 
 
 def _set_flags(name: str) -> None:

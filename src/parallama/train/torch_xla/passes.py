@@ -259,7 +259,7 @@ class Passes:
         asked = [*inputs, *(vectors[name] for name in wanted), self._anchor]
         found = torch.autograd.grad([output], asked, [gradient], allow_unused=True)
         for name, each in zip(wanted, found[len(inputs) : -1], strict=True):
-            assert each is not None, name
+            assert each is not None, name  # a layer uses every vector of its own
             self.gradients.add(name, each)
         return found[0] if inputs else None
 
