@@ -257,9 +257,9 @@ def _adopted(
 ) -> Iterator[tuple[TensorSource, torch.Tensor]]:
     """Sources and their device tensors, whose memory the readers have filled.
 
-    A tensor is there twice while it is read: in the file's pages and in memory of its own. The next
-    is begun only if all of them, with those that have arrived, take no more than what the device
-    will hold and the largest tensor.
+    A tensor may be there twice while it is read: as it is stored, and as the device takes it. The
+    next is begun only if all of them, with those that have arrived, take no more than what the
+    device will hold and the largest tensor.
     """
     waiting, ready = deque(sources), deque[tuple[TensorSource, _Parts]]()
     left = sum(sizes.values()) + max(sizes.values(), default=0)
