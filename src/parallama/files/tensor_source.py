@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -15,6 +15,7 @@ from .weight_reader import WeightReader
 Slices = tuple[slice, ...]
 """Start and stop of every dim."""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_PIECE_BYTES = 1 << 20
 
 
 class TensorSource(ABC):
@@ -47,6 +48,18 @@ class TensorSource(ABC):
             CheckpointError: the file ends too early, or cannot be read.
         """
 
+    def read_as(
+        self, slices: Slices, dtype: torch.dtype, look: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
+        """Some slices of it in a dtype; not to be written to.
+
+        Args:
+            look: called with every piece of them, as it is stored.
+        """
+        part = self.read(slices)
+        look(part)
+        return part.to(dtype)
+
     @abstractmethod
     def release(self) -> None:
         """Give back the memory that reading took."""
@@ -67,12 +80,32 @@ class SafetensorsSource(TensorSource):
 
     def read(self, slices: Slices | None = None) -> torch.Tensor:
         slices = slices or tuple(slice(0, size) for size in self.shape)
-        part = torch.empty([cut.stop - cut.start for cut in slices], dtype=self.dtype)
+        part = torch.empty(_shape(slices), dtype=self.dtype)
         self.bytes_read += part.nbytes
-        buffer, at = part.view(-1).view(torch.uint8).numpy().data, 0
+        buffer, at = _bytes(part), 0
         for start, count in self._runs(slices):
             self._reader.fill(buffer[at : at + count], self._start + start)
             at += count
+        return part
+
+    def read_as(
+        self, slices: Slices, dtype: torch.dtype, look: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
+        """What is one run of bytes is cast piece by piece: only the result is as large as that."""
+        runs = list(self._runs(slices))
+        if len(runs) > 1 or dtype == self.dtype:
+            return super().read_as(slices, dtype, look)
+        part = torch.empty(_shape(slices), dtype=dtype)
+        start = self._start + runs[0][0]
+        count = _PIECE_BYTES // self.dtype.itemsize
+        stored = torch.empty(min(count, part.numel()), dtype=self.dtype)
+        for piece in part.view(-1).split(count):
+            read = stored[: len(piece)]
+            self._reader.fill(_bytes(read), start)
+            start += read.nbytes
+            self.bytes_read += read.nbytes
+            look(read)
+            piece.copy_(read)
         return part
 
     def release(self) -> None:
@@ -95,6 +128,15 @@ class SafetensorsSource(TensorSource):
         for index in itertools.product(*(range(part.start, part.stop) for part in slices[:last])):
             outside = sum(number * step for number, step in zip(index, steps, strict=False))
             yield outside + first, count
+
+
+def _shape(slices: Slices) -> list[int]:
+    return [part.stop - part.start for part in slices]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def safetensors_sources(tensors: Mapping[str, StoredTensor]) -> list[SafetensorsSource]:

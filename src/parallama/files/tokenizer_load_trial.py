@@ -26,17 +26,16 @@ def check(stage: Path, folder: Path) -> None:
         folder: what they are of, for messages.
     """
     ended = isolated_process.run_module(__name__, str(stage), str(folder), limit_s=LIMIT_S)
-    if ended.code == 0:
-        reply = json.loads(ended.out.splitlines()[-1])
-        if reply:
-            raise from_reply(reply)
-        return
-    raise CheckpointError(
-        lines(
-            f"the tokenizer in {str(folder)!r} cannot be read: loading it {ended.how}",
-            f"expected it to load within {LIMIT_S:g} s, in at most {_MEMORY_BYTES >> 30} GB",
+    if ended.code != 0:
+        raise CheckpointError(
+            lines(
+                f"the tokenizer in {str(folder)!r} cannot be read: loading it {ended.how}",
+                f"expected it to load within {LIMIT_S:g} s, in at most {_MEMORY_BYTES >> 30} GB",
+            )
         )
-    )
+    reply = ended.reply("the trial of a tokenizer")
+    if reply:
+        raise from_reply(reply)
 
 
 def main(stage: Path, folder: Path) -> dict[str, str]:

@@ -122,15 +122,19 @@ def parts(
     holders = plan.mesh.holders(layout.axes)
     wanted = dict.fromkeys(holders[device] for device in devices)
 
-    def read(slices: Slices | None) -> torch.Tensor:
-        part = source.read(slices)
+    def refuse(part: torch.Tensor) -> None:
         if not allow_nonfinite:
             nonfinite.refuse(source.name, part, source.file)
-        return part
 
-    # All is checked at once: each operation of a reader waits for the transfer's interpreter lock.
-    slicing = read(None).__getitem__ if len(wanted) == len(set(holders)) else read
-    return {device: cut(slicing, layout, device, dtype, own=own) for device in wanted}
+    read: Callable[[Slices], torch.Tensor]
+    if 1 < len(wanted) == len(set(holders)):
+        # All is read at once: each step of a reader waits for the transfer's interpreter lock.
+        whole = source.read()
+        refuse(whole)
+        read = whole.__getitem__
+    else:
+        read = functools.partial(source.read_as, dtype=dtype, look=refuse)
+    return {device: cut(read, layout, device, dtype, own=own) for device in wanted}
 
 
 def put(
@@ -253,9 +257,9 @@ def _adopted(
 ) -> Iterator[tuple[TensorSource, torch.Tensor]]:
     """Sources and their device tensors, whose memory the readers have filled.
 
-    A tensor is there twice while it is read: in the file's pages and in memory of its own. The next
-    is begun only if all of them, with those that have arrived, take no more than what the device
-    will hold and the largest tensor.
+    A tensor may be there twice while it is read: as it is stored, and as the device takes it. The
+    next is begun only if all of them, with those that have arrived, take no more than what the
+    device will hold and the largest tensor.
     """
     waiting, ready = deque(sources), deque[tuple[TensorSource, _Parts]]()
     left = sum(sizes.values()) + max(sizes.values(), default=0)
