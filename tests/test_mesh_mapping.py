@@ -1,4 +1,6 @@
-"""A mesh shape is an ordered mapping of axes: every rule about devices holds for any axes it has."""
+"""A mesh shape is an ordered mapping of axes: every rule about devices holds for any
+axes it has.
+"""
 
 import copy
 import json
