@@ -17,7 +17,7 @@ from typing import Any
 
 from ...errors import BackendError, FitError, UsageError, cause, lines
 from ...host import usable_cores
-from ..devices import discovery, plugins, versions
+from ..devices import discovery, plugins, tenstorrent, versions
 from ..devices.plugins import OptionValue
 from ..interface import Backend
 from . import flags
