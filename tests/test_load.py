@@ -404,8 +404,8 @@ def test_a_config_with_an_unknown_activation_is_an_error(folder):
 
 
 def test_what_transformers_refuses_is_shown_with_its_cause(folder):
-    edit_json(folder / "config.json", rms_norm_eps="small")
-    check_refused(folder, "float")
+    edit_json(folder / "config.json", use_cache="some")
+    check_refused(folder, "use_cache", "'some'")
 
 
 @pytest.mark.parametrize("content", ["[]", "7", "null"])

@@ -144,7 +144,7 @@ def test_a_tokenizer_that_takes_for_ever_to_load_is_an_error(tmp_path, monkeypat
 def test_the_command_ends_with_3_where_a_prompt_takes_for_ever(tmp_path):
     folder = folder_with(tmp_path / "model", pre_tokenizer=split(SLOW))
     command = [str(Path(sys.executable).with_name("parallama")), "generate", str(folder)]
-    command += ["--prompt", RUNS, "--quiet", "--max-new-tokens", "2", "--max-model-len", "512"]
+    command += ["--prompt", RUNS, "--quiet", "--max-new-tokens", "2"]
     prefixes = ("PJRT_", "XLA_", "CPU_NUM_", "TF_CPP_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(prefixes)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=kept)

@@ -18,7 +18,7 @@ import torch
 import train_models
 from checkpoint_cases import snapshot, state
 from kill_cases import counting
-from test_checkpoints import _turn, names, read, same, two  # noqa: F401
+from test_checkpoints import _flip, names, read, same, two  # noqa: F401
 from test_cli import environment
 
 from parallama.__main__ import run
@@ -262,10 +262,10 @@ def test_a_place_behind_the_data_is_refused_before_the_first_step() -> None:
 
 def test_a_damaged_checkpoint_never_takes_a_good_ones_place(two: Path) -> None:  # noqa: F811
     """Only its content is damaged: every file has its size."""
-    _turn(two / "step-00000002" / "device-0.safetensors")
+    _flip(two / "step-00000002" / "device-0.safetensors")
     checkpoints.write(two, snapshot(3), keep_last=2)
     assert {"step-00000001", "step-00000003", "latest"} <= names(two)
-    _turn(two / "step-00000003" / "device-0.safetensors")
+    _flip(two / "step-00000003" / "device-0.safetensors")
     assert checkpoints.newest(two) == two / "step-00000001"
     for step in (4, 5):  # once there are two good ones again, the rest goes
         checkpoints.write(two, snapshot(step), keep_last=2)
@@ -279,7 +279,7 @@ def test_a_run_that_goes_on_keeps_the_good_ones_that_it_found(
 ) -> None:
     """The damaged one is newer than what the run goes on from."""
     checkpoints.write(two, snapshot(4), keep_last=3)
-    _turn(two / "step-00000004" / "device-0.safetensors")
+    _flip(two / "step-00000004" / "device-0.safetensors")
     saver = Saver(two, keep_last=2, asynchronous=asynchronous)
     saver.save(snapshot(3))
     saver.wait()
@@ -291,7 +291,7 @@ def test_a_run_that_goes_on_keeps_the_good_ones_that_it_found(
 
 
 def test_what_is_said_to_be_whole_is_undamaged(two: Path) -> None:  # noqa: F811
-    _turn(two / "step-00000002" / "device-1.safetensors")
+    _flip(two / "step-00000002" / "device-1.safetensors")
     disk, _ = counting(None, errno.ENOSPC, 3)
     with pytest.raises(RunError) as caught:
         checkpoints.write(two, snapshot(3), keep_last=2, disk=disk)
@@ -315,7 +315,7 @@ def test_a_damaged_newer_checkpoint_does_not_keep_a_run_from_an_older_one(
     said: list[str] = []
     with pytest.raises(UsageError, match="step-00000002"):
         resume.find(now, two, said.append)
-    _turn(two / "step-00000002" / "device-0.safetensors")
+    _flip(two / "step-00000002" / "device-0.safetensors")
     found = resume.find(now, two, said.append)
     assert found is not None and found.path == two / "step-00000001"
 

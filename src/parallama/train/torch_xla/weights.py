@@ -1,7 +1,7 @@
 """A device's part of a weight, and the products with it, in the forms that XLA:CPU does fast.
 
-The forms hold for forward and backward; docs/log.md has the figures. Gradients of matrices don't go
-through autograd but into a sink. Shapes: `N` rows, `E` in, `O` out.
+The forms hold for forward and backward; docs/history/log.md has the figures. Gradients of matrices
+don't go through autograd but into a sink. Shapes: `N` rows, `E` in, `O` out.
 """
 
 from __future__ import annotations
