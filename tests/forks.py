@@ -240,7 +240,11 @@ class _Server:
     def start(self, job: tuple[Any, ...], files: list[int]) -> int:
         message = pickle.dumps(job)
         assert len(message) < MESSAGE_BYTES, "write it into a file"
-        socket.send_fds(self._socket, [message], files)
+        try:
+            socket.send_fds(self._socket, [message], files)
+        except OSError:
+            self._receive()  # says why the server ended
+            raise
         while True:
             what, pid, code = self._receive()
             if what == "started":
