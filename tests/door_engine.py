@@ -1,7 +1,10 @@
-"""A second engine: torch on the host, and transformers' own forward. It imports nothing but the door.
+"""A second engine: torch on the host, and transformers' own forward. It imports nothing but the
+door.
 
-A tensor on its "devices" is a list of parts, one a device. A step puts the parts together, runs on the host, and
-splits the results. It is strict where another engine might forgive: a tensor that came out of a step again is dead.
+A tensor on its "devices" is a list of parts, one a device. A step puts the parts together, runs on
+the host, and
+splits the results. It is strict where another engine might forgive: a tensor that came out of a
+step again is dead.
 """
 
 from __future__ import annotations
@@ -206,7 +209,9 @@ class HostSteps(Steps):
         *,
         fresh: bool = False,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`[B, S]` ids at positions from `start` `[B]` -> logits `[B, S, V]` fp32, and the written cache."""
+        """`[B, S]` ids at positions from `start` `[B]` -> logits `[B, S, V]` fp32, and the written
+        cache.
+        """
         from transformers import DynamicCache
 
         batch, new = ids.shape

@@ -320,12 +320,12 @@ def _import_everything() -> None:
     """What commands, workers and cases import; no device, no computation, no thread of torch's."""
     import gc
 
-    from parallama.engine.torch_xla import backends
+    from parallama.engine.torch_xla import backends, lean_import
 
     with _variables({"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1"}):
         os.environ["XLA_REGISTER_INSTALLED_PLUGINS"] = "0"
         backends._set_flags("cpu")
-        backends._import_torch_xla()
+        lean_import.import_torch_xla()
         import transformers
 
         for name in ("AutoModelForCausalLM", "AutoTokenizer", "LlamaForCausalLM"):

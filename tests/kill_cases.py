@@ -23,7 +23,7 @@ def forked(what: str, log: Path, **arguments: Any) -> int:
 
     Returns: its exit code, 1 where it raised.
     """
-    return forks.call(f"kill_cases:{what}", log=log, **arguments)
+    return forks.call(f"kill_cases:{what}", log=log, optimize=False, **arguments)
 
 
 def counting(

@@ -46,7 +46,9 @@ class Others:
 def scored_beside_others(
     folder: str, mesh: str, texts: list[tuple[list[int], int]]
 ) -> dict[str, int]:
-    """What a scorer counts where others have programs compiled between its batches; and all that were compiled."""
+    """What a scorer counts where others have programs compiled between its batches; and all that
+    were compiled.
+    """
     llm = parallama.load(folder, mesh=mesh)
     others, began = Others(llm), llm.mesh.compilations()
     scorer, given = Scorer(llm, batch=2), [Text(ids, count) for ids, count in texts]
@@ -63,7 +65,9 @@ def scored_beside_others(
 
 
 def evaluated_beside_others(mesh: str) -> dict[str, int]:
-    """What an evaluation counts where others have programs compiled between its batches; and all that were compiled."""
+    """What an evaluation counts where others have programs compiled between its batches; and all
+    that were compiled.
+    """
     llm = parallama.load("smollm2", mesh=mesh, max_model_len=64)
     others, began = Others(llm), llm.mesh.compilations()
     llm._progress = lambda what, *_: others() if what in ("scoring", "generating") else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ def _raised(action: Callable[[], Any]) -> tuple[str, int, str] | None:
 
 
 def two_answers(folder: str) -> dict[str, Any]:
-    """Two answers of one chat are read in turns; the older one is asked on after the newer began."""
+    """Two answers of one chat are read in turns; the older one is asked on after the
+    newer began.
+    """
     talk = parallama.Chat(parallama.load(folder), max_model_len=256, temperature=0)
     older = talk.send("First", max_new_tokens=8)
     next(older)
@@ -41,13 +44,15 @@ def two_answers(folder: str) -> dict[str, Any]:
         "text": text,
         "after_reset": _raised(lambda: next(never_read)),
         "limits": {
-            limit: _raised(lambda: talk.send("?", max_new_tokens=limit)) for limit in (0, -5)
+            limit: _raised(partial(talk.send, "?", max_new_tokens=limit)) for limit in (0, -5)
         },
     }
 
 
 def two_streams(folder: str, prompt: list[int]) -> dict[str, Any]:
-    """Two streams on one session: the older one goes on after the newer began, or after a prefill."""
+    """Two streams on one session: the older one goes on after the newer began, or after
+    a prefill.
+    """
     llm = parallama.load(folder)
     session = llm.session([llm.sampling_params()], capacity=64, longest_prompt=len(prompt))
     session.prefill([prompt])
@@ -61,7 +66,9 @@ def two_streams(folder: str, prompt: list[int]) -> dict[str, Any]:
 
 
 def threads(folder: str, mesh: str, prompts: list[list[int]], steps: int) -> dict[str, Any]:
-    """Each prompt alone, and then each in a thread of its own, all at once, on programs of its own."""
+    """Each prompt alone, and then each in a thread of its own, all at once, on programs
+    of its own.
+    """
     llm = parallama.load(folder, mesh=mesh)
     alone = [llm.generate(prompt, max_new_tokens=steps)[0].token_ids for prompt in prompts]
     llm = parallama.load(folder, mesh=mesh)
@@ -108,7 +115,9 @@ def inputs(folder: str, mesh: str, rows: int) -> dict[str, torch.Tensor]:
 
 
 def shared_config(folder: str) -> list[str]:
-    """The attention that another model of the same config names, before and after one is sharded."""
+    """The attention that another model of the same config names, before and after one is
+    sharded.
+    """
     from transformers import AutoModelForCausalLM
 
     first = from_folder(folder)

@@ -1,4 +1,6 @@
-"""`parallama bench` where it went wrong once: of what it starts nothing is left, however it ends."""
+"""`parallama bench` where it went wrong once: of what it starts nothing is left, however
+it ends.
+"""
 
 from __future__ import annotations
 

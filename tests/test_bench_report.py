@@ -543,7 +543,8 @@ def test_a_plot_without_matplotlib_says_how_to_get_it(
 
 def test_reporting_imports_neither_torch_nor_matplotlib() -> None:
     heavy = "{'torch', 'torch_xla', 'matplotlib'}"
-    code = f"import sys, parallama.bench.report_view, parallama.bench.plot; print({heavy} & set(sys.modules))"
+    imports = "import sys, parallama.bench.report_view, parallama.bench.plot"
+    code = f"{imports}; print({heavy} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "set()\n"
 

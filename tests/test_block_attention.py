@@ -9,6 +9,8 @@ import torch
 
 from parallama.engine.torch_xla.block_attention import BLOCK, HIDDEN
 
+OPTIMIZE = True  # of the workers' programs
+
 ROWS, HEADS, GROUP, NEW, DIM = 2, 4, 2, 3, 8
 LENGTH = BLOCK + 44  # the last block overlaps the one before it
 STARTS = [[0, 0], [1, BLOCK], [LENGTH, 0], [BLOCK - 1, BLOCK + 1], [LENGTH - 1, 20]]

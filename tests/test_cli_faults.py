@@ -1,4 +1,6 @@
-"""The command line where it went wrong once: numbers out of range, readers that leave, noise beside a JSON document."""
+"""The command line where it went wrong once: numbers out of range, readers that leave, noise beside
+a JSON document.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def parallama(*arguments: str, **how: Any) -> subprocess.CompletedProcess[Any]:
 
 
 def together(cases: list[list[str]]) -> list[list[Any]]:
-    """Command lines one after another in one process: exit code, standard output and error of each."""
+    """Command lines one after another in one process: exit code, standard output and
+    error of each.
+    """
     done = subprocess.run(
         [sys.executable, "-c", RUNNER],
         input=json.dumps(cases),
@@ -112,7 +116,8 @@ SAMPLING = [
     ("--seed", str(1 << 64)),
 ]
 OUT_OF_RANGE: list[list[str]] = [
-    *([*command, "--max-new-tokens", number] for command in (GENERATE, CHAT) for number in ["0", "-5"]),
+    *([*GENERATE, "--max-new-tokens", number] for number in ("0", "-5")),
+    *([*CHAT, "--max-new-tokens", number] for number in ("0", "-5")),
     *([*command, "--max-model-len", "0"] for command in (GENERATE, CHAT, EVAL, ["inspect", "{}"])),
     *([*command, *option] for command in (GENERATE, CHAT) for option in SAMPLING),
     [*EVAL, "--limit", "inf"],

@@ -1,4 +1,6 @@
-"""A second engine needs nothing but the door: `door_engine` runs sessions, loading, resharding, scoring and inspection."""
+"""A second engine needs nothing but the door: `door_engine` runs sessions, loading, resharding,
+scoring and inspection.
+"""
 
 from __future__ import annotations
 
@@ -228,7 +230,8 @@ def test_nothing_of_torch_xla_is_imported(tiny: Tiny) -> None:
         scorer, texts = Scorer(llm, batch=2), [Text({prompt}, 2)]
         scorer.warm_up(texts)
         scorer(texts)
-        loaded = [name for name in sys.modules if name.startswith(("torch_xla", "_XLAC", "parallama.engine.torch_xla"))]
+        engines = ("torch_xla", "_XLAC", "parallama.engine.torch_xla")
+        loaded = [name for name in sys.modules if name.startswith(engines)]
         print(tokens, sorted(loaded))
     """
     folder = Path(__file__).parent

@@ -20,6 +20,8 @@ from parallama.errors import UsageError
 from parallama.evaluate.evaluation import EvalOptions
 from parallama.plan.program_shapes import text_size
 
+OPTIMIZE = True  # of the workers' programs
+
 HERE = Path(__file__).parent
 LIMIT = 64
 OFFLINE = ("parallama_facts", "parallama_alice", "parallama_cloze", "parallama_quiz")

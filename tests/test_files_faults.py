@@ -338,6 +338,13 @@ def test_an_export_that_is_killed_before_any_of_its_operations_leaves_nothing_un
     assert whole == list(range(whole[0], len(ends))) and whole[0] > len(ends) - 5
 
 
+def test_a_config_with_what_utf_8_does_not_have_is_exported_as_it_is(tmp_path):
+    folder = make_good(tmp_path / "model", CONFIG | {"note": "half a pair: \ud800, and \u20ac"})
+    export_checkpoint(find(str(folder)), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["note"] == "half a pair: \ud800, and \u20ac"
+
+
 def test_a_log_that_is_cut_back_is_at_every_moment_the_old_or_the_new_one(tmp_path):
     path = tmp_path / "log.jsonl"
     entries = [{"step": step, "loss": 1.5} for step in range(1, 6)]

@@ -321,3 +321,9 @@ def test_every_module_says_what_it_is_for():
             if not (ast.get_docstring(tree_of(path)) or "").strip()
         ]
     )
+
+
+def test_every_file_can_be_read_at_a_sitting():
+    """No file of the package has more than 350 lines."""
+    lengths = {path: path.read_text(encoding="utf-8").count("\n") for path in FILES}
+    report([f"{place(path)}: {lines} lines" for path, lines in lengths.items() if lines > 350])

@@ -11,6 +11,8 @@ from workers import Workers
 
 from parallama.engine.torch_xla.loss import next_token_loss, stretches
 
+OPTIMIZE = True  # of the workers' programs
+
 
 def sure(vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits `[2, 5, V]` and ids.

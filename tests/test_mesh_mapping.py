@@ -1,4 +1,4 @@
-"""A mesh shape is an ordered mapping of axes: every rule about devices holds for any axes it has."""
+"""A mesh shape is an ordered mapping of axes: what holds of devices holds for any axes it has."""
 
 import copy
 import json

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+OPTIMIZE = True  # of the workers' programs
+
 # Sizes of one byte and of two in the encoding, one row, one column, and leading dims.
 SHAPES = [
     ((48, 64), (64, 16)),

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+OPTIMIZE = True  # of the workers' programs
+
 # Query/KV heads that divide and that don't; 37 and 101 divide by none of the device counts.
 # One layer each: the tests of prefill and decode have two.
 LLAMAS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from messages import check_raised
 from plugin_maker import make
 
-from parallama.engine.devices import elf, plugins
+from parallama.engine.devices import elf, plugins, tenstorrent
 from parallama.engine.devices.plugins import ApiVersion
 from parallama.errors import BackendError, UsageError
 
@@ -253,18 +253,18 @@ def test_a_tenstorrent_mesh_is_told_to_the_plugin_and_shardy_only_to_the_fork(
         {"XLA_STABLEHLO_COMPILE": "1"},
         {"ENABLE_AUTO_PARALLEL": "TRUE", "MESH_SHAPE": "2,4"},
     )
-    assert plugins.tt_environment(library, 8, (2, 4), "gspmd") == always | several
-    assert plugins.tt_environment(library, 8, (2, 4), "shardy") == always | several | {
+    assert tenstorrent.variables_for(library, 8, (2, 4), "gspmd") == always | several
+    assert tenstorrent.variables_for(library, 8, (2, 4), "shardy") == always | several | {
         "CONVERT_SHLO_TO_SHARDY": "1"
     }
-    assert plugins.tt_environment(library, None, None, "gspmd") == always | {
+    assert tenstorrent.variables_for(library, None, None, "gspmd") == always | {
         "ENABLE_AUTO_PARALLEL": "TRUE"
     }
 
 
 def test_one_tenstorrent_chip_is_told_of_no_mesh(tmp_path: Path) -> None:
     (tmp_path / "tt-metal").mkdir()
-    assert plugins.tt_environment(tmp_path / "pjrt_plugin_tt.so", 1, (1, 1), "shardy") == {
+    assert tenstorrent.variables_for(tmp_path / "pjrt_plugin_tt.so", 1, (1, 1), "shardy") == {
         "XLA_STABLEHLO_COMPILE": "1",
         "TT_METAL_RUNTIME_ROOT": str(tmp_path / "tt-metal"),
     }

@@ -1,4 +1,6 @@
-"""What another process, a program's text or a caller can do wrong is an error of ours, in three lines that name it."""
+"""What another process, a program's text or a caller can do wrong is an error of ours, in three
+lines that name it.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ Misbehave = Callable[[str, str], None]
 
 @pytest.fixture
 def misbehave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Misbehave:
-    """`misbehave(module, code)`: processes that are started to run `module` run `code` before it."""
+    """`misbehave(module, code)`: processes that are started to run `module` run `code`
+    before it.
+    """
 
     def plant(module: str, code: str) -> None:
         folder = tmp_path / "site"
@@ -221,7 +225,9 @@ def test_an_engine_of_the_benchmark_that_answers_otherwise_is_an_error_with_what
 def test_perf_that_reports_no_samples_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command is one of the user's machine: here a script that records, and then reports as it is told."""
+    """The command is one of the user's machine: here a script that records, and then reports as it
+    is told.
+    """
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for report, told in (
         ("exit 0", "ended with exit code 0"),

@@ -21,6 +21,8 @@ from transformers import (
 from parallama.engine.sampling_params import SamplingParams
 from parallama.errors import UsageError
 
+OPTIMIZE = True  # of the workers' programs
+
 VOCAB = 101
 MESHES = ["1x1", "1x2", "1x3", "1x8", "2x4"]
 ROWS = 48

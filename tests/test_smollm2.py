@@ -19,6 +19,8 @@ from workers import CaseError, Workers
 from parallama.files.find import find
 from parallama.model.spec import ModelSpec
 
+OPTIMIZE = True  # of the workers' programs
+
 NEAR_TIE = 1e-4
 # How many of the prompts, and of each how many tokens; on every mesh all of them, which is slow.
 ALL, SOME = (20, 64), (8, 24)
@@ -198,6 +200,12 @@ def test_greedy_tokens_are_those_of_transformers(
     assert all(output["finish_reason"] == "length" for output in run["outputs"])
 
 
+def test_parameters_take_the_planned_bytes_on_every_device(workers: Workers) -> None:
+    sizes = workers[8].call("smollm2_cases:sizes", mesh="1x8")
+    assert len(sizes["measured"]) == 8
+    assert sizes["measured"] == sizes["planned"]
+
+
 @pytest.mark.parametrize("mesh", ["1x3", pytest.param("1x8", marks=pytest.mark.slow)])
 def test_logits_of_512_tokens_are_those_of_transformers(
     workers: Workers, hf: Reference, alice: list[int], mesh: str
@@ -264,6 +272,7 @@ def test_a_prompt_over_the_models_maximum_is_refused_with_both_numbers(
 # -- programs and memory
 
 
+@pytest.mark.slow  # tests/test_parity.py has a tiny model's cache grow
 def test_300_tokens_compile_nothing_while_the_cache_grows_and_are_those_of_transformers(
     workers: Workers, hf: Reference
 ) -> None:
@@ -307,29 +316,34 @@ def test_ten_prompts_of_different_lengths_compile_only_before_their_first_token_
     assert [run["outputs"] for run in first] == [run["outputs"] for run in again]
 
 
-def test_a_chat_of_ten_turns_computes_only_what_is_new_and_compiles_nothing(
-    workers: Workers, hf: Reference
+TURNS = (
+    "What is the capital of France?",
+    "And of Italy?",
+    "Which of the two is larger?",
+    "Name a river there.",
+    "Thank you. What is 2 + 2?",
+    "And twice that?",
+    "Write one line about the sea.",
+    "Now one about the mountains.",
+    "Which did you like more?",
+    "Goodbye!",
+)
+
+
+@pytest.mark.parametrize(
+    ("turns", "tokens", "longest", "again"),
+    [(4, 12, 190, [1, 3]), pytest.param(10, 24, 1100, [2, 6, 9], marks=pytest.mark.slow)],
+)
+def test_a_chat_computes_only_what_is_new_and_compiles_nothing(
+    workers: Workers, hf: Reference, turns: int, tokens: int, longest: int, again: list[int]
 ) -> None:
-    turns = [
-        "What is the capital of France?",
-        "And of Italy?",
-        "Which of the two is larger?",
-        "Name a river there.",
-        "Thank you. What is 2 + 2?",
-        "And twice that?",
-        "Write one line about the sea.",
-        "Now one about the mountains.",
-        "Which did you like more?",
-        "Goodbye!",
-    ]
-    again = [2, 6, 9]
     talk = workers[3].call(
         "smollm2_cases:chat",
         mesh="1x3",
-        turns=turns,
-        max_new_tokens=24,
+        turns=list(TURNS[:turns]),
+        max_new_tokens=tokens,
         again=again,
-        max_model_len=1100,
+        max_model_len=longest,
     )
     assert talk["compiled"] == 0 and talk["stats"]["programs_after_warmup"] == 0
     said = talk["said"]
@@ -347,7 +361,7 @@ def test_a_chat_of_ten_turns_computes_only_what_is_new_and_compiles_nothing(
         assert shared >= len(before["prompt_ids"])
         assert now["computed"] == len(now["prompt_ids"]) - shared
     assert (
-        sum(turn["computed"] for turn in said) < sum(len(turn["prompt_ids"]) for turn in said) / 3
+        sum(turn["computed"] for turn in said) < sum(len(turn["prompt_ids"]) for turn in said) / 2
     )
     for index in again:
         assert talk["fresh"][index] == said[index]["tokens"], (
@@ -362,14 +376,8 @@ def test_a_chat_of_ten_turns_computes_only_what_is_new_and_compiles_nothing(
         )
     assert [message["role"] for message in talk["messages"]] == [
         "system",
-        *["user", "assistant"] * 10,
+        *["user", "assistant"] * turns,
     ]
-
-
-def test_parameters_take_the_planned_bytes_on_every_device(workers: Workers) -> None:
-    sizes = workers[8].call("smollm2_cases:sizes", mesh="1x8")
-    assert len(sizes["measured"]) == 8
-    assert sizes["measured"] == sizes["planned"]
 
 
 def test_the_cache_takes_the_planned_bytes_on_every_device(workers: Workers) -> None:
@@ -404,17 +412,8 @@ def test_each_row_of_a_ragged_batch_says_what_it_says_alone(
     workers: Workers, question: list[int], sampling: dict[str, Any]
 ) -> None:
     """One row ends long before the others."""
-    batch: list[Any] = [
-        PLANET,
-        "Once",
-        "def fibonacci(n):",
-        question,
-        "Water boils at",
-        "1, 2, 3, 4,",
-        "Roses are red,",
-        [504, 3],
-    ]
-    options = {"max_new_tokens": 32, **sampling}
+    batch: list[Any] = [PLANET, "Once", question, [504, 3]]
+    options = {"max_new_tokens": 16, **sampling}
     calls = [{"prompts": batch, **options}, *[{"prompts": [prompt], **options} for prompt in batch]]
     together, *alone = workers[3].call("smollm2_cases:generate", mesh="1x3", calls=calls)
     for output, single in zip(together["outputs"], alone, strict=True):
@@ -422,18 +421,19 @@ def test_each_row_of_a_ragged_batch_says_what_it_says_alone(
         for key in ("token_ids", "text", "finish_reason", "prompt", "prompt_ids"):
             assert output[key] == single[key]
         assert output["logprobs"] == pytest.approx(single["logprobs"], abs=1e-3)
-        assert len(output["logprobs"]) == len(output["token_ids"]) <= 32
+        assert len(output["logprobs"]) == len(output["token_ids"]) <= 16
     reasons = [output["finish_reason"] for output in together["outputs"]]
-    assert reasons.count("length") >= 4, "the neighbours go on"
+    assert reasons.count("length") >= 2, "the neighbours go on"
     if sampling["temperature"] == 0:
-        assert reasons[3] == "stop"
+        assert reasons[2] == "stop"
 
 
 @pytest.mark.parametrize(
     "meshes",
-    [("1x3", "1x8"), pytest.param(("1x1", "1x2", "2x4"), marks=pytest.mark.slow)],
+    [("1x3", "1x8"), ("1x1", "1x2", "2x4")],
     ids=" ".join,
 )
+@pytest.mark.slow  # tests/test_sampling.py has it of a tiny model
 def test_the_same_seed_gives_the_same_text_on_every_mesh(
     workers: Workers, meshes: tuple[str, ...]
 ) -> None:
@@ -489,17 +489,8 @@ def test_a_stop_string_cuts_the_text_and_is_not_in_it(workers: Workers) -> None:
         assert len(cut["token_ids"]) == len(cut["logprobs"]) < 24
 
 
-def test_a_stop_string_ends_only_its_own_row(workers: Workers) -> None:
-    batch = [
-        PLANET,
-        "Once",
-        "def fibonacci(n):",
-        "Paris is",
-        "Water boils at",
-        "1, 2, 3, 4,",
-        "Roses are red,",
-        [504, 3],
-    ]
+def test_a_stop_string_ends_only_its_own_row(workers: Workers, question: list[int]) -> None:
+    batch = [PLANET, "Once", question, [504, 3]]  # as above: the same programs
     options = {"prompts": batch, "max_new_tokens": 16, "temperature": 0, "ignore_eos": True}
     free, stopped = workers[3].call(
         "smollm2_cases:generate", mesh="1x3", calls=[options, options | {"stop": ["Jupiter"]}]

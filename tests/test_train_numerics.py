@@ -20,6 +20,8 @@ from parallama.train.layout import training_plan
 from parallama.train.options import LoraOptions
 from parallama.train.torch_xla.lora import Dropout
 
+OPTIMIZE = True  # of the workers' programs
+
 ONE_LAYER = PADDED | {"layers": 1}
 
 

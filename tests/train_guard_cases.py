@@ -18,7 +18,9 @@ from parallama.train.torch_xla.step import Trainer
 
 
 def one_checkpoint(model: str, mesh: str) -> dict[str, Any]:
-    """Two trainers and the steps of inference of one checkpoint: their attention, and its config."""
+    """Two trainers and the steps of inference of one checkpoint: their attention, and
+    its config.
+    """
     checkpoint, device_mesh = find(model), DeviceMesh(mesh)
     before = copy.deepcopy(vars(checkpoint.config))
     spec = ModelSpec.from_config(checkpoint.config)

@@ -42,7 +42,7 @@ class WorkerDied(Exception):
 class Worker:
     """A process with so many devices. It runs one case at a time, so two never compute at once."""
 
-    def __init__(self, devices: int, log: Path, *, keep_hlo: bool = False) -> None:
+    def __init__(self, devices: int, log: Path, *, keep_hlo: bool, optimize: bool) -> None:
         self.devices = devices
         self._log = log
         self._pipe, theirs = Pipe()
@@ -54,7 +54,7 @@ class Worker:
                 err=stream,
                 cwd=Path(__file__).parent,
                 pipe=theirs.fileno(),
-                optimize=not keep_hlo,
+                optimize=optimize,
             )
         theirs.close()
 
@@ -100,15 +100,17 @@ class Workers:
     `workers[8].call("device_cases:forward", mesh="1x8", ...)`.
     """
 
-    def __init__(self, folder: Path, *, keep_hlo: bool = False) -> None:
-        self._folder, self._keep_hlo = folder, keep_hlo
+    def __init__(self, folder: Path, *, keep_hlo: bool = False, optimize: bool = False) -> None:
+        self._folder, self._keep_hlo, self._optimize = folder, keep_hlo, optimize
         self._by_count: dict[int, Worker] = {}
 
     def __getitem__(self, devices: int) -> Worker:
         worker = self._by_count.get(devices)
         if worker is None or not worker.alive:
             log = self._folder / f"worker-{devices}.log"
-            worker = self._by_count[devices] = Worker(devices, log, keep_hlo=self._keep_hlo)
+            worker = self._by_count[devices] = Worker(
+                devices, log, keep_hlo=self._keep_hlo, optimize=self._optimize
+            )
         return worker
 
     def stop(self) -> None:

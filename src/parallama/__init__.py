@@ -1,11 +1,11 @@
-"""Run, prove, train and serve Hugging Face Llama models split over XLA devices by tensor parallelism.
+"""Run, prove and train Hugging Face Llama models, split over XLA devices by tensor parallelism.
 
     import parallama
 
     llm = parallama.load("smollm2", mesh="1x8")
     print(llm.generate("The largest planet in the solar system is", max_new_tokens=32)[0].text)
 
-Names are imported on first use, so that `import parallama` and `parallama --help` don't pay for torch.
+Names are imported on first use, so that `import parallama` and `--help` don't pay for torch.
 """
 
 from __future__ import annotations

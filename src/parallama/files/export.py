@@ -301,7 +301,9 @@ def _sync_inner(folder: Path, names: Iterable[str], disk: Disk) -> None:
 
 
 def _json(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, indent=2, ensure_ascii=False).encode() + b"\n"
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    # UTF-8 has no half of a surrogate pair; JSON has it as an escape.
+    return text.encode(errors="backslashreplace") + b"\n"
 
 
 def _word(*dtypes: torch.dtype) -> str:

@@ -1,7 +1,7 @@
 """The tokenizer of a model folder.
 
-transformers gets to see nothing but its files, checked, and a config without the keys that name code
-or other files.
+transformers sees nothing but its files, checked, and a config without the keys that name code or
+other files.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from pathlib import Path
 from ... import isolated_process
 from ...errors import BackendError, UsageError, cause, lines, listed, shown
 from . import elf
-from .versions import SHARDY
 
 ENTRY = "GetPjrtApi"
 OptionValue = bool | int | float | str
@@ -147,31 +146,6 @@ def _exports(file: Path) -> bool:
         return False
 
 
-def tt_environment(
-    library: Path, devices: int | None, grid: tuple[int, ...] | None, partitioner: str
-) -> dict[str, str]:
-    """Variables that Tenstorrent's plugin, its compiler and its fork of torch_xla read.
-
-    Args:
-        devices: device count; None for all there are.
-        grid: data x model.
-        partitioner: `shardy` if the installed torch_xla converts programs to it.
-    """
-    variables = {"XLA_STABLEHLO_COMPILE": "1"}
-    runtime = library.absolute().parent / "tt-metal"  # beside the plugin in its package
-    if runtime.is_dir():
-        variables["TT_METAL_RUNTIME_ROOT"] = str(runtime)
-    if devices == 1:
-        return variables
-    if partitioner == "shardy":
-        variables[SHARDY] = "1"
-    # Releases of 2025 read these two; later ones take the mesh from the program.
-    variables["ENABLE_AUTO_PARALLEL"] = "TRUE"
-    if grid is not None:
-        variables["MESH_SHAPE"] = f"{grid[0]},{grid[1]}"
-    return variables
-
-
 def check(library: Path, *, takes_older_callers: bool = False) -> ApiVersion:
     """Make sure that a file is a plugin for this machine which torch-xla can talk to.
 
@@ -256,7 +230,8 @@ def ask_version(library: Path, limit_s: float = _LIMIT_S) -> ApiVersion:
         last = f"ended with {shown(printed[-1], 160)}" if printed else "printed nothing"
         raise BackendError(
             lines(
-                f"plugin {str(library)!r}: the process that loaded it gave no version: it {ended.how} and {last}",
+                f"plugin {str(library)!r}: the process that loaded it gave no version:"
+                f" it {ended.how} and {last}",
                 f"expected a plugin whose {ENTRY} returns a table of functions",
             )
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...errors import BackendError, FitError, UsageError, cause, lines
 from ...host import usable_cores
-from ..devices import discovery, plugins, versions
+from ..devices import discovery, plugins, tenstorrent, versions
 from ..devices.plugins import OptionValue
 from ..interface import Backend
 from . import flags
@@ -196,7 +196,7 @@ def _start_plugin(
     os.environ["PJRT_DEVICE"] = found.device
     os.environ.setdefault("XLA_REGISTER_INSTALLED_PLUGINS", "0")
     if found.name == "tt":
-        for variable, value in plugins.tt_environment(
+        for variable, value in tenstorrent.variables_for(
             found.library, devices, grid, versions.partitioner()
         ).items():
             os.environ.setdefault(variable, value)
