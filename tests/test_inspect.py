@@ -482,7 +482,7 @@ REFUSALS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "length": (
         ["--mesh", "1x2", "--max-model-len", "5000"],
-        ("max_model_len is 5000", "1 to 2048"),
+        ("--max-model-len is 5000", "2048"),
     ),
     "tensor": (["--mesh", "1x2", "--tensor", "q_proj"], ("--tensor 'q_proj'", "cache.key.0")),
 }
@@ -509,7 +509,7 @@ def test_no_hlo_where_xla_wrote_none_is_an_error(
 ) -> None:
     with pytest.raises(CaseError) as raised:
         workers[1].call("inspect_cases:saved", folder=models(**SMOL).folder, to=str(tmp_path))
-    assert raised.value.kind == "RunError" and says(raised.value.message, "decode", tmp_path)
+    assert raised.value.kind == "RunError" and says(raised.value.message, "decode", "keep_hlo")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -56,7 +56,7 @@ class Report:
     self_test: SelfTest
 
     def to_dict(self) -> dict[str, Any]:
-        """The report for `--json`; its keys are described in docs/backends.md."""
+        """The report for `--json`; its keys are described in docs/json.md."""
         document = asdict(self)
         document["versions"] = [asdict(item) | {"fits": item.fits} for item in self.versions]
         document["self_test"] |= {"passed": self.self_test.passed}
