@@ -16,6 +16,7 @@ import parallama
 from parallama.engine.torch_xla.counters import compilations
 from parallama.engine.torch_xla.mesh import DeviceMesh
 from parallama.engine.torch_xla.program import Program
+from parallama.errors import UsageError
 from parallama.files.checkpoint import SafetensorsFolder
 from parallama.host import rss_bytes
 from parallama.plan.make_plan import make_plan
@@ -177,7 +178,7 @@ def refused_to_take_over(mesh: str) -> dict[str, Any]:
         try:
             device_mesh.adopt(tensor)
             found[name] = "taken over"
-        except AssertionError:
+        except UsageError:
             found[name] = "refused"
     return found
 

@@ -482,7 +482,7 @@ REFUSALS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "length": (
         ["--mesh", "1x2", "--max-model-len", "5000"],
-        ("--max-model-len is 5000", "2048"),
+        ("--max-model-len is 5000", "expected"),
     ),
     "tensor": (["--mesh", "1x2", "--tensor", "q_proj"], ("--tensor 'q_proj'", "cache.key.0")),
 }

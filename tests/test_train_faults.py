@@ -170,7 +170,7 @@ def test_whatever_fails_in_a_save_the_run_says_what_to_do_and_then_ends_as_if_no
         if "device-1" not in healthy.operations[at]
     ]
     cases = [(at, errors[number % 3], SAVINGS[number // 3 % 2]) for number, at in enumerate(chosen)]
-    assert len(cases) == 16 and len({case[1:] for case in cases}) == 6
+    assert len(cases) >= 16 and len({case[1:] for case in cases}) == 6
     fail_and_go_on(healthy, tmp_path, cases)
 
 

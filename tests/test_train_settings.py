@@ -132,7 +132,7 @@ BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"schedule": "cosin"},
         ("'schedule' is 'cosin'", "cosine, linear or constant"),
     ),
-    "a remat between": ({"remat": 0}, ("'remat' is 0", "'none'", "'full'")),
+    "a remat between": ({"remat": 0}, ("'remat' is 0", "none, full")),
     "an unknown LoRA target": ({"lora.targets": "[q_prj]"}, ("q_prj", "q_proj")),
     "a batch that doesn't divide": (
         {"mesh": "3x2"},

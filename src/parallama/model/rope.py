@@ -45,7 +45,14 @@ def read_rope(values: Mapping[str, Any], *, head_dim: int, positions: int, origi
             between layers, or a number in it is missing or absurd.
     """
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(
+            lines(
+                f"{origin}: rope type {shown(rope)} is not supported: it is no object",
+                f"expected an object whose rope_type is one of {', '.join(ROPE_TYPES)}",
+            )
+        )
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise CheckpointError(
             lines(
