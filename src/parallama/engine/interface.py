@@ -188,7 +188,7 @@ class Engine(ABC):
     def fetch(self, tensor: DeviceTensor, axes: Axes) -> torch.Tensor:
         """Bring a device tensor that is split over `axes` back to the host; compiles nothing."""
         shards = self.shards(tensor)
-        if len(shards) == 1 or all(axis is None for axis in axes):
+        if all(self.shape.size(axis) == 1 for axis in axes):
             return shards[0]
         whole = shards[0].new_empty(tensor.shape)
         for device in range(len(shards)):
