@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import fake_hub
 import forks
 import pytest
-from forks import Done, command
+from forks import Done, command, environment
 from messages import check_raised, check_refusal, says
+from reference import TinyModels
 
-from parallama.errors import UsageError
+from parallama.errors import CheckpointError, UsageError
+from parallama.files.find import find
+from parallama.files.near_misses import known_names
+from parallama.model.known_configs import CONFIGS, WEIGHTS
 from parallama.plan.hardware import HARDWARE
 from parallama.plan.hardware_names import find_hardware
 
@@ -226,3 +234,132 @@ def test_where_no_mesh_fits_that_is_said(runs: dict[str, Done]):
 
 def test_an_unknown_hardware_ends_with_2():
     check_refusal(command(["plan", "smollm2", "--hardware", "abacus"]), 2, "'abacus'", "24GB")
+
+
+# -- a model's name that is none
+
+
+@pytest.fixture(scope="module")
+def folders(models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders as people have them: `runs/model` is a model, among other things."""
+    root = tmp_path_factory.mktemp("names")
+    shutil.copytree(models().folder, root / "runs" / "model")
+    (root / "runs" / "model" / "onnx").mkdir()
+    cached = root / "models--org--tiny" / "snapshots" / "0123abcd"
+    cached.mkdir(parents=True)
+    shutil.copy(root / "runs" / "model" / "config.json", cached)
+    (root / "quantized").mkdir()
+    (root / "quantized" / "tiny.gguf").touch()
+    (root / "empty").mkdir()
+    return root
+
+
+NAMES = [
+    ("a folder too high", "runs", "'runs/model'"),
+    ("two folders too high", ".", "'runs/model'"),
+    ("the hub's cache", "models--org--tiny", "snapshots/0123abcd'"),
+    ("a folder too low", "runs/model/onnx", "'runs/model'"),
+    ("the weights", "runs/model/model.safetensors", "'runs/model'"),
+    ("a folder of GGUF files", "quantized", "'quantized/tiny.gguf'"),
+    ("a typo in a path", "./runs/modle", "'runs/model'"),
+    ("a typo in a path like a hub id", "runs/modle", "'runs/model'"),
+    ("a shipped name", "smollm", "smollm2"),
+    ("a page of the hub", "https://huggingface.co/org/name/tree/main", "hub id org/name"),
+    ("an address of a hub", "hf://org/name", "hub id org/name"),
+    ("a quantization", "org/name:Q4_K_M", "hub id org/name"),
+    ("a revision", "org/name@main", "hub id org/name"),
+    ("a file of a hub id", "org/name/tiny-q4.gguf", "hub id org/name"),
+    ("a gated hub id", "meta-llama/Llama-3.1-70B-Instruct", "llama-3.1-70b"),
+    ("a copy of it", "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit", "llama-3.1-8b"),
+]
+
+
+@pytest.mark.parametrize("command_name", ["plan", "verify"])
+def test_a_name_that_is_near_a_model_is_answered_with_it(folders: Path, command_name: str):
+    cases = [[command_name, name, "--json"] for _, name, _ in NAMES]
+    for (what, name, near), run in zip(NAMES, forks.commands(*cases, cwd=folders), strict=True):
+        assert (run.code, near in run.err) == (3, True), (what, run.err)
+        assert says(run.err), what
+        assert name == "." or name in run.err
+
+
+def test_a_name_that_only_plan_knows_is_answered_with_the_weights_it_stands_for():
+    with pytest.raises(CheckpointError) as caught:
+        find("llama-3.1-8b")
+    check_raised(caught.value, 3, "'llama-3.1-8b'", "meta-llama/Llama-3.1-8B", "plan")
+    assert WEIGHTS.keys() == CONFIGS.keys()
+    assert all(known_names(weights) == [name] for name, weights in WEIGHTS.items())
+
+
+@pytest.mark.parametrize("hub_id", ["mistralai/Mistral-7B-Instruct-v0.3", "org/llama-3.1-80b"])
+def test_another_model_of_the_family_is_not_taken_for_a_shipped_one(hub_id: str):
+    assert known_names(hub_id) == []
+
+
+ANSWERS = {
+    "gone": ("404 RepoNotFound", ("no model",)),
+    "private": ("401 RepoNotFound", ("no model", "private", "HF_TOKEN")),
+    "gated": ("403 GatedRepo", ("gated", "HF_TOKEN")),
+    "busy": ("429 -", ("429", "later")),
+    "broken": ("503 -", ("503", "later")),
+    "token": ("401 -", ("HF_TOKEN",)),
+}
+HUB = """
+import json, sys, time
+from parallama.errors import CheckpointError
+from parallama.files.config_json import read_config
+from parallama.files.find import find
+said = {}
+for name in json.loads(sys.argv[1]):
+    for ask in (read_config, find):
+        began = time.monotonic()
+        try:
+            ask(name)
+        except CheckpointError as error:
+            said[f"{name} {ask.__name__}"] = [str(error), time.monotonic() - began]
+print(json.dumps(said))
+"""
+
+
+def ask_hub(names: list[str], home: Path, endpoint: str, **more: str) -> dict[str, Any]:
+    """What the two ways to a model say of each, and how long it took, in a process.
+
+    The hub's client reads the environment when it is imported.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, json.dumps(names)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment()
+        | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
+        | more,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert len(found) == 2 * len(names)
+    return found
+
+
+def test_what_the_hub_answers_is_told_apart(tmp_path: Path):
+    for name, (refusal, _) in ANSWERS.items():
+        (tmp_path / "org" / name).mkdir(parents=True)
+        (tmp_path / "org" / name / fake_hub.REFUSAL).write_text(refusal)
+    with fake_hub.serve(tmp_path) as hub:
+        names = [f"org/{name}" for name in (*ANSWERS, "nowhere")]
+        found = ask_hub(names, tmp_path / "home", hub.url)
+    for asked, (message, seconds) in found.items():
+        name = asked.split()[0]
+        _, parts = ANSWERS.get(name.removeprefix("org/"), ANSWERS["gone"])
+        assert says(message, repr(name), *parts), (asked, message)
+        assert seconds < 10
+
+
+def test_a_hub_out_of_reach_is_said_at_once_and_not_taken_for_a_wrong_name(tmp_path: Path):
+    found = ask_hub(["org/tiny"], tmp_path, "http://127.0.0.1:9")
+    for message, seconds in found.values():
+        assert says(message, "'org/tiny'", "reached", "network"), message
+        assert seconds < 10  # the client alone asks six times in 24 s, with a line for each
+    found = ask_hub(["org/tiny"], tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    for message, _ in found.values():
+        assert says(message, "'org/tiny'", "HF_HUB_OFFLINE"), message

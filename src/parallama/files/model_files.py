@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, cause, lines, shown
+from .near_misses import near_folder
 
 ADAPTER = "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
@@ -116,6 +117,7 @@ def read_config(folder: Path) -> Any:
             lines(
                 f"folder {str(folder)!r} has no config.json",
                 "expected a model folder as transformers saves it",
+                near_folder(folder),
             )
         )
     return read_json(path)
