@@ -1,36 +1,37 @@
-"""Where training records come from: files, or a data set of Hugging Face's `datasets`."""
+"""Where training data come from: files, or a data set of Hugging Face's `datasets`."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UsageError, cause, lines
-from .records import DataError, Record, find_files, parse, read_records
+from .data_files import Row, find_files, read_rows
+from .records import DataError
 
 
 class DataSource(Protocol):
-    """Records, and what names their content."""
+    """Rows, and what names their content."""
 
     @property
     def size(self) -> int:
-        """How much there is to read: bytes or records."""
+        """How much there is to read: bytes or rows."""
         ...
 
     def update(self, hashed: Any) -> None:
         """Add the content to a hash."""
         ...
 
-    def __iter__(self) -> Iterator[tuple[Record, int]]:
-        """Records, each with how much was read by then."""
+    def __iter__(self) -> Iterator[Row]:
+        """Rows, each with how much was read by then."""
         ...
 
 
 def open_source(source: str) -> DataSource:
-    """A data source by its name: `hf:NAME[:SPLIT]`, or as in `records.find_files`.
+    """A data source by its name: `hf:NAME[:SPLIT]`, or as in `data_files.find_files`.
 
     Raises:
         DataError: it is not there, or holds no records.
@@ -61,11 +62,11 @@ class _Files:
                     )
                 ) from None
 
-    def __iter__(self) -> Iterator[tuple[Record, int]]:
+    def __iter__(self) -> Iterator[Row]:
         done = 0
         for path in self.paths:
-            for record, read in read_records(path):
-                yield record, done + read
+            for row in read_rows(path):
+                yield replace(row, read=done + row.read)
             done += path.stat().st_size
 
 
@@ -82,9 +83,9 @@ class _HubRows:
         """See `DataSource`."""
         hashed.update(str(self.rows._fingerprint).encode())
 
-    def __iter__(self) -> Iterator[tuple[Record, int]]:
+    def __iter__(self) -> Iterator[Row]:
         for number, row in enumerate(self.rows, 1):
-            yield parse(row, f"{self.name} row {number}"), number
+            yield Row(document=row, where=f"{self.name} row {number}", read=number)
 
 
 def _hugging_face(source: str) -> _HubRows:
