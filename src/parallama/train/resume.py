@@ -101,11 +101,11 @@ class Resumed:
     def _keeps(self, steps: int) -> bool:
         """Whether a run of so many steps can keep the schedule's end.
 
-        It is longer than a run that is complete, or its learning rate is constant.
+        It is longer than a run that is complete, or ends here, or its learning rate is constant.
         """
         finished = self.manifest.step == self._steps
         constant = self.manifest.schedule.get("kind") == "constant"
-        return steps == self._steps or constant or (finished and steps > self._steps)
+        return steps in (self._steps, self.manifest.step) or constant or finished
 
     def schedule(self, settings: TrainSettings, steps: int, say: Callable[[str], None]) -> Schedule:
         """The learning rates of the run from here on."""
