@@ -5,14 +5,11 @@ A name is that of a folder or a `.gguf` file, a hub id or a shipped name.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..errors import CheckpointError, cause, lines
+from . import hub
 from .checkpoint import Checkpoint, SafetensorsFolder
 from .gguf_file import GgufFile
 from .locate import SHIPPED, locate
-
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def find(model: str) -> Checkpoint:
@@ -41,11 +38,12 @@ def find(model: str) -> Checkpoint:
 
 
 def _from_hub(hub_id: str, *, asked_for: str) -> Checkpoint:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        folder = snapshot_download(hub_id, allow_patterns=_HUB_FILES)
+        folder = hub.download(hub_id)
+    except CheckpointError:
+        raise
     except HFValidationError as error:
         raise CheckpointError(
             lines(f"model {asked_for!r} is no valid hub id: {cause(error)}")
@@ -61,4 +59,4 @@ def _from_hub(hub_id: str, *, asked_for: str) -> Checkpoint:
                 hint,
             )
         ) from None
-    return SafetensorsFolder(Path(folder))
+    return SafetensorsFolder(folder)

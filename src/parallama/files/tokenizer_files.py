@@ -24,6 +24,8 @@ _PLAIN = (
     *("sentencepiece.bpe.model", "tekken.json", "tiktoken.model"),
 )
 _CONFIG, _TEMPLATES = "tokenizer_config.json", model_files.TEMPLATES
+NAMES = (*_PLAIN, _CONFIG)
+"""Every file that a tokenizer is read from, and the default chat template."""
 _LIMIT_BYTES = 256 << 20
 _CODE_KEYS = {
     *("auto_map", "trust_remote_code", "name_or_path", "init_inputs", "processor_class"),
@@ -68,11 +70,7 @@ def files(folder: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: one of them is not a regular file of the folder, or too large.
     """
-    found = {
-        name: path
-        for name in (*_PLAIN, _CONFIG)
-        if (path := model_files.find(folder, name)) is not None
-    }
+    found = {name: path for name in NAMES if (path := model_files.find(folder, name)) is not None}
     found |= _templates(folder)
     for name, path in found.items():
         if path.stat().st_size > _LIMIT_BYTES:

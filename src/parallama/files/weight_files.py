@@ -21,7 +21,7 @@ SINGLE = "model.safetensors"
 STORED_DTYPES = ("F32", "BF16", "F16", "F64")
 """Dtypes that weights can have in a file."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_PICKLES = (
+PICKLES = (
     *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"),
     *(".npz", ".npy", ".h5", ".msgpack"),
 )
@@ -56,7 +56,7 @@ def survey(folder: Path, spec: ModelSpec) -> WeightFiles:
             the config says.
     """
     index = model_files.find(folder, INDEX)
-    claimed = None if index is None else _read_index(index)
+    claimed = None if index is None else read_index(index)
     names = _without_index(folder) if claimed is None else sorted(set(claimed.values()))
     wanted = dict(spec.parameters())
     where = _stored(folder, names, claimed, most=2 * len(wanted) + 256)
@@ -218,7 +218,12 @@ def _check(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
+    """The tensors that an index names -> the files that hold them.
+
+    Raises:
+        CheckpointError: it cannot be read, or names other files than safetensors beside it.
+    """
     document: Any = model_files.read_json(index)
     claimed = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(claimed, dict) or not all(isinstance(name, str) for name in claimed.values()):
@@ -270,7 +275,7 @@ def _without_index(folder: Path) -> list[str]:
         return [SINGLE]
     if weights:
         return weights
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         raise CheckpointError(
             lines(
