@@ -192,6 +192,20 @@ def test_an_adapter_on_an_adapter_is_merged_with_both(models: TinyModels, tmp_pa
     check_raised(caught.value, 3, "adapter")
 
 
+def test_an_adapter_of_the_model_without_its_head_is_merged(
+    models: TinyModels, tmp_path: Path
+) -> None:
+    """Its names begin within the model: PEFT would find none of them, and say nothing."""
+    tiny = models(**SIZES)
+    merged = adapter(tiny, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    held = load_file(file)
+    save_file(
+        {name.replace("model.model.model.", "model.model."): held[name] for name in held}, file
+    )
+    assert_merged(tensors(tmp_path), merged, tiny.model)
+
+
 def rewrite(folder: Path, **keys: Any) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))

@@ -22,7 +22,7 @@ from parallama.files.chat_template import renderer_of
 from parallama.train import row_forms, tokens
 from parallama.train import settings as settings_of
 from parallama.train.encoding import Counts
-from parallama.train.options import LORA_TARGETS
+from parallama.train.options import LORA_TARGETS, LoraOptions
 from parallama.train.packing import Rows
 from parallama.train.records import Completion, Text
 from parallama.train.run_data import prepare_data
@@ -67,6 +67,12 @@ SAME: dict[str, dict[str, Any]] = {
     },
     "messages with keys that are null": {
         "messages": [each | {"name": None, "tool_calls": None, "weight": None} for each in CHAT]
+    },
+    "lists that datasets makes of messages": {
+        "conversations": {
+            "from": [each["from"] for each in SHAREGPT],
+            "value": [each["value"] for each in SHAREGPT],
+        }
     },
     "LLaMA-Factory's history": {
         "instruction": TURNS[2],
@@ -226,6 +232,56 @@ def test_prompts_beside_a_text_are_said_and_the_first_form_counts() -> None:
     assert not row_forms.parse({"text": "b", "source": "x", "id": 1}, "here").notes
 
 
+def test_texts_get_one_bos_and_one_eos_whatever_they_hold(
+    tokenizer: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Texts that were rendered before have their own. What a tokenizer can't mark is said."""
+    from tokenizers.processors import TemplateProcessing
+
+    begins = copy.deepcopy(tokenizer)
+    bos, eos = begins.bos_token, begins.eos_token
+    begins.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, begins.bos_token_id)]
+    )
+    rows = [
+        {"text": "Hi"},
+        {"text": f"{bos}Hi{eos}"},
+        {"prompt": f"{bos}H", "completion": f"i{eos}"},
+    ]
+    corpus = prepare(begins, jsonl(tmp_path, *rows), tmp_path)
+    ids = [corpus.document(at)[0].tolist() for at in range(3)]
+    assert (
+        begins.decode(ids[0]) == begins.decode(ids[1]) == begins.decode(ids[2]) == f"{bos}Hi{eos}"
+    )
+    assert corpus.document(2)[1].tolist()[0] is False and corpus.document(2)[1].tolist()[-1] is True
+    (note,) = corpus.counts.notes
+    assert "BOS" in note
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    (note,) = prepare(endless, jsonl(tmp_path, {"text": "Hi there"}), tmp_path).counts.notes
+    assert "EOS" in note
+
+
+def test_an_answer_that_ends_without_a_mark_is_said(tokenizer: Any) -> None:  # noqa: F811
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant:{% endif %}"
+    _, counts = encoded(plain, tokenizer, chat(*TURNS))
+    assert [note for note in counts.notes if "stop" in note]
+
+
+@pytest.mark.parametrize("row", [{"text": "a\ud83d"}, chat("a\ud83d", "b")], ids=["text", "chat"])
+def test_half_a_character_is_refused_with_its_line(
+    row: dict[str, Any],
+    tokenizer: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    source = jsonl(tmp_path, {"text": "fine"}, row)
+    with pytest.raises(ParallamaError) as caught:
+        prepare(tokenizer, source, tmp_path)
+    check_raised(caught.value, 2, f"{source}:2", "\\ud83d")
+
+
 # -- files
 
 
@@ -300,6 +356,51 @@ def test_what_other_programs_leave_in_a_folder_is_no_data(
     with pytest.raises(ParallamaError) as caught:
         prepare(tokenizer, str(tmp_path / "out"), tmp_path)
     check_raised(caught.value, 2, f"hf:{tmp_path / 'out'}", ".parquet")
+
+
+def test_data_are_found_by_a_pattern_and_names_of_the_hub_are_told(
+    tokenizer: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    for name in ("b-1.jsonl", "b-2.jsonl", "c.jsonl"):
+        jsonl(tmp_path, {"text": name}, name=name)
+    corpus = prepare(tokenizer, str(tmp_path / "b-*.jsonl"), tmp_path)
+    found = [tokenizer.decode(corpus.document(at)[0][:-1]) for at in range(len(corpus.lengths))]
+    assert found == ["b-1.jsonl", "b-2.jsonl"]
+    for given in ("Org/a-set", "https://huggingface.co/datasets/Org/a-set"):
+        with pytest.raises(ParallamaError) as caught:
+            prepare(tokenizer, given, tmp_path)
+        check_raised(caught.value, 2, given, "'hf:Org/a-set'")
+    with pytest.raises(ParallamaError) as caught:
+        prepare(tokenizer, str(tmp_path / "d-*.jsonl"), tmp_path)
+    check_raised(caught.value, 2, "d-*.jsonl")
+
+
+def test_a_data_set_is_read_by_config_and_part_of_a_split(
+    tokenizer: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
+    data = tmp_path / "set"
+    data.mkdir()
+    for name in ("one", "two"):
+        jsonl(data, *[{"text": f"{name} {at}"} for at in range(4)], name=f"{name}.jsonl")
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}.jsonl\n"
+        for name in ("one", "two")
+    )
+    (data / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for source, texts in (
+        (f"hf:{data}:two:train", ["two 0", "two 1", "two 2", "two 3"]),
+        (f"hf:{data}:one:train[:50%]", ["one 0", "one 1"]),
+    ):
+        corpus = prepare(tokenizer, source, tmp_path)
+        found = [tokenizer.decode(corpus.document(at)[0][:-1]) for at in range(len(corpus.lengths))]
+        assert found == texts
+    with pytest.raises(ParallamaError) as caught:
+        prepare(tokenizer, f"hf:{data}:train", tmp_path)
+    check_raised(caught.value, 2, str(data), "CONFIG")
 
 
 # -- templates
@@ -397,6 +498,11 @@ SPELLED: dict[str, tuple[list[str], dict[str, Any]]] = {
         {"sample_prompts": ("Once: upon, a time",)},
     ),
     "bf16": (["--dtype", "bf16"], {"dtype": "bfloat16"}),
+    "a bare --resume": (["--resume"], {"resume": "auto"}),
+    "--resume false": (["--resume", "false"], {"resume": "no"}),
+    "a bare --lora": (["--lora"], {"lora.rank": 8}),
+    "--lora false": (["--lora", "false"], {"lora": None}),
+    "a share for the warm-up": (["--warmup_steps", "0.2"], {"warmup_steps": 0.2}),
     "a number as a file": (["--eval_data", "2026", "--eval_every", "1"], {"eval_data": "2026"}),
 }
 
@@ -424,6 +530,21 @@ def test_a_config_file_may_say_all_linear_too(
         assert run(["plan", "smollm2", "--train", "--lora.targets", said, "--json"]) == 0
         bytes_of.append(json.loads(capsys.readouterr().out)["totals"]["train"])
     assert bytes_of[0] == bytes_of[1]
+
+
+def test_a_config_file_may_say_true_for_adapters_and_for_resuming(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: a\ndata: b\nout: c\nepochs: 1\nlora: true\nresume: true\n")
+    settings = settings_of.read(file)
+    assert settings.lora == LoraOptions() and settings.resume == "auto"
+
+
+def test_a_warm_up_below_one_is_a_share_of_the_steps() -> None:
+    settings = settings_of.make(LEAST | {"steps": 100, "warmup_steps": 0.03})
+    assert settings.learning_rate(100).warmup == 3 and settings.learning_rate(10).warmup == 1
+    with pytest.raises(ParallamaError) as caught:
+        settings_of.make(LEAST | {"warmup_steps": 1.5})
+    check_raised(caught.value, 2, "warmup_steps is 1.5")
 
 
 OTHERS = {

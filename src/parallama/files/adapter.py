@@ -190,14 +190,12 @@ class _Stored:
             raise _wrong(f"tensor {stored.name} is DoRA's", "plain LoRA or rsLoRA")
         lora, whole = _LORA.fullmatch(name), _WHOLE.fullmatch(name)
         if lora is not None:
-            module = lora["module"]
-            self._check_module(module, stored)
+            module = self._module(lora["module"], stored)
             self._pairs.setdefault(module, {})[lora["linear"] or lora["embedding"]] = stored
             if lora["embedding"] is not None:
                 self._embeddings.add(module)
         elif whole is not None:
-            module = whole["module"]
-            self._check_module(module, stored)
+            module = self._module(whole["module"], stored)
             shape = self._shapes[f"{module}.weight"]
             if stored.shape != shape:
                 raise _wrong(
@@ -207,7 +205,10 @@ class _Stored:
         else:
             raise _wrong(f"tensor {stored.name} is none that is known", "lora_A, lora_B, or weight")
 
-    def _check_module(self, module: str, stored: StoredTensor) -> None:
+    def _module(self, module: str, stored: StoredTensor) -> str:
+        """The model's name of a module. An adapter of the model without head begins within it."""
+        if f"{module}.weight" not in self._shapes and f"model.{module}.weight" in self._shapes:
+            module = f"model.{module}"
         if self._spec.tied and module in _ENDS:
             raise _wrong(
                 f"tensor {stored.name} changes one of {listed([*_ENDS])}, "
@@ -219,6 +220,7 @@ class _Stored:
                 f"tensor {stored.name} is of module {module!r}",
                 "one of the model's: is this the adapter's base?",
             )
+        return module
 
     def _check_pair(self, module: str, pair: Mapping[str, StoredTensor]) -> None:
         shape, rank = self._shapes[f"{module}.weight"], self._about.rank_of(module)

@@ -6,8 +6,10 @@ Every row says where it came from. What is no row is an error with file and line
 from __future__ import annotations
 
 import codecs
+import glob
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ _OTHERS = (".parquet", ".arrow", ".csv", ".tsv")
 """What the package `datasets` reads."""
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _BLANK = b" \t\r\n"
+_HUB = re.compile(r"(https?://[\w.-]+/datasets/)?([\w.-]+/[\w.-]+)/?")
+"""What may be a data set of the hub: its address, or its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,8 @@ def find_files(source: str) -> list[Path]:
     """The files of a data source, in order.
 
     Args:
-        source: a file, a folder of them (with folders within), or a name of `SHIPPED`.
+        source: a file, a folder of them (with folders within), a pattern as `data/*.jsonl`, or a
+            name of `SHIPPED`.
 
     Raises:
         DataError: it is not there, or holds no such file.
@@ -69,12 +74,18 @@ def find_files(source: str) -> list[Path]:
                     )
                 )
             return found
+        if not path.is_file() and glob.has_magic(source):
+            matching = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - or absolute
+            found = [file for file in map(Path, matching) if file.is_file() and _is_ours(file)]
+            if found:
+                return found
         if not path.is_file():
-            known = ", ".join(SHIPPED)
+            known, hub = ", ".join(SHIPPED), _HUB.fullmatch(source)
             raise DataError(
                 lines(
                     f"data {shown(source)} is not there",
                     f"expected a {endings} file, a folder of them, {known}, or hf:NAME",
+                    f"'hf:{hub[2]}' reads a data set of the hub" if hub is not None else "",
                 )
             )
     except (OSError, ValueError) as error:

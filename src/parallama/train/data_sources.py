@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ class DataSource(Protocol):
 
 
 def open_source(source: str) -> DataSource:
-    """A data source by its name: `hf:NAME[:SPLIT]`, or as in `data_files.find_files`.
+    """A data source by its name: `hf:NAME[:CONFIG][:SPLIT]`, or as in `data_files.find_files`.
 
     Raises:
         DataError: it is not there, or holds no records.
@@ -88,6 +89,13 @@ class _HubRows:
             yield Row(document=row, where=f"{self.name} row {number}", read=number)
 
 
+def _parts(source: str) -> tuple[str, str | None, str]:
+    """Name, config and split of `hf:NAME[:CONFIG][:SPLIT]`; a split may be `train[:10%]`."""
+    name, *rest = re.split(r":(?![^\[]*\])", source.removeprefix("hf:"), maxsplit=2)
+    split = rest.pop() if rest else ""
+    return name, rest[0] if rest else None, split or "train"
+
+
 def _hugging_face(source: str) -> _HubRows:
     try:
         import datasets
@@ -97,17 +105,17 @@ def _hugging_face(source: str) -> _HubRows:
                 f"data {source!r} needs the package 'datasets'", "pip install 'parallama[datasets]'"
             )
         ) from None
-    name, _, split = source.removeprefix("hf:").partition(":")
+    name, config, split = _parts(source)
     try:
         if Path(name, "state.json").is_file():
             rows = datasets.load_from_disk(name)
         else:
-            rows = datasets.load_dataset(name, split=split or "train")
+            rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # of many kinds, network ones among them
         raise DataError(
             lines(
                 f"data {source!r} cannot be had: {type(error).__name__}: {cause(error, 120)}",
-                "expected hf:NAME:SPLIT, or a file",
+                "expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, or a file",
             )
         ) from None
     if not hasattr(rows, "_fingerprint"):

@@ -51,7 +51,7 @@ def option(
     help: str,
     *,
     words: bool = False,
-    aliases: Mapping[str, Any] | None = None,
+    aliases: Mapping[Any, Any] | None = None,
     **bounds: Any,
 ) -> Any:
     """A field of a dataclass of options.
@@ -102,7 +102,7 @@ class Declaration:
     range: Range
     default: Any
     words: bool
-    aliases: Mapping[str, Any]
+    aliases: Mapping[Any, Any]
 
     @property
     def required(self) -> bool:
@@ -145,7 +145,7 @@ class Declaration:
         if isinstance(value, str) and is_list:
             value = tuple(part.strip() for part in value.split(",")) if self.words else (value,)
         if not is_list or not self.aliases:
-            return self.aliases.get(value, value) if isinstance(value, str) else value
+            return self.aliases.get(value, value) if isinstance(value, (str, bool)) else value
         each = [self.aliases.get(part, part) if isinstance(part, str) else part for part in value]
         spread = [part if isinstance(part, tuple) else (part,) for part in each]
         return tuple(part for parts in spread for part in parts)

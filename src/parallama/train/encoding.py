@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from ..errors import UsageError, lines
@@ -79,12 +80,12 @@ def encode(
         record = record.plain
     expected = "an answer with text in it"
     if isinstance(record, Text):
-        eos = _eos(tokenizer)
-        ids = [*tokenizer(record.text, verbose=False)["input_ids"], *eos]
-        found = [Encoded(ids=ids, trained=[True] * len(ids))]
+        text = _whole(record.text, record)
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
+        found = [_ended(Encoded(ids=ids, trained=[True] * len(ids)), tokenizer, counts)]
         expected = "a text of two tokens or more: each is predicted from those before it"
     elif isinstance(record, Completion):
-        found = [_completion(record, tokenizer)]
+        found = [_completion(record, tokenizer, counts)]
     elif split_answers:
         parts = [
             replace(record, messages=record.messages[: answer + 1], answers=(answer,))
@@ -134,14 +135,27 @@ def fitted(
         counts.dropped += 1
 
 
-def _eos(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+def _ended(found: Encoded, tokenizer: Any, counts: Counts) -> Encoded:
+    """A text with one BOS, if the tokenizer puts one there, and one EOS at its end.
+
+    Texts that a chat template has made have their own.
+    """
+    ids, trained = found.ids, found.trained
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        counts.note(["texts begin with BOS already: the tokenizer's own is left out"])
+        ids, trained = ids[1:], trained[1:]
+    if eos is None:
+        counts.note(["the tokenizer names no EOS: nothing tells where a text ends"])
+    elif ids[-1:] != [eos]:
+        ids, trained = [*ids, int(eos)], [*trained, True]
+    return Encoded(ids=ids, trained=trained)
 
 
-def _completion(record: Completion, tokenizer: Any) -> Encoded:
-    text, eos = record.prompt + record.completion, _eos(tokenizer)
+def _completion(record: Completion, tokenizer: Any, counts: Counts) -> Encoded:
+    text = _whole(record.prompt + record.completion, record)
     found = _with_spans(tokenizer, text, [(len(record.prompt), len(text))], special=True)
-    return Encoded(ids=found.ids + eos, trained=found.trained + [True] * len(eos))
+    return _ended(found, tokenizer, counts)
 
 
 def _chat(record: Chat, tokenizer: Any, renderer: Renderer | None, counts: Counts) -> Encoded:
@@ -180,7 +194,13 @@ def _chat(record: Chat, tokenizer: Any, renderer: Renderer | None, counts: Count
             )
         )
     counts.rewritten += len(spans) - len(kept)
-    return _with_spans(tokenizer, whole, kept, special=False)
+    encoded = _with_spans(tokenizer, _whole(whole, record), kept, special=False)
+    last = next((at for at in reversed(range(len(encoded.ids))) if encoded.trained[at]), None)
+    if last is not None and encoded.ids[last] not in _marks(tokenizer):
+        counts.note(
+            ["the chat template ends no answer with a special token: a model may not learn to stop"]
+        )
+    return encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +245,22 @@ class _Turns:
             ]
         )
         return begin
+
+
+@lru_cache(maxsize=4)
+def _marks(tokenizer: Any) -> frozenset[int]:
+    """Ids of special tokens."""
+    return frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
+
+
+def _whole(text: str, record: Record) -> str:
+    """The text, if UTF-8 has all of its characters: JSON can hold half of one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise bad(record.where, f"its text holds half a character, {half}", "whole ones") from None
+    return text
 
 
 def _opening(whole: str, content: str) -> int:

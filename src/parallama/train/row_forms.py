@@ -123,6 +123,7 @@ def _instruction(row: Mapping[str, Any], where: str) -> Chat:
 def _pair(row: Mapping[str, Any], where: str) -> Record:
     """Two texts; or, as TRL has it, the messages before an answer, and the answer's."""
     prompt, notes = row.get("prompt"), _unread(row, ("prompt", "completion"))
+    prompt = _rows_of(prompt)
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
         before, _ = _messages(prompt, "prompt", where)
         after, answers = _messages(row.get("completion"), "completion", where)
@@ -166,6 +167,7 @@ def _unread(row: Mapping[str, Any], used: list[str] | tuple[str, ...]) -> tuple[
 
 def _messages(given: Any, key: str, where: str) -> tuple[list[dict[str, Any]], list[int]]:
     """Messages as chat templates know them, and the numbers of those to train on."""
+    given = _rows_of(given)
     if not isinstance(given, list) or not given:
         raise bad(
             where, f"{key!r} is {shown(given, 40)}", "a list of {'role': ..., 'content': ...}"
@@ -190,6 +192,15 @@ def _messages(given: Any, key: str, where: str) -> tuple[list[dict[str, Any]], l
         if known == "assistant" and _is_trained(message, called, where):
             answers.append(number)
     return messages, answers
+
+
+def _rows_of(given: Any) -> Any:
+    """A list of messages, where `datasets` has made an object of lists of it."""
+    if not isinstance(given, Mapping) or not all(isinstance(each, list) for each in given.values()):
+        return given
+    if len({len(each) for each in given.values()}) != 1:
+        return given
+    return [dict(zip(given, each, strict=True)) for each in zip(*given.values(), strict=True)]
 
 
 def _message(role: str, content: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,9 @@ class TrainSettings(StepOptions):
     seed: int = option(0, "order of the data, adapters, dropout", least=0)
     lr: float = option(2e-5, "peak learning rate", above=0)
     schedule: Kind = option("cosine", "cosine, linear or constant, after the warm-up")
-    warmup_steps: int = option(0, "steps of linear warm-up", least=0)
+    warmup_steps: int | float = option(
+        0, "steps of linear warm-up; below 1: a share of all steps", least=0
+    )
     min_lr_ratio: float = option(
         0.0, "what the learning rate falls to, as a share of lr", least=0, most=1
     )
@@ -62,7 +65,9 @@ class TrainSettings(StepOptions):
     allow_nonfinite: bool = option(False, "load weights that hold NaN or infinity, too")
     async_save: bool = option(True, "write checkpoints while training goes on")
     resume: str = option(
-        "no", "no, auto (the newest complete checkpoint of out), or a checkpoint's folder"
+        "no",
+        "no, auto (the newest complete checkpoint of out), or a checkpoint's folder",
+        aliases={True: "auto", False: "no", "true": "auto", "false": "no"},
     )
     resume_with_changes: bool = option(
         False, "go on although schedule, batch, data, seed or optimizer are no longer the same"
@@ -100,12 +105,22 @@ class TrainSettings(StepOptions):
         """The schedule of a run of so many steps.
 
         Raises:
-            UsageError: the warm-up is longer.
+            UsageError: the warm-up is longer, or no whole number of steps.
         """
-        if self.warmup_steps > steps:
+        warmup = self.warmup_steps
+        if warmup < 1:
+            warmup = math.ceil(warmup * steps)
+        if warmup != int(warmup):
             raise UsageError(
                 lines(
-                    f"warmup_steps is {self.warmup_steps}, steps is {steps}",
+                    f"warmup_steps is {warmup}",
+                    "expected a whole number, or a share of all steps below 1",
+                )
+            )
+        if warmup > steps:
+            raise UsageError(
+                lines(
+                    f"warmup_steps is {warmup:g}, steps is {steps}",
                     "expected a warm-up within the run",
                 )
             )
@@ -113,7 +128,7 @@ class TrainSettings(StepOptions):
             kind=self.schedule,
             peak=self.lr,
             steps=steps,
-            warmup=self.warmup_steps,
+            warmup=int(warmup),
             floor=self.min_lr_ratio,
         )
 
@@ -250,6 +265,8 @@ def _build(kind: type[T], document: Mapping[str, Any], within: str = "") -> T:
     values = {}
     for key, value in document.items():
         declared = known[key]
+        if declared.nested is not None and isinstance(value, bool):
+            value = {} if value else None
         if declared.nested is not None and isinstance(value, Mapping):
             value = _build(declared.nested, value, f"{key}.")
         called = f"config key {f'{within}{key}'!r}"
