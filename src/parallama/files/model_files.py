@@ -18,6 +18,7 @@ from typing import Any
 from .. import text_files
 from ..errors import CheckpointError, cause, lines, shown
 from . import other_contents
+from .near_misses import near_folder
 
 ADAPTER = "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
@@ -119,6 +120,7 @@ def read_config(folder: Path) -> Any:
             lines(
                 f"folder {str(folder)!r} has no config.json",
                 "expected a model folder as transformers saves it",
+                near_folder(folder),
             )
         )
     return read_json(path)
