@@ -17,7 +17,7 @@ _UNPACK = "unpack it first"
 _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (rb"version https://(git-lfs|hawser)\.", "a Git LFS pointer", "run `git lfs pull` there"),
     (rb"(\.git|(\.\./)+\.git)?/annex/objects/", "a git-annex pointer", "run `git annex get` there"),
-    (rb"\s*<(!doctype|html)(?i:)", "a web page", _DOWNLOAD),
+    (rb"\s*<(!doctype|html)", "a web page", _DOWNLOAD),
     (rb"<\?xml", "a server's answer", _DOWNLOAD),
     (
         rb'(Entry|Repository) not found|Invalid (username|credentials)|Access to |\{"error":',
@@ -31,7 +31,6 @@ _BEGINNINGS: tuple[tuple[bytes, str, str], ...] = (
     (rb"\x89HDF", "an HDF5 file, as Keras writes them", "convert it to safetensors"),
     (rb"GGUF", "a GGUF file", "name it *.gguf, and give the file itself"),
 )
-_KNOWN = tuple((re.compile(start, re.IGNORECASE), *told) for start, *told in _BEGINNINGS)
 _LONGEST = 64
 
 
@@ -46,8 +45,10 @@ def refuse(path: Path) -> None:
             size = path.stat().st_size
     except OSError:
         return
-    for pattern, what, remedy in _KNOWN:
-        if pattern.match(start) and not (what == "a GGUF file" and path.suffix == ".gguf"):
+    for pattern, what, remedy in _BEGINNINGS:
+        if re.match(pattern, start, re.IGNORECASE) and not (
+            what == "a GGUF file" and path.suffix == ".gguf"
+        ):
             raise CheckpointError(
                 lines(
                     f"{path.name} is {what} of {size} bytes, not the file itself",
