@@ -12,7 +12,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -163,7 +163,9 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _open(path: Path) -> Any:
     """The bytes of a file as UTF-8, whatever packs them; UTF-16 is what Windows' shell writes."""
-    opened = partial(gzip.open, path, "rb") if path.suffix == _PACKED else partial(path.open, "rb")
+    opened: Callable[[], Any] = partial(path.open, "rb")
+    if path.suffix == _PACKED:
+        opened = partial(gzip.open, path, "rb")
     with opened() as stream:
         begin: bytes = stream.read(2)
         if begin in _WIDE:
