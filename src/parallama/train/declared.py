@@ -131,7 +131,8 @@ class Declaration:
             UsageError: it is not of the kind, or not in the range.
         """
         kept = self._spelled_out(tuple(value) if isinstance(value, list) else value)
-        if type(value) is int and float in (get_args(self.kind) or (self.kind,)):
+        kinds = get_args(self.kind) or (self.kind,)
+        if type(value) is int and float in kinds and int not in kinds:
             kept = float(value) if value in Range() else value
         if not _takes(self.kind, self.range, kept):
             raise UsageError(
