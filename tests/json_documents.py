@@ -24,9 +24,9 @@ nothing more: a plan that does not fit (`fits`), a model that is not sound (`pas
 | key | type | meaning |
 |---|---|---|
 | `error` | object | in place of the document |
-| `error.type` | string | `UsageError`, `CheckpointError`, `FitError`, ...; of a fault of parallama, Python's name |
+| `error.type` | string | `UsageError`, `CheckpointError`, ...; of a fault of ours, Python's name |
 | `error.message` | string | at most three lines: what is wrong, what was expected, what to do |
-| `error.exit_code` | integer | 2 usage, 3 model or checkpoint, 4 does not fit, 5 backend, 1 all else |
+| `error.exit_code` | integer | [its meaning](generate.md#exit-codes) |
 
 <!-- Made by `python tests/json_documents.py` from the result classes. Change those instead. -->
 """

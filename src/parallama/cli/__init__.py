@@ -16,7 +16,7 @@ from .model_command import ModelCommand
 from .option_groups import expanded
 from .plan import plan
 from .report import report
-from .train import train
+from .train import TrainCommand, train
 from .validate import validate
 from .verify import verify
 
@@ -65,4 +65,4 @@ for _command in (generate, chat, audit, bench, export, inspect, plan, validate, 
 app.command("eval", cls=ModelCommand)(expanded(evaluate))
 app.command()(expanded(doctor))
 app.command()(expanded(report))
-app.command(context_settings={"ignore_unknown_options": True})(expanded(train))
+app.command(cls=TrainCommand, context_settings={"ignore_unknown_options": True})(expanded(train))

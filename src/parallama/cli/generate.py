@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import text_files
 from ..errors import UsageError, lines
 from . import options, output
 from .input import text_of
@@ -106,7 +107,7 @@ def _prompts(
             ) from None
     if file is not None:
         try:
-            prompts.append(file.read_text(encoding="utf-8"))
+            prompts.append(text_files.read(file))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise UsageError(

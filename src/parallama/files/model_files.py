@@ -15,7 +15,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from .. import text_files
 from ..errors import CheckpointError, cause, lines, shown
+from . import other_contents
 from .near_misses import near_folder
 
 ADAPTER = "adapter_config.json"
@@ -43,7 +45,7 @@ def find(folder: Path, name: str, inside: str = "") -> Path | None:
 
     Raises:
         CheckpointError: the name is no plain file name, or what it names is no regular file, or is
-            outside of the folder.
+            outside of the folder, or holds something else (see `other_contents`).
     """
     if not is_plain(name):
         raise CheckpointError(
@@ -80,6 +82,7 @@ def find(folder: Path, name: str, inside: str = "") -> Path | None:
                 "copy the file there",
             )
         )
+    other_contents.refuse(path)
     return path
 
 
@@ -101,16 +104,8 @@ def read_config(folder: Path) -> Any:
     """The contents of a model folder's config.json.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read, or the folder holds an adapter.
+        CheckpointError: there is none, or it cannot be read.
     """
-    if find(folder, ADAPTER) is not None:
-        raise CheckpointError(
-            lines(
-                f"folder {str(folder)!r} holds an adapter: {ADAPTER}",
-                "expected a whole model: adapters are not applied when a model is loaded",
-                "merge it with peft's merge_and_unload, and save_pretrained the result",
-            )
-        )
     path = find(folder, "config.json")
     if path is None:
         raise CheckpointError(
@@ -130,6 +125,7 @@ def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> Any:
         CheckpointError: it can't be read, is longer than the limit, isn't JSON, or has a key twice
             in one object.
     """
+    other_contents.refuse(path)
     try:
         with path.open("rb") as file:
             content = file.read(limit_bytes + 1)
@@ -140,7 +136,11 @@ def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> Any:
                     "expected a JSON file of sizes and names",
                 )
             )
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_object)
+        if not content.strip():
+            raise CheckpointError(
+                lines(f"{path.name} is empty", "expected JSON; download it again")
+            )
+        return json.loads(text_files.decode(content), object_pairs_hook=_object)
     except CheckpointError:
         raise
     except _RepeatedKey as error:
