@@ -151,6 +151,7 @@ MEANT = [
     ("chat tiny --prompt x", "generate"),
     ("plan tiny --batch-size 2", "--batch"),
     ("plan tiny --gpu h100", "--hardware"),
+    ("plan tiny --hardware h100 --chips 8", "--tensor-parallel-size"),
     ("plan tiny --train --gradient-checkpointing", "--remat"),
     ("plan tiny --train --lora-r 8", "--lora.rank"),
     ("plan tiny --train --gradient-accumulation-steps 8", "--grad-accum"),
@@ -214,6 +215,13 @@ def test_plan_is_the_same_by_argument_and_option_and_with_underscores(folder: Pa
 
 
 # -- values by meaning
+
+
+def test_a_number_written_short_is_answered_with_the_whole_one(folder: Path):
+    cases = {"--max-model-len 32k": "32768 or 32000", "--batch 1e3": "1000", "--seq 1,000": "1000"}
+    runs = together(*(f"plan tiny {case}" for case in cases), cwd=folder)
+    for (case, number), run in zip(cases.items(), runs, strict=True):
+        check_refusal(run, 2, *case.split(), number)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ _SAME: Mapping[str, str] = {
     "--n": "num-return-sequences num-samples best-of n-completions num-generations",
     "--tensor-parallel-size": (
         "tp tp-size tensor-parallel tensor-parallelism tensor-model-parallel-size"
-        " num-gpus gpus n-gpus num-devices ngpu nproc-per-node"
+        " num-gpus gpus n-gpus num-devices ngpu nproc-per-node chips num-chips world-size"
     ),
     "--mesh": (
         "dp dp-size data-parallel-size data-parallel mesh-shape parallelism topology"

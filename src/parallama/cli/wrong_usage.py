@@ -29,5 +29,20 @@ def explained(error: typer.TyperException, arguments: list[str]) -> str:
     if message == "Missing argument 'model'.":
         return f"there is no model\nexpected MODEL, as: {command} smollm2\n{see}"
     options = getattr(getattr(error, "param", None), "opts", [])
-    given = [f" (got {value!r})" for name, value in pairwise(arguments) if name in options]
-    return f"{message}{''.join(given[:1])}\n{see}"
+    values = [value for name, value in pairwise(arguments) if name in options][:1]
+    numbers = [_written_out(value) for value in values if "valid integer" in message]
+    if any(numbers):
+        return f"{message.partition(':')[0]}: {values[0]}\nexpected a whole number, as {numbers[0]}"
+    given = "".join(f" (got {value!r})" for value in values)
+    return f"{message}{given}\n{see}"
+
+
+def _written_out(value: str) -> str:
+    """`32k`, `1e3` and `1,000` as whole numbers; nothing for what is no number."""
+    short = re.fullmatch(r"(\d{1,6})k", value.lower())
+    if short is not None:
+        return f"{int(short[1]) * 1024} or {int(short[1]) * 1000}"
+    plain = value.replace(",", "").replace("_", "")
+    if re.fullmatch(r"\d{1,9}(\.0*)?(e\d{1,2})?", plain):
+        return str(int(float(plain)))
+    return ""
