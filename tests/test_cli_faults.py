@@ -17,7 +17,7 @@ from reference import TinyModels
 from parallama.cli.chat import CHAT_LENGTH
 from parallama.files.find import find
 from parallama.inference.chat import DEFAULT_ANSWER_TOKENS, DEFAULT_CHAT_LENGTH
-from parallama.inference.llm import DEFAULT_NEW_TOKENS
+from parallama.inference.requests import DEFAULT_NEW_TOKENS
 
 COMMAND = [sys.executable, "-m", "parallama"]
 LIMIT_S = 300
