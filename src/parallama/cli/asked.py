@@ -134,7 +134,7 @@ def _conversations(path: Path) -> Iterator[Asked]:
         ) from None
     given = document.get("messages") if isinstance(document, dict) else document
     one = is_conversation(given) and "messages" not in given[0]
-    for each in [given] if one or not isinstance(given, list) else given:
+    for each in [given] if one or not given or not isinstance(given, list) else given:
         yield Asked(messages=checked(each["messages"] if isinstance(each, dict) else each))
 
 

@@ -61,6 +61,8 @@ def _show(found: Verification) -> None:
         typer.echo(f"{found.manifest_files} files held against manifest.json")
     for name, reason in list(found.ignored.items())[:_SHOWN]:
         typer.echo(f"not read: {lines(name)} ({reason})")
+    for note in found.notes:
+        typer.echo(f"note: {note}")
     for finding in found.findings[:_SHOWN]:
         typer.echo(f"- {finding.check}: " + "\n  ".join(finding.message.splitlines()))
     more = len(found.findings) - _SHOWN
