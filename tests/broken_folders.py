@@ -633,8 +633,8 @@ def _tensor_cases() -> None:
     case(
         "all tensors missing",
         _tensors(lambda tensors: tensors.clear()),
-        "missing tensors",
-        EMBEDDING,
+        SINGLE,
+        "no tensors",
     )
     for name in (
         "model.layers.2.mlp.up_proj.weight",

@@ -234,6 +234,31 @@ def plan(make: Maker) -> Document:
             key("hardware.memory_bytes_per_device", size, "what a device has"),
             key("hardware.needed_bytes_per_device", size, "what the request takes"),
             make.some("plan.Fit", "hardware.", "largest_batch largest_context"),
+            make.some("plan.Hardware", "hardware.", "sizing_only flops memory_bytes_per_s"),
+            make.some("plan.Hardware", "hardware.", "link_bytes_per_s"),
+            key(
+                "hardware.smallest_mesh",
+                "object or null",
+                "with the fewest devices on which the run fits as it is; null if none does",
+            ),
+            key("hardware.smallest_mesh.data", size, "along the axis `data`"),
+            key("hardware.smallest_mesh.model", size, "along the axis `model`"),
+            key(
+                "hardware.alternatives",
+                "list of objects",
+                "what brings bytes on this mesh, where the run doesn't fit",
+            ),
+            make.some("plan.Alternative", "hardware.alternatives[].", "options"),
+            make.some(
+                "plan.Alternative",
+                "hardware.alternatives[].",
+                "needed_bytes_per_device=needed_bytes",
+            ),
+            make.some(
+                "plan.Alternative",
+                "hardware.alternatives[].",
+                "saved_bytes_per_device=saved_bytes fits",
+            ),
             key("fits", "boolean or null", "null without `--hardware`"),
         ),
     )

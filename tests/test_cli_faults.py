@@ -107,7 +107,7 @@ EVAL = ["eval", "{}", "-t", "x"]
 SAMPLING = [
     ("--temperature", "-1"),
     ("--temperature", "nan"),
-    ("--top-k", "-1"),
+    ("--top-k", "-2"),
     ("--top-p", "0"),
     ("--top-p", "1.5"),
     ("--min-p", "2"),

@@ -16,7 +16,8 @@ from parallama.plan import cost
 from parallama.plan.device_counts import MOST_DEVICES, device_counts
 from parallama.plan.fit import largest
 from parallama.plan.forecast import forecast
-from parallama.plan.hardware import HARDWARE, Hardware, named
+from parallama.plan.hardware import Hardware
+from parallama.plan.hardware_names import find_hardware
 from parallama.plan.layer_patterns import layer_patterns, ranges
 from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import MeshShape
@@ -299,15 +300,6 @@ def test_runs_of_numbers_are_short():
 # -- hardware and requests
 
 
-def test_hardware_is_found_by_name_in_any_case():
-    assert named("TPU-v5e") is HARDWARE["tpu-v5e"]
-    with pytest.raises(UsageError) as caught:
-        named("tpu-v99")
-    assert str(caught.value).startswith(
-        "hardware 'tpu-v99' is unknown\nexpected one of tpu-v4, tpu-v5e, "
-    )
-
-
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -332,7 +324,7 @@ def test_a_number_out_of_range_is_named_with_its_limits(changes, expected):
 
 def test_what_does_not_fit_says_by_how_much_and_what_would():
     request = Request(
-        batch=64, seq=512, max_model_len=8192, dtype="bfloat16", hardware=named("n300")
+        batch=64, seq=512, max_model_len=8192, dtype="bfloat16", hardware=find_hardware("n300")
     )
     found = forecast("llama-3.1-8b", make_plan(LLAMA_8B, MeshShape(model=4)), request)
     with pytest.raises(FitError) as caught:
@@ -347,7 +339,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
 
 def test_where_nothing_fits_there_is_no_largest():
     request = Request(
-        batch=1, seq=512, max_model_len=8192, dtype="bfloat16", hardware=named("n150")
+        batch=1, seq=512, max_model_len=8192, dtype="bfloat16", hardware=find_hardware("n150")
     )
     with pytest.raises(FitError, match="\nno batch and no context fits\n"):
         forecast("llama-3.1-8b", make_plan(LLAMA_8B, MeshShape()), request).check()

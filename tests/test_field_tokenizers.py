@@ -67,6 +67,19 @@ def test_a_text_is_split_as_the_folders_tokenizer_says(
     assert tokenizer.notes and not caplog.records[0].levelno > logging.WARNING
 
 
+def test_nothing_is_said_of_what_has_no_influence_on_tokens(tmp_path: Path) -> None:
+    from transformers import Qwen2Tokenizer
+
+    vocab = {letter: number for number, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    Qwen2Tokenizer(vocab=vocab, merges=[]).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["pre_tokenizer"]["pretokenizers"][1]["trim_offsets"] = False
+    document["decoder"]["use_regex"] = not document["decoder"]["use_regex"]
+    path.write_text(json.dumps(document))
+    assert read(tmp_path, "qwen2").notes == []
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
 def test_the_config_says_whether_a_text_begins_with_bos(tmp_path: Path, model_type: str) -> None:
     alphabet = write(tmp_path, add_bos_token=True, add_eos_token=True)

@@ -474,7 +474,7 @@ def test_a_hub_id_without_a_connection_is_an_error_that_names_it(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert run.stdout.startswith("3 ")
-    assert says(run.stdout, "'org/no-such-model'", "LocalEntryNotFoundError", "network")
+    assert says(run.stdout, "'org/no-such-model'", "HF_HUB_OFFLINE")
 
 
 # GGUF.

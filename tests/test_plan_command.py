@@ -365,7 +365,7 @@ REFUSALS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "rope": ("rope.json", 3, ("'mrope'",)),
     "a text file": ("notes.txt", 3, ("'notes.txt'", "config.json", ".gguf")),
     "a damaged GGUF": ("cut.gguf", 3, ("cut.gguf",)),
-    "hub offline": ("someone/else", 3, ("config.json", "'someone/else'")),
+    "hub offline": ("someone/else", 3, ("HF_HUB_OFFLINE", "'someone/else'")),
     "no hub id": ("a..b/c", 3, ("'a..b/c'",)),
     "hardware": ("tiny --hardware abacus", 2, ("'abacus'", "tpu-v4")),
     "mesh": ("tiny --mesh 1y8", 2, ("mesh '1y8'",)),

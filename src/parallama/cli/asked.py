@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import text_files
 from ..errors import UsageError, lines, shown
 from ..inference.messages import checked, is_conversation
 from ..inference.sampling_params import SamplingParams, by_our_names
@@ -152,7 +153,7 @@ def _ids(given: str) -> list[int]:
 
 def _read(path: Path, option: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return text_files.read(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UsageError(
@@ -161,4 +162,4 @@ def _read(path: Path, option: str) -> str:
 
 
 def _without_newline(text: str) -> str:
-    return text.removesuffix("\n").removesuffix("\r")
+    return text.removesuffix("\n")

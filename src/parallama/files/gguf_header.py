@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from ..errors import CheckpointError, cause, lines, shown
+from . import other_contents
 from .weight_reader import WeightReader
 
 _MOST_ENTRIES = 1 << 16
@@ -46,6 +47,7 @@ def check(path: Path) -> int:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 _refuse(path, "it is no regular file")
+            other_contents.refuse(path)
             _Walk(path, file).run()
             length = file.tell()
     except OSError as error:

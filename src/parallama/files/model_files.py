@@ -15,7 +15,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from .. import text_files
 from ..errors import CheckpointError, cause, lines, shown
+from . import other_contents
+from .near_misses import near_folder
 
 ADAPTER = "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
@@ -42,7 +45,7 @@ def find(folder: Path, name: str, inside: str = "") -> Path | None:
 
     Raises:
         CheckpointError: the name is no plain file name, or what it names is no regular file, or is
-            outside of the folder.
+            outside of the folder, or holds something else (see `other_contents`).
     """
     if not is_plain(name):
         raise CheckpointError(
@@ -79,6 +82,7 @@ def find(folder: Path, name: str, inside: str = "") -> Path | None:
                 "copy the file there",
             )
         )
+    other_contents.refuse(path)
     return path
 
 
@@ -116,6 +120,7 @@ def read_config(folder: Path) -> Any:
             lines(
                 f"folder {str(folder)!r} has no config.json",
                 "expected a model folder as transformers saves it",
+                near_folder(folder),
             )
         )
     return read_json(path)
@@ -128,6 +133,7 @@ def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> Any:
         CheckpointError: it can't be read, is longer than the limit, isn't JSON, or has a key twice
             in one object.
     """
+    other_contents.refuse(path)
     try:
         with path.open("rb") as file:
             content = file.read(limit_bytes + 1)
@@ -138,7 +144,11 @@ def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES) -> Any:
                     "expected a JSON file of sizes and names",
                 )
             )
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_object)
+        if not content.strip():
+            raise CheckpointError(
+                lines(f"{path.name} is empty", "expected JSON; download it again")
+            )
+        return json.loads(text_files.decode(content), object_pairs_hook=_object)
     except CheckpointError:
         raise
     except _RepeatedKey as error:

@@ -6,14 +6,16 @@ other files.
 
 from __future__ import annotations
 
+import codecs
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from .. import text_files
 from ..errors import CheckpointError, cause, lines, shown
 from ..notices import say_once
-from . import model_files, tokenizer_load_trial
+from . import model_files, tokenizer_load_trial, tokenizer_values
 from .bounded_tokenizer import bound
 from .tokenizer_agreement import by_its_files
 from .tokenizer_pipeline import is_bounded_file
@@ -26,7 +28,11 @@ _PLAIN = (
     *("sentencepiece.bpe.model", "tekken.json", "tiktoken.model"),
 )
 _CONFIG, _TEMPLATES = "tokenizer_config.json", model_files.TEMPLATES
+NAMES = (*_PLAIN, _CONFIG)
+"""Every file that a tokenizer is read from, and the default chat template."""
 _LIMIT_BYTES = 256 << 20
+_TEXTS = (".json", ".txt", ".jinja")
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _CODE_KEYS = {
     *("auto_map", "trust_remote_code", "name_or_path", "init_inputs", "processor_class"),
     "fast_tokenizer_files",
@@ -56,8 +62,8 @@ def read(folder: Path, model_type: str) -> Any | None:
             (stage / _CONFIG).write_text(json.dumps(config), encoding="utf-8")
         for name, path in found.items():
             (stage / name).parent.mkdir(exist_ok=True)
-            (stage / name).symlink_to(path.resolve())
-        if _FAST not in found or not is_bounded_file(_content(found[_FAST])):
+            _stage(name, path, stage / name)
+        if _FAST not in found or not is_bounded_file(_content(stage / _FAST)):
             tokenizer_load_trial.check(stage, folder)
         tokenizer = load(stage, folder)
     for note in tokenizer.notes:
@@ -72,11 +78,7 @@ def files(folder: Path) -> dict[str, Path]:
     Raises:
         CheckpointError: one of them is not a regular file of the folder, or too large.
     """
-    found = {
-        name: path
-        for name in (*_PLAIN, _CONFIG)
-        if (path := model_files.find(folder, name)) is not None
-    }
+    found = {name: path for name in NAMES if (path := model_files.find(folder, name)) is not None}
     found |= _templates(folder)
     for name, path in found.items():
         if path.stat().st_size > _LIMIT_BYTES:
@@ -114,13 +116,49 @@ def load(stage: Path, folder: Path) -> Any:
     except BaseException as error:  # tokenizers raise bare Exception, and panics that are none
         text = cause(error).replace(str(stage), str(folder))
         raise CheckpointError(
-            lines(f"the tokenizer in {str(folder)!r} cannot be read: {text}")
+            lines(
+                f"the tokenizer in {str(folder)!r} cannot be read: {text}",
+                _fault_of_fast(stage / _FAST),
+            )
         ) from None
 
 
-def _content(path: Path) -> bytes:
+def _fault_of_fast(path: Path) -> str:
+    """Where tokenizer.json alone cannot be read: that it is so."""
+    from tokenizers import Tokenizer
+
+    if not path.exists():
+        return ""
     try:
-        return path.read_bytes()
+        Tokenizer.from_file(str(path))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # as above
+        return f"it is {path.name} that is broken: {cause(error)}"
+    return ""
+
+
+def _stage(name: str, path: Path, place: Path) -> None:
+    """Link a file to its place, or write it there without its byte order mark."""
+    if name in (tokenizer_values.SPECIAL, tokenizer_values.ADDED):
+        document = model_files.read_json(path)
+        tokenizer_values.check(name, document)
+    if path.suffix in _TEXTS and (start := _content(path, 3)).startswith(_MARKS):
+        try:
+            place.write_text(text_files.decode(_content(path)), encoding="utf-8")
+        except UnicodeDecodeError:
+            which = "UTF-8" if start.startswith(codecs.BOM_UTF8) else "UTF-16"
+            raise CheckpointError(
+                lines(f"{name} cannot be read: it is no {which} text", "expected UTF-8")
+            ) from None
+    else:
+        place.symlink_to(path.resolve())
+
+
+def _content(path: Path, count: int = -1) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
     except OSError as error:
         raise CheckpointError(
             lines(f"{path.name} cannot be read: {error.strerror or cause(error)}")
@@ -128,14 +166,8 @@ def _content(path: Path) -> bytes:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    document = model_files.read_json(path)
-    if not isinstance(document, dict):
-        raise CheckpointError(
-            lines(
-                f"{_CONFIG} holds a {type(document).__name__}",
-                "expected a JSON object, of a tokenizer",
-            )
-        )
+    document: Any = model_files.read_json(path)
+    tokenizer_values.check(_CONFIG, document)
     code = document.get("auto_map")
     if code is not None and not (isinstance(code, dict) and code.get("AutoTokenizer") is None):
         raise CheckpointError(

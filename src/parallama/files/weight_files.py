@@ -6,14 +6,14 @@ The files' headers and the index are checked against the config before any tenso
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, cause, lines, listed, shown
 from ..model.spec import ModelSpec
-from . import model_files, safetensors_header
+from . import model_files, safetensors_header, wrapped_names
 from .safetensors_header import StoredTensor
 
 INDEX = "model.safetensors.index.json"
@@ -21,10 +21,11 @@ SINGLE = "model.safetensors"
 STORED_DTYPES = ("F32", "BF16", "F16", "F64")
 """Dtypes that weights can have in a file."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_PICKLES = (
+PICKLES = (
     *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"),
     *(".npz", ".npy", ".h5", ".msgpack"),
 )
+_NUMBERED = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
 _ROTARY_TABLE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
@@ -35,7 +36,8 @@ class WeightFiles:
     Attributes:
         files: those that are read.
         parameters: every parameter's name -> its tensor.
-        ignored: tensors and files that a model can do without -> why each is not read.
+        ignored: tensors, files and a prefix of names that a model can do without -> why each is
+            not read.
         second_head: the head of a model that shares the embedding's weight, where the files hold it
             as well; it must be equal.
     """
@@ -56,22 +58,28 @@ def survey(folder: Path, spec: ModelSpec) -> WeightFiles:
             the config says.
     """
     index = model_files.find(folder, INDEX)
-    claimed = None if index is None else _read_index(index)
+    claimed = None if index is None else read_index(index)
     names = _without_index(folder) if claimed is None else sorted(set(claimed.values()))
     wanted = dict(spec.parameters())
-    where = _stored(folder, names, claimed, most=2 * len(wanted) + 256)
+    stored = _stored(folder, names, claimed, most=2 * len(wanted) + 256)
+    if claimed is not None:
+        _check_claims(claimed, stored)
+    plain, prefix = wrapped_names.plain(
+        stored,
+        wanted,
+        lambda name: bool(_ROTARY_TABLE.fullmatch(name)) or (name == _HEAD and spec.tied),
+    )
+    where = {plain[name]: tensor for name, tensor in stored.items()}
     sources = {name: name for name in wanted}
     if spec.tied and _EMBEDDING not in where and _HEAD in where:
         sources[_EMBEDDING] = _HEAD
     ignored = _left_over(where, set(sources.values()), wanted, spec)
-    parameters = _match(where, sources, wanted, len(names))
-    if claimed is not None:
-        _check_claims(claimed, where)
+    parameters = _match(where, sources, wanted, names)
     second = where.get(_HEAD) if spec.tied and sources[_EMBEDDING] == _EMBEDDING else None
     return WeightFiles(
         files=tuple(folder / name for name in names),
         parameters=parameters,
-        ignored=ignored | _other_files(folder, names),
+        ignored=prefix | ignored | _other_files(folder, names),
         second_head=second,
     )
 
@@ -87,7 +95,12 @@ def _stored(
     """
     where: dict[str, StoredTensor] = {}
     for name in names:
-        for tensor in safetensors_header.read(_file(folder, name), most).values():
+        tensors = safetensors_header.read(_file(folder, name), most).values()
+        if not tensors:
+            raise CheckpointError(
+                lines(f"{name} holds no tensors", "expected some of the model's; download it again")
+            )
+        for tensor in tensors:
             if tensor.name in where:
                 raise CheckpointError(
                     lines(
@@ -165,10 +178,13 @@ def _left_over(
             _check(tensor, wanted[_EMBEDDING])
             ignored[name] = "the head shares the embedding's weight, to which this is equal"
         else:
+            found = wrapped_names.wrapper(name)
             raise CheckpointError(
                 lines(
-                    f"{tensor.file.name}: unexpected tensor {name}",
+                    f"{tensor.file.name}: unexpected tensor {name}"
+                    + (f", as {found[0]} names it" if found else ""),
                     f"expected only those of a {spec.model_type} model with this config",
+                    f"save {found[1]}" if found else "",
                 )
             )
     return ignored
@@ -178,13 +194,13 @@ def _match(
     where: Mapping[str, StoredTensor],
     sources: Mapping[str, str],
     wanted: Mapping[str, tuple[int, ...]],
-    files: int,
+    files: Sequence[str],
 ) -> dict[str, StoredTensor]:
     """Every parameter's tensor, of the right shape and dtype.
 
     Args:
         sources: parameter to the name of its tensor.
-        files: their number, for the message.
+        files: those that were read, for the message.
     """
     parameters = {}
     for name, shape in wanted.items():
@@ -195,10 +211,30 @@ def _match(
     if missing:
         raise CheckpointError(
             lines(
-                f"missing tensors: {listed(missing)}", f"expected {len(wanted)} in {files} file(s)"
+                f"missing tensors: {listed(missing)}",
+                f"expected {len(wanted)} in {len(files)} file(s)",
+                _why_missing(missing, files),
             )
         )
     return parameters
+
+
+def _why_missing(missing: list[str], files: Sequence[str]) -> str:
+    """What may be done about tensors that are not there."""
+    if missing == [_HEAD]:
+        return (
+            "set tie_word_embeddings to true in config.json if the head shares the embedding's "
+            "weight"
+        )
+    numbered = [found for name in files if (found := _NUMBERED.fullmatch(name)) is not None]
+    for first in numbered[:1]:
+        count = int(first[3])
+        there = {int(found[2]) for found in numbered}
+        lost = [number for number in range(1, min(count, 10_000) + 1) if number not in there]
+        if lost:
+            of = [f"{first[1]}{number:05}-of-{first[3]}.safetensors" for number in lost]
+            return f"download {listed(of, 2)}, too"
+    return ""
 
 
 def _check(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
@@ -218,7 +254,12 @@ def _check(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
+    """The tensors that an index names -> the files that hold them.
+
+    Raises:
+        CheckpointError: it cannot be read, or names other files than safetensors beside it.
+    """
     document: Any = model_files.read_json(index)
     claimed = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(claimed, dict) or not all(isinstance(name, str) for name in claimed.values()):
@@ -270,7 +311,7 @@ def _without_index(folder: Path) -> list[str]:
         return [SINGLE]
     if weights:
         return weights
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         raise CheckpointError(
             lines(

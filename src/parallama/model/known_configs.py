@@ -18,6 +18,34 @@ ITEMSIZES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2})
 """Dtypes of weights, cache and activations -> bytes of a number."""
 ALIASES: Mapping[str, str] = MappingProxyType({"smollm2": "smollm2-135m"})
 """Names of shipped models -> the config that they have."""
+SAME_SHAPES = frozenset(
+    {
+        *("instruct", "chat", "hf", "base", "it", "unsloth", "dynamic", "quantized"),
+        *("fp8", "bf16", "fp16", "int4", "int8", "w4a16", "w8a8", "4bit", "8bit"),
+        *("bnb", "awq", "gptq", "gguf", "v0.1", "v1.0"),
+    }
+)
+"""What stands behind a name in the hub's ids of models that have the same config."""
+WEIGHTS: Mapping[str, str] = MappingProxyType(
+    {
+        "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+        "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+        "llama-2-70b": "meta-llama/Llama-2-70b-hf",
+        "llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+        # the 405B's first upload had 16 KV heads, which were 8 stored twice
+        **{f"llama-3.1-{size}b": f"meta-llama/Llama-3.1-{size}B" for size in (8, 70, 405)},
+        **{f"llama-3.2-{size}b": f"meta-llama/Llama-3.2-{size}B" for size in (1, 3)},
+        "llama-3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
+        "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+        "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+        "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+        "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+        "mistral-7b": "mistralai/Mistral-7B-v0.1",
+        "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+        "qwen3-8b": "Qwen/Qwen3-8B",
+    }
+)
+"""Names of configs -> the hub's id of the model that each is of."""
 
 _ROPE_8: dict[str, Any] = {
     "rope_type": "llama3",
@@ -88,32 +116,25 @@ def _smollm2(**sizes: Any) -> Mapping[str, Any]:
 _70B: dict[str, Any] = {"hidden": 8192, "layers": 80, "heads": 64, "intermediate": 28672}
 _8B: dict[str, Any] = {"hidden": 4096, "layers": 32, "heads": 32, "intermediate": 14336}
 
-# Each is the config.json of the hub repository named beside it.
+# Each is the config.json of its repository in `WEIGHTS`.
 CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        # meta-llama/Llama-2-7b-hf, -13b-hf, -70b-hf
         "llama-2-7b": _llama2(hidden=4096, layers=32, heads=32, kv_heads=32, intermediate=11008),
         "llama-2-13b": _llama2(hidden=5120, layers=40, heads=40, kv_heads=40, intermediate=13824),
         "llama-2-70b": _llama2(kv_heads=8, **_70B),
-        # meta-llama/Meta-Llama-3-8B
         "llama-3-8b": _llama3(positions=8192, **_8B),
-        # meta-llama/Llama-3.1-8B, -70B, -405B
-        # (the 405B's first upload had 16 KV heads, which were 8 stored twice)
         "llama-3.1-8b": _llama3(rope_scaling=_ROPE_8, **_8B),
         "llama-3.1-70b": _llama3(rope_scaling=_ROPE_8, **_70B),
         "llama-3.1-405b": _llama3(
             rope_scaling=_ROPE_8, hidden=16384, layers=126, heads=128, intermediate=53248
         ),
-        # meta-llama/Llama-3.2-1B, -3B
         "llama-3.2-1b": _llama3(
             rope_scaling=_ROPE_32, hidden=2048, layers=16, heads=32, intermediate=8192, tied=True
         ),
         "llama-3.2-3b": _llama3(
             rope_scaling=_ROPE_32, hidden=3072, layers=28, heads=24, intermediate=8192, tied=True
         ),
-        # meta-llama/Llama-3.3-70B-Instruct
         "llama-3.3-70b": _llama3(rope_scaling=_ROPE_8, **_70B),
-        # TinyLlama/TinyLlama-1.1B-Chat-v1.0
         "tinyllama-1.1b": _llama(
             hidden=2048,
             layers=22,
@@ -124,7 +145,6 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             positions=2048,
             theta=10000.0,
         ),
-        # HuggingFaceTB/SmolLM2-135M, -360M, -1.7B
         "smollm2-135m": _smollm2(
             hidden=576, layers=30, heads=9, kv_heads=3, intermediate=1536, theta=100000.0
         ),
@@ -134,7 +154,6 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "smollm2-1.7b": _smollm2(
             hidden=2048, layers=24, heads=32, kv_heads=32, intermediate=8192, theta=130000.0
         ),
-        # mistralai/Mistral-7B-v0.1
         "mistral-7b": _config(
             "mistral",
             kv_heads=8,
@@ -144,7 +163,6 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             sliding_window=4096,
             **_8B,
         ),
-        # Qwen/Qwen2.5-7B
         "qwen2.5-7b": _config(
             "qwen2",
             hidden=3584,
@@ -160,7 +178,6 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             use_sliding_window=False,
             max_window_layers=28,
         ),
-        # Qwen/Qwen3-8B
         "qwen3-8b": _config(
             "qwen3",
             hidden=4096,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..model.spec import ModelSpec
@@ -27,6 +27,8 @@ class DeviceCount:
             norms are not counted.
         extra_cache_percent: the same of the KV cache.
         param_bytes_per_device: weights of each device.
+        fits: whether the run fits there, with as many devices along "data" as it has; null
+            without a hardware.
     """
 
     devices: int
@@ -38,10 +40,14 @@ class DeviceCount:
     extra_weight_percent: float
     extra_cache_percent: float
     param_bytes_per_device: int
+    fits: bool | None = None
 
 
 def device_counts(
-    model: ModelSpec, counts: Sequence[int], itemsize: int
+    model: ModelSpec,
+    counts: Sequence[int],
+    itemsize: int,
+    fits: Mapping[int, bool] | None = None,
 ) -> tuple[DeviceCount, ...]:
     """How the model's own plan splits it over each of these device counts."""
     own, _ = _parameter_elements(model, 1)
@@ -59,6 +65,7 @@ def device_counts(
             extra_weight_percent=100.0 * (everywhere / own - 1),
             extra_cache_percent=layout.extra_cache_percent,
             param_bytes_per_device=local * itemsize,
+            fits=None if fits is None else fits[devices],
         )
         rows.append(row)
     return tuple(rows)

@@ -29,6 +29,14 @@ class Fit:
     largest_context: int
 
 
+def needed_bytes(plan: Plan, training_plan: Plan, request: Request) -> int:
+    """What a request takes on each device; its training step if it has one."""
+    if request.train is None:
+        return request.memory(plan).total
+    step = request.train_step()
+    return train_memory(training_plan, step, optimizer_slots=request.optimizer_slots).total
+
+
 def fit(plan: Plan, training_plan: Plan, request: Request, hardware: Hardware) -> Fit:
     """Hold what a request needs against a hardware's memory.
 
@@ -36,14 +44,8 @@ def fit(plan: Plan, training_plan: Plan, request: Request, hardware: Hardware) -
         training_plan: of the training step, if the request has one.
     """
 
-    def needed(changed: Request) -> int:
-        if changed.train is None:
-            return changed.memory(plan).total
-        step = changed.train_step()
-        return train_memory(training_plan, step, optimizer_slots=changed.optimizer_slots).total
-
     def fits(changed: Request) -> bool:
-        return needed(changed) <= hardware.memory_bytes
+        return needed_bytes(plan, training_plan, changed) <= hardware.memory_bytes
 
     def at_context(length: int) -> Request:
         if request.train is not None:
@@ -52,7 +54,7 @@ def fit(plan: Plan, training_plan: Plan, request: Request, hardware: Hardware) -
 
     return Fit(
         fits=fits(request),
-        needed_bytes=needed(request),
+        needed_bytes=needed_bytes(plan, training_plan, request),
         largest_batch=largest(lambda batch: fits(replace(request, batch=batch))),
         largest_context=largest(lambda length: fits(at_context(length)), plan.model.max_positions),
     )

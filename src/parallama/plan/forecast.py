@@ -5,11 +5,12 @@ Every figure is predicted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import FitError, PlanError, lines
+from .alternatives import Alternatives
 from .collectives import INFERENCE, Collective, Phase, expected_collectives
 from .cost import Memory, parameter_count, shown_bytes
 from .device_counts import DeviceCount, device_counts, suggested
@@ -36,6 +37,7 @@ class Forecast:
     collectives: Mapping[Phase, tuple[Collective, ...]]
     device_counts: tuple[DeviceCount, ...]
     fit: Fit | None
+    alternatives: Alternatives | None
 
     @property
     def prefill_positions(self) -> int:
@@ -58,7 +60,9 @@ class Forecast:
                 f"{shown_bytes(self.fit.needed_bytes)} on each device, "
                 f"{hardware.name} has {shown_bytes(hardware.memory_bytes)}",
                 largest if some else "no batch and no context fits",
-                "use more devices along 'model', or a smaller dtype, batch or context",
+                "use more devices along 'model', or a smaller dtype, batch or context"
+                if self.alternatives is None
+                else self.alternatives.advice(),
             )
         )
 
@@ -147,7 +151,8 @@ class Forecast:
         }
 
     def _hardware(self) -> dict[str, Any] | None:
-        hardware, found = self.request.hardware, self.fit
+        hardware, found, instead = self.request.hardware, self.fit, self.alternatives
+        smallest = None if instead is None else instead.smallest_mesh
         if hardware is None or found is None:
             return None
         return {
@@ -156,15 +161,34 @@ class Forecast:
             "needed_bytes_per_device": found.needed_bytes,
             "largest_batch": found.largest_batch,
             "largest_context": found.largest_context,
+            "sizing_only": hardware.sizing_only,
+            "flops": hardware.flops,
+            "memory_bytes_per_s": hardware.memory_bytes_per_s,
+            "link_bytes_per_s": hardware.link_bytes_per_s,
+            "smallest_mesh": None if instead is None or smallest is None else dict(smallest),
+            "alternatives": [
+                {
+                    "options": each.options,
+                    "needed_bytes_per_device": each.needed_bytes,
+                    "saved_bytes_per_device": each.saved_bytes,
+                    "fits": each.fits,
+                }
+                for each in (() if instead is None else instead.changes)
+            ],
         }
 
 
 def forecast(
-    name: str, plan: Plan, request: Request, training_plan: Plan | None = None
+    name: str,
+    plan: Plan,
+    request: Request,
+    training_plan: Plan | None = None,
+    alternatives: Callable[[], Alternatives | None] = lambda: None,
 ) -> Forecast:
     """Say what a plan takes for a request.
 
     Args:
+        alternatives: finds what would fit instead.
         training_plan: of the training run, with adapters and what is split over "data"; the plan
             itself if None.
 
@@ -177,7 +201,8 @@ def forecast(
     if request.train is not None:
         slots = request.optimizer_slots
         train = train_memory(training_plan, request.train_step(), optimizer_slots=slots)
-    counts = suggested(plan.model, plan.mesh)
+    counts, instead = suggested(plan.model, plan.mesh), alternatives()
+    fits = None if instead is None else instead.counts
     return Forecast(
         name=name,
         plan=plan,
@@ -187,8 +212,9 @@ def forecast(
         memory=request.memory(plan),
         train=train,
         collectives=_collectives(plan, training_plan, request),
-        device_counts=device_counts(plan.model, counts, request.itemsize),
+        device_counts=device_counts(plan.model, counts, request.itemsize, fits),
         fit=None if hardware is None else fit(plan, training_plan, request, hardware),
+        alternatives=instead,
     )
 
 

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from .alternatives import Alternative
 from .collectives import Collective
 from .cost import parameter_count, shown_bytes
 from .device_counts import DeviceCount
@@ -22,8 +23,9 @@ _TENSOR_HEADS = ("tensor", "shape", "partition", "style", "on each device")
 _COLLECTIVE_HEADS = ("step", "kind", "axis", "count", "bytes each", "caused by")
 _COUNT_HEADS = (
     *("devices", "heads", "query", "KV", "intermediate", "vocab"),
-    *("extra weights", "extra cache", "weights each"),
+    *("extra weights", "extra cache", "weights each", "fits"),
 )
+_CHANGE_HEADS = ("change", "saves", "needs", "fits")
 
 
 def render(forecast: Forecast, console: Console, *, explain: bool = False) -> None:
@@ -49,7 +51,14 @@ def render(forecast: Forecast, console: Console, *, explain: bool = False) -> No
     else:
         console.print(Text("none"))
     _title(console, 'Device counts along "model"')
-    _table(console, _COUNT_HEADS, [_count(count) for count in forecast.device_counts], left=0)
+    counts = [_count(count) for count in forecast.device_counts]
+    heads = _COUNT_HEADS if forecast.fit is not None else _COUNT_HEADS[:-1]
+    _table(console, heads, [count[: len(heads)] for count in counts], left=0)
+    instead = forecast.alternatives
+    if instead is not None and instead.changes:
+        _title(console, f"What would bring bytes on mesh {forecast.plan.mesh} (predicted)")
+        changes = [_change(change) for change in instead.changes]
+        _table(console, _CHANGE_HEADS, changes, left=1)
 
 
 def explanation(forecast: Forecast) -> Iterator[str]:
@@ -98,12 +107,16 @@ def _hardware(forecast: Forecast) -> Iterator[tuple[str, str]]:
     if hardware is None or fit is None:
         return
     memory = f"{shown_bytes(hardware.memory_bytes)} on each device, runtime included"
-    yield "hardware", f"{hardware.name} ({hardware.what}): {memory}"
+    sizing = "; for sizing only: no backend runs on it" if hardware.sizing_only else ""
+    yield "hardware", f"{hardware.name} ({hardware.what}): {memory}{sizing}"
     what = "a training step" if forecast.request.train is not None else "this run"
     share = f"{fit.needed_bytes / hardware.memory_bytes:.1%} of the memory (predicted)"
     yield "fits?", f"{what} {'fits' if fit.fits else 'does not fit'}: it needs {share}"
     context = f"context {fit.largest_context} at this batch"
     yield "largest", f"batch {fit.largest_batch} at this context; {context}"
+    instead = forecast.alternatives
+    if instead is not None:
+        yield "smallest", instead.smallest()
 
 
 def _totals(forecast: Forecast) -> Iterator[tuple[str, str, str]]:
@@ -166,7 +179,13 @@ def _count(count: DeviceCount) -> tuple[str, ...]:
     sizes = (count.query_heads, count.kv_heads, count.intermediate, count.vocab)
     extra = (f"+{count.extra_weight_percent:.1f}%", f"+{count.extra_cache_percent:.1f}%")
     held = shown_bytes(count.param_bytes_per_device)
-    return str(count.devices), count.kind, *(str(size) for size in sizes), *extra, held
+    fits = {True: "yes", False: "no", None: ""}[count.fits]
+    return str(count.devices), count.kind, *(str(size) for size in sizes), *extra, held, fits
+
+
+def _change(change: Alternative) -> tuple[str, ...]:
+    saved, needed = shown_bytes(change.saved_bytes), shown_bytes(change.needed_bytes)
+    return change.options, saved, needed, "yes" if change.fits else "no"
 
 
 def _title(console: Console, title: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import text_files
 from ..errors import PlanError, cause, lines, shown
 from .styles import STYLES, Style, is_axes
 
@@ -57,7 +58,7 @@ def _load(path: str | Path) -> tuple[Any, list[Any]]:
     import yaml
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = text_files.read(Path(path))
         document = yaml.safe_load(text)
         nodes = yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

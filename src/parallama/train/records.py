@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .. import text_files
 from ..errors import ParallamaError, UsageError, cause, lines, listed, shown
 
 SHIPPED = {"shipped:chat": "chat.jsonl", "shipped:text": "constitution.txt"}
@@ -124,7 +125,7 @@ def read_records(path: Path) -> Iterator[tuple[Record, int]]:
             content = path.read_bytes()
             if not content.strip():
                 raise _bad(str(path), "it is empty", "some text")
-            yield Text(text=content.decode("utf-8"), where=str(path)), len(content)
+            yield Text(text=text_files.decode(content), where=str(path)), len(content)
             return
         empty, done = True, 0
         # As bytes: only \n ends a line of JSONL, not the other characters that Python splits at.
@@ -150,7 +151,7 @@ def read_records(path: Path) -> Iterator[tuple[Record, int]]:
 def parse_line(line: bytes, where: str) -> Record:
     """One line of JSONL."""
     try:
-        document = json.loads(line.decode("utf-8"))
+        document = json.loads(text_files.decode(line))
     except UnicodeDecodeError:
         raise _bad(where, "it is not UTF-8", "UTF-8 text") from None
     except (ValueError, RecursionError) as error:

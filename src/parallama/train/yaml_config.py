@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from .. import text_files
 from ..errors import UsageError, cause, lines, shown
 
 BROKEN = (yaml.YAMLError, ValueError, RecursionError)
@@ -75,7 +76,7 @@ def read_file(path: Path) -> dict[str, Any]:
         UsageError: it cannot be read, or holds something other than keys with values.
     """
     try:
-        document = parse(path.read_text(encoding="utf-8"))
+        document = parse(text_files.read(path))
     except OSError as error:
         raise UsageError(
             lines(f"config {str(path)!r} cannot be read: {error.strerror}", "expected a YAML file")

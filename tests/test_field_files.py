@@ -1,0 +1,280 @@
+"""Model folders as people have them: pointers, wrapped names, byte order marks, wrong values."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from broken_folders import (
+    CONFIG,
+    HEAD,
+    INDEX,
+    SINGLE,
+    TOKENIZER_CONFIG,
+    good_tensors,
+    make_good,
+    make_sharded,
+    save,
+    write_json,
+)
+from forks import command
+from messages import check_raised, check_refusal
+
+from parallama.errors import CheckpointError
+from parallama.files.find import find
+from parallama.plan.overrides import read_overrides
+from parallama.train import yaml_config
+from parallama.train.records import Text, read_records
+
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+    b"size 4976698672\n"
+)
+TIED = CONFIG | {"tie_word_embeddings": True}
+
+
+def everything(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
+    """All that loading reads of a folder."""
+    found = find(str(folder))
+    return dict(found.tensors(found.spec)), found.tokenizer()
+
+
+def check_refused(folder: Path, *parts: object) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        everything(folder)
+    check_raised(caught.value, 3, *parts)
+
+
+# Files that hold something else than their name says.
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", SINGLE, "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+        *("generation_config.json", "chat_template.jinja", INDEX, "merges.txt"),
+    ],
+)
+def test_a_git_lfs_pointer_in_place_of_any_file_is_named_with_what_brings_the_file(tmp_path, name):
+    (make_good(tmp_path / "model") / name).write_bytes(POINTER)
+    check_refused(tmp_path / "model", name, "Git LFS pointer", "git lfs pull")
+
+
+def test_one_shard_or_a_gguf_that_is_a_git_lfs_pointer_is_named(tmp_path):
+    make_sharded(make_good(tmp_path / "model"))
+    (tmp_path / "model" / "model-00002-of-00003.safetensors").write_bytes(POINTER)
+    check_refused(tmp_path / "model", "model-00002-of-00003.safetensors", "git lfs pull")
+    (tmp_path / "tiny.gguf").write_bytes(POINTER)
+    check_refused(tmp_path / "tiny.gguf", "tiny.gguf", "git lfs pull")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        (SINGLE, b"<!DOCTYPE html>\n<html><head>", "web page"),
+        ("config.json", b"\n<html>", "web page"),
+        ("config.json", b'<?xml version="1.0"?><Error><Code>AccessDenied', "server's answer"),
+        ("config.json", b"Entry not found", "hub's refusal"),
+        ("config.json", b'{"error":"Repository not found"}', "hub's refusal"),
+        (SINGLE, b"Access to model org/name is restricted", "hub's refusal"),
+        (SINGLE, b"../../.git/annex/objects/Wk/1", "git annex get"),
+        (SINGLE, b"GGUF\3\0\0\0" + bytes(64), "GGUF"),
+        (SINGLE, b"PK\3\4" + bytes(64), "torch.save"),
+        ("tokenizer.json", b"\x1f\x8b\x08" + bytes(64), "gzip"),
+        ("config.json", b"", "empty"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_holds_something_else_is_called_what_it_is(tmp_path, name, content, what):
+    (make_good(tmp_path / "model") / name).write_bytes(content)
+    check_refused(tmp_path / "model", name, what)
+
+
+# Names and numbers of tensors.
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "_forward_module.", "module._orig_mod.", "model."]
+)
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+def test_a_prefix_that_all_names_share_is_left_out_and_said(tmp_path, prefix, sharded):
+    expected, _ = everything(make_good(tmp_path / "plain"))
+    wrapped = {f"{prefix}{name}": tensor for name, tensor in good_tensors().items()}
+    folder = make_good(tmp_path / "wrapped", tensors=wrapped)
+    if sharded:
+        (folder / SINGLE).rename(folder / "model-00001-of-00001.safetensors")
+        names = dict.fromkeys(wrapped, "model-00001-of-00001.safetensors")
+        write_json(folder / INDEX, {"weight_map": names})
+    found, _ = everything(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert "prefix" in find(str(folder)).ignored[prefix]
+
+
+def test_a_tied_model_that_was_saved_without_its_head_class_loads(tmp_path):
+    """As `LlamaModel.save_pretrained` names them; transformers loads it, too."""
+    tensors = good_tensors(TIED)
+    expected, _ = everything(make_good(tmp_path / "whole", TIED, tensors))
+    base = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    found, _ = everything(make_good(tmp_path / "base", TIED, base))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("rename", "parts"),
+    [
+        (lambda name: name.replace("layers.0.", "layers.0._orig_mod."), ("torch.compile",)),
+        (lambda name: name.replace("layers.", "_fsdp_wrapped_module.layers."), ("FSDP",)),
+        (lambda name: name.replace(".weight", ".base_layer.weight"), ("PEFT", "merge_and_unload")),
+        (lambda name: f"base_model.model.{name}.x", ("PEFT", "merge_and_unload")),
+        (lambda name: name.removeprefix("model."), ("without a head", "ForCausalLM")),
+        (lambda name: f"module.{name}" if "layers.1" in name else name, ("DataParallel",)),
+        (lambda name: name.replace("model.embed_tokens", "tok_embeddings"), ("Mistral",)),
+    ],
+    ids=["within", "FSDP", "LoRA within", "PEFT", "no head", "mixed", "Meta"],
+)
+def test_other_names_of_a_wrapper_say_which_it_is_and_what_to_save(tmp_path, rename, parts):
+    tensors = {rename(name): tensor for name, tensor in good_tensors().items()}
+    check_refused(make_good(tmp_path / "model", tensors=tensors), SINGLE, "unexpected", *parts)
+
+
+@pytest.mark.parametrize("said", [None, False], ids=["absent", "false"])
+def test_a_tied_model_whose_config_does_not_say_so_is_refused_with_the_key(tmp_path, said):
+    config = {key: value for key, value in CONFIG.items() if key != "tie_word_embeddings"}
+    config |= {} if said is None else {"tie_word_embeddings": said}
+    tensors = good_tensors()
+    tensors.pop(HEAD)
+    folder = make_good(tmp_path / "model", CONFIG, tensors)
+    write_json(folder / "config.json", config)
+    check_refused(folder, HEAD, "tie_word_embeddings to true", "config.json")
+
+
+def test_a_shard_without_tensors_and_one_that_is_missing_are_named(tmp_path):
+    make_sharded(make_good(tmp_path / "model"))
+    shard = tmp_path / "model" / "model-00002-of-00003.safetensors"
+    save(shard, {})
+    check_refused(tmp_path / "model", shard.name, "no tensors")
+    (tmp_path / "model" / INDEX).unlink()
+    check_refused(tmp_path / "model", shard.name, "no tensors")
+    shard.unlink()
+    check_refused(tmp_path / "model", "missing tensors", f"download {shard.name}")
+
+
+# Byte order marks.
+
+
+def with_mark(path: Path) -> None:
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+
+
+def test_byte_order_marks_are_read_away_in_a_whole_folder_and_a_prompt(tmp_path):
+    """One run: every text of the folder begins with one, and the prompt is UTF-16."""
+    folder = make_good(tmp_path / "model")
+    make_sharded(folder)
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            with_mark(path)
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_bytes("a b c".encode("utf-16"))
+    arguments = ["generate", str(folder), "--prompt-file", str(prompt), "--max-new-tokens", "1"]
+    done = command([*arguments, "--chat", "--mesh", "1x1", "--json"], optimize=False)
+    assert done.code == 0, done.err
+    plain = make_good(tmp_path / "plain")
+    _, tokenizer = everything(plain)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "a b c"}])["input_ids"]
+    assert json.loads(done.out)["outputs"][0]["prompt"] == ids == [3, 4, 5]
+
+
+def test_byte_order_marks_are_read_away_in_data_and_settings(tmp_path):
+    for name, content in {
+        "rows.jsonl": '{"text": "a b"}\n',
+        "text.txt": "a b",
+        "plan.yaml": "model.norm: replicate\n",
+        "run.yaml": "lr: 0.5\n",
+    }.items():
+        (tmp_path / name).write_text(content)
+        with_mark(tmp_path / name)
+    for name in ("rows.jsonl", "text.txt"):
+        ((record, _),) = read_records(tmp_path / name)
+        assert isinstance(record, Text) and record.text == "a b"
+    assert read_overrides(tmp_path / "plan.yaml") == {"model.norm": "replicate"}
+    assert yaml_config.read_file(tmp_path / "run.yaml") == {"lr": 0.5}
+
+
+# Values of the wrong type.
+
+
+def edited(name: str, **values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / name
+        old = json.loads(path.read_text()) if path.exists() else {}
+        write_json(path, old | values)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("tokenizer_config.json", "model_max_length", "4096"),
+        ("tokenizer_config.json", "model_max_length", []),
+        ("tokenizer_config.json", "model_max_length", -1),
+        ("tokenizer_config.json", "eos_token", 2),
+        ("tokenizer_config.json", "bos_token", {"content": 1}),
+        ("tokenizer_config.json", "pad_token", ["</s>"]),
+        ("tokenizer_config.json", "add_bos_token", "true"),
+        ("tokenizer_config.json", "add_eos_token", 1),
+        ("tokenizer_config.json", "padding_side", "middle"),
+        ("tokenizer_config.json", "tokenizer_class", 7),
+        ("tokenizer_config.json", "chat_template", 7),
+        ("tokenizer_config.json", "chat_template", [{"name": "default"}]),
+        ("tokenizer_config.json", "added_tokens_decoder", [1]),
+        ("tokenizer_config.json", "added_tokens_decoder", {"x": {"content": "a"}}),
+        ("tokenizer_config.json", "added_tokens_decoder", {"1": {"content": 7}}),
+        ("tokenizer_config.json", "extra_special_tokens", [7]),
+        ("tokenizer_config.json", "model_input_names", None),
+        ("special_tokens_map.json", "eos_token", 2),
+        ("special_tokens_map.json", "additional_special_tokens", "x"),
+        ("added_tokens.json", "<x>", "24"),
+        ("added_tokens.json", "<x>", {"content": 7}),
+    ],
+    ids=str,
+)
+def test_a_value_of_the_wrong_type_in_a_tokenizers_file_is_named(tmp_path, name, key, value):
+    folder = make_good(tmp_path / "model")
+    edited(name, **{key: value})(folder)
+    check_refused(folder, name, key, "expected")
+
+
+def test_the_values_that_transformers_itself_writes_are_taken(tmp_path):
+    """Of several releases: null, numbers as 1e30, lists and objects of added tokens."""
+    token = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "special": True}
+    folder = make_good(tmp_path / "model")
+    written = {
+        **TOKENIZER_CONFIG,
+        **{"bos_token": None, "eos_token": token, "model_max_length": 1e30},
+        **{"extra_special_tokens": {}, "add_bos_token": False, "legacy": None},
+        **{"added_tokens_decoder": {"2": token}, "clean_up_tokenization_spaces": False},
+    }
+    write_json(folder / "tokenizer_config.json", written)
+    write_json(folder / "special_tokens_map.json", {"eos_token": token})
+    write_json(folder / "added_tokens.json", {"</s>": 2})
+    _, tokenizer = everything(folder)
+    assert tokenizer.eos_token_id == 2
+
+
+def test_a_wrong_value_ends_a_command_with_3_and_a_broken_tokenizer_json_is_named(tmp_path):
+    folder = make_good(tmp_path / "model")
+    edited("tokenizer_config.json", model_max_length="x")(folder)
+    arguments = ["generate", str(folder), "--prompt", "a b", "--max-new-tokens", "1"]
+    done = command([*arguments, "--mesh", "1x1"], optimize=False)
+    check_refusal(done, 3, "tokenizer_config.json", "model_max_length", "'x'")
+    edited("tokenizer_config.json", model_max_length=4)(folder)
+    write_json(folder / "tokenizer.json", [])
+    check_refused(folder, "tokenizer.json")
