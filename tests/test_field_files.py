@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from broken_folders import (
@@ -16,6 +18,9 @@ from broken_folders import (
     INDEX,
     SINGLE,
     TOKENIZER_CONFIG,
+    Q,
+    Tensor,
+    encode,
     good_tensors,
     make_good,
     make_sharded,
@@ -26,10 +31,17 @@ from forks import command
 from messages import check_raised, check_refusal
 
 from parallama.errors import CheckpointError
+from parallama.files.config_json import read_config
 from parallama.files.find import find
+from parallama.model.families import FAMILIES
+from parallama.model.spec import ModelSpec
+from parallama.plan.make_plan import make_plan
+from parallama.plan.mesh_shape import MeshShape
 from parallama.plan.overrides import read_overrides
+from parallama.prove.verification import verify
+from parallama.sharded import stream
 from parallama.train import yaml_config
-from parallama.train.records import Text, read_records
+from parallama.train.data_files import read_rows
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"
@@ -201,8 +213,8 @@ def test_byte_order_marks_are_read_away_in_data_and_settings(tmp_path):
         (tmp_path / name).write_text(content)
         with_mark(tmp_path / name)
     for name in ("rows.jsonl", "text.txt"):
-        ((record, _),) = read_records(tmp_path / name)
-        assert isinstance(record, Text) and record.text == "a b"
+        (row,) = read_rows(tmp_path / name)
+        assert row.document == {"text": "a b"}
     assert read_overrides(tmp_path / "plan.yaml") == {"model.norm": "replicate"}
     assert yaml_config.read_file(tmp_path / "run.yaml") == {"lr": 0.5}
 
@@ -278,3 +290,126 @@ def test_a_wrong_value_ends_a_command_with_3_and_a_broken_tokenizer_json_is_name
     edited("tokenizer_config.json", model_max_length=4)(folder)
     write_json(folder / "tokenizer.json", [])
     check_refused(folder, "tokenizer.json")
+
+
+# Weights that are finite as they are stored.
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+@pytest.mark.parametrize(
+    ("stored", "number", "dtype"),
+    [("F64", -1e39, "float32"), ("F32", 3.4e38, "bfloat16"), ("F64", 1e300, "bfloat16")],
+)
+def test_weights_that_become_infinite_in_the_runs_dtype_are_refused(
+    tmp_path, mesh, stored, number, dtype
+):
+    values = np.ones(8 * 8)
+    values[37] = number
+    tensors = good_tensors() | {Q: Tensor(stored, [8, 8], encode(values, stored))}
+    found = find(str(make_good(tmp_path / "model", tensors=tensors)))
+    plan = make_plan(found.spec, MeshShape.parse(mesh))
+    (source,) = (each for each in found.sources(found.spec) if each.name == Q)
+    cast = functools.partial(
+        stream.parts, source, plan, getattr(torch, dtype), range(plan.mesh.devices)
+    )
+    with pytest.raises(CheckpointError) as caught:
+        cast()
+    check_raised(caught.value, 3, SINGLE, Q, f"infinity in {dtype}", "1 of ", "--allow-nonfinite")
+    assert sum(int(part.isinf().sum()) for part in cast(allow_nonfinite=True).values()) == 1
+    told = verify(str(tmp_path / "model")).findings
+    assert [finding.check for finding in told] == ["tensors"] * (stored == "F64")
+
+
+# Configs that contradict themselves.
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            ("architectures", "model_type is 'llama'", "LlamaForCausalLM"),
+        ),
+        (
+            {"architectures": ["Qwen2ForCausalLM"]},
+            ("architectures", "model_type is 'llama'", "model_type to 'qwen2'"),
+        ),
+        ({"architectures": ["LlamaModel"]}, ("architectures", "LlamaForCausalLM")),
+        ({"architectures": ["LlamaForCausalLMEagle3"]}, ("Eagle3", "LlamaForCausalLM")),
+        ({"architectures": "LlamaForCausalLM"}, ("architectures", "list of names")),
+        ({"dtype": "bfloat16"}, ("dtype is 'bfloat16'", "torch_dtype is 'float32'")),
+        (
+            {"rope_parameters": {"rope_theta": 5e5}},
+            ("rope_parameters.rope_theta is 500000.0", "rope_theta is 10000.0"),
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}},
+            ("rope_scaling.rope_type is 'yarn'", "rope_parameters.rope_type is 'default'"),
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 2.0}},
+            ("rope_scaling.factor is 4.0", "rope_parameters.factor is 2.0"),
+        ),
+        (
+            {"rope_scaling": YARN | {"type": "linear"}},
+            ("rope_scaling.rope_type is 'yarn'", "rope_scaling.type is 'linear'"),
+        ),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 32},
+            ("original_max_position_embeddings is 16", "is 32"),
+        ),
+        ({"rope_scaling": {"factor": 8.0}}, ("factor 8.0", "rope_type is missing", "yarn")),
+        ({"rope_scaling": {"type": "default", "factor": 2}}, ("factor 2", "rope_type is default")),
+        ({"rope_parameters": {"low_freq_factor": 4.0}}, ("low_freq_factor", "rope_type")),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}},
+            ("'dynamic'", "alpha 1000.0"),
+        ),
+        ({"tie_word_embeddings": 1}, ("tie_word_embeddings is 1", "true or false")),
+        ({"rope_scaling": []}, ("rope", "[]")),
+    ],
+    ids=str,
+)
+def test_a_config_that_contradicts_itself_is_refused_with_both_keys(tmp_path, values, parts):
+    folder = make_good(tmp_path / "model")
+    write_json(folder / "config.json", CONFIG | values)
+    check_refused(folder, "config.json", *parts)
+    with pytest.raises(CheckpointError):  # `plan` takes it from there
+        ModelSpec.from_config(read_config(str(folder)))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"architectures": None},
+        {"architectures": []},
+        {"architectures": ["LLaMAForCausalLM"]},
+        {"architectures": ["FSDPLlamaForCausalLM"]},
+        {"dtype": "float32", "torch_dtype": "torch.float32"},
+        {"rope_scaling": None, "rope_parameters": {"rope_theta": 10000, "rope_type": "default"}},
+        {"rope_scaling": {"type": "yarn"} | YARN, "rope_parameters": YARN | {"rope_theta": 1e4}},
+    ],
+    ids=str,
+)
+def test_a_config_that_says_the_same_twice_is_taken(tmp_path, values):
+    folder = make_good(tmp_path / "model")
+    write_json(folder / "config.json", CONFIG | values)
+    everything(folder)
+
+
+def test_rotary_settings_of_both_spellings_are_put_together(tmp_path):
+    """transformers reads one of the two objects alone, and would take theta for 10000."""
+    folder = make_good(tmp_path / "model")
+    values = {"rope_theta": None, "rope_scaling": YARN, "rope_parameters": {"rope_theta": 5e5}}
+    write_json(folder / "config.json", CONFIG | values)
+    found = find(str(folder)).config.rope_parameters
+    assert found["rope_theta"] == 5e5 and YARN.items() <= found.items()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_familys_architecture_is_transformers_own(model_type):
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert FAMILIES[model_type].architecture == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]

@@ -22,6 +22,7 @@ import torch
 from ..errors import RunError, UsageError, cause, lines
 from ..model.spec import ModelSpec
 from . import manifest, model_files, nonfinite, tokenizer_files
+from .adapter import AdaptedCheckpoint
 from .checkpoint import Checkpoint, SafetensorsFolder
 from .disk import Disk
 from .weight_writer import SHARD_BYTES, Kind, kind_of, write
@@ -172,7 +173,7 @@ def _kinds(spec: ModelSpec, dtype: torch.dtype | Mapping[str, torch.dtype]) -> d
 def stored_dtypes(source: Checkpoint) -> dict[str, torch.dtype]:
     """The dtype of every parameter in a checkpoint; float32 where it is quantized."""
     sources = source.sources(ModelSpec.from_config(source.config))
-    return {tensor.name: tensor.dtype for tensor in sources}
+    return {tensor.name: tensor.stored_dtype for tensor in sources}
 
 
 def resolve(name: str) -> torch.dtype:
@@ -237,6 +238,7 @@ def _write_config(
     source: Checkpoint, folder: Path, dtype: torch.dtype | None, disk: Disk
 ) -> list[str]:
     """config.json as it came, but with the dtype written, and without keys that name code."""
+    source = _base(source)
     if isinstance(source, SafetensorsFolder):
         document: dict[str, Any] = dict(model_files.read_config(source.location))
     else:
@@ -263,8 +265,9 @@ def _write_others(source: Checkpoint, folder: Path, disk: Disk) -> list[str]:
 
     They are a folder's own files as they are, or what another checkpoint says.
     """
-    if isinstance(source, SafetensorsFolder):
-        return _copy_others(source.location, folder, disk)
+    base = _base(source)
+    if isinstance(base, SafetensorsFolder):
+        return _copy_others(base.location, _tokenizer_folder(source), folder, disk)
     there = set(folder.rglob("*"))
     if source.generation:
         disk.write(folder / "generation_config.json", _json(source.generation))
@@ -279,8 +282,23 @@ def _write_others(source: Checkpoint, folder: Path, disk: Disk) -> list[str]:
     return names
 
 
-def _copy_others(origin: Path, folder: Path, disk: Disk) -> list[str]:
-    own = tokenizer_files.files(origin)
+def _base(source: Checkpoint) -> Checkpoint:
+    """The model itself, where a checkpoint is one with adapters."""
+    while isinstance(source, AdaptedCheckpoint):
+        source = source.base
+    return source
+
+
+def _tokenizer_folder(source: Checkpoint) -> Path:
+    """Where a checkpoint's tokenizer is."""
+    while isinstance(source, AdaptedCheckpoint) and source.tokenizer_folder is None:
+        source = source.base
+    own = source.tokenizer_folder if isinstance(source, AdaptedCheckpoint) else None
+    return own or source.location
+
+
+def _copy_others(origin: Path, tokenizer: Path, folder: Path, disk: Disk) -> list[str]:
+    own = tokenizer_files.files(tokenizer)
     generation = model_files.find(origin, "generation_config.json")
     if generation is not None:
         own[generation.name] = generation

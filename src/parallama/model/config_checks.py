@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..errors import CheckpointError, lines, shown
+from .rope import rope_settings
 
 FLOAT_NAMES = ("float64", "float32", "bfloat16", "float16")
 """What a config may say that its weights are."""
@@ -37,11 +38,16 @@ _NOT_OURS = (
 
 def declared(document: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
     """The keys of a config.json that a config class may see."""
-    return {
+    kept = {
         key: value
         for key, value in document.items()
         if (key in fields or key in _OLD_KEYS) and key not in _NOT_OURS
     }
+    # Of two objects with rotary settings transformers would read one.
+    if kept.get("rope_scaling") and kept.get("rope_parameters"):
+        kept["rope_parameters"] = rope_settings(kept)
+        del kept["rope_scaling"]
+    return kept
 
 
 def check_config(document: Mapping[str, Any], origin: str, vocab: int) -> None:
@@ -92,11 +98,10 @@ def check_generation(document: Any, origin: str, vocab: int) -> None:
         raise CheckpointError(
             lines(f"{origin} holds a {type(document).__name__}", "expected a JSON object")
         )
-    if document.get("do_sample") not in (None, True, False):
+    sampled = document.get("do_sample")
+    if sampled is not None and not isinstance(sampled, bool):
         raise CheckpointError(
-            lines(
-                f"{origin}: do_sample is {shown(document['do_sample'])}", "expected true or false"
-            )
+            lines(f"{origin}: do_sample is {shown(sampled)}", "expected true or false")
         )
     _number(document, "temperature", origin, 0, 100)
     _number(document, "top_p", origin, 0, 1, above=True)

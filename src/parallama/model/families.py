@@ -31,6 +31,7 @@ class Family:
     """What a `model_type` means.
 
     Attributes:
+        architecture: the class of its causal LM, by which `architectures` calls it.
         tp_plan: transformers' `base_model_tp_plan`, styles by our names; for callers that have a
             config.json and no transformers at hand.
         defaults: what a config.json means where it is silent, as in transformers' config class.
@@ -44,6 +45,7 @@ class Family:
             embedding.
     """
 
+    architecture: str
     tp_plan: Mapping[str, str] = field(default_factory=lambda: dict(_ATTENTION_AND_MLP))
     defaults: Mapping[str, Any] = field(default_factory=dict)
     qkv_bias: bool | str = False
@@ -57,12 +59,14 @@ class Family:
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "llama": Family(
+            architecture="LlamaForCausalLM",
             defaults={"max_position_embeddings": 2048},
             qkv_bias="attention_bias",
             output_bias="attention_bias",
             mlp_bias="mlp_bias",
         ),
         "mistral": Family(
+            architecture="MistralForCausalLM",
             defaults={
                 "max_position_embeddings": 131072,
                 "num_key_value_heads": 8,
@@ -71,6 +75,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             windows="every layer",
         ),
         "ministral": Family(
+            architecture="MinistralForCausalLM",
             defaults={
                 "max_position_embeddings": 131072,
                 "num_key_value_heads": 8,
@@ -79,6 +84,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             windows="layer types",
         ),
         "qwen2": Family(
+            architecture="Qwen2ForCausalLM",
             defaults={
                 "max_position_embeddings": 32768,
                 "num_key_value_heads": 32,
@@ -88,6 +94,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             windows="switched layer types",
         ),
         "qwen3": Family(
+            architecture="Qwen3ForCausalLM",
             tp_plan=_ATTENTION_AND_MLP | _HEAD_NORMS,
             defaults={
                 "max_position_embeddings": 32768,
@@ -101,6 +108,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             windows="switched layer types",
         ),
         "smollm3": Family(
+            architecture="SmolLM3ForCausalLM",
             defaults={
                 "max_position_embeddings": 32768,
                 "num_key_value_heads": 4,
@@ -113,6 +121,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             layers_without_rotary=True,
         ),
         "seed_oss": Family(
+            architecture="SeedOssForCausalLM",
             defaults={
                 "max_position_embeddings": 524288,
                 "num_key_value_heads": 8,

@@ -16,6 +16,10 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 """Rotary embeddings that are supported, by transformers' names."""
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Those whose frequencies depend on the length of the text that is run."""
+_OF_SCALING = (
+    *("factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
+    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "alpha"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,14 @@ class Rope:
     reach: int | None = None
 
 
+def rope_settings(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config says in `rope_parameters` (transformers 5) and `rope_scaling` (before).
+
+    They say the same where both say it; see `agreement`.
+    """
+    return {**(values.get("rope_parameters") or {}), **(values.get("rope_scaling") or {})}
+
+
 def read_rope(values: Mapping[str, Any], *, head_dim: int, positions: int, origin: str) -> Rope:
     """The rotary embedding of a config.
 
@@ -44,14 +56,15 @@ def read_rope(values: Mapping[str, Any], *, head_dim: int, positions: int, origi
         CheckpointError: it is not one of `ROPE_TYPES`, rotates only a part of each head, differs
             between layers, or a number in it is missing or absurd.
     """
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise CheckpointError(
-            lines(
-                f"{origin}: rope type {shown(rope)} is not supported: it is no object",
-                f"expected an object whose rope_type is one of {', '.join(ROPE_TYPES)}",
+    for key in ("rope_scaling", "rope_parameters"):
+        if values.get(key) is not None and not isinstance(values[key], Mapping):
+            raise CheckpointError(
+                lines(
+                    f"{origin}: rope type {shown(values[key])} is not supported: it is no object",
+                    f"expected an object whose rope_type is one of {', '.join(ROPE_TYPES)}",
+                )
             )
-        )
+    rope = rope_settings(values)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise CheckpointError(
@@ -64,6 +77,7 @@ def read_rope(values: Mapping[str, Any], *, head_dim: int, positions: int, origi
     theta = rope if "rope_theta" in rope else {"rope_theta": values.get("rope_theta", 10000.0)}
     _Numbers(theta, origin).number("rope_theta", above=1)
     if kind == "default":
+        _check_plain(rope, origin)
         return Rope(kind=kind)
     given = _Numbers(rope, origin)
     factor = given.number("factor", least=1, optional=kind == "longrope")
@@ -80,6 +94,20 @@ def read_rope(values: Mapping[str, Any], *, head_dim: int, positions: int, origi
     if stretched is None or factor is None:
         return Rope(kind=kind)
     return Rope(kind=kind, reach=int(stretched * factor))
+
+
+def _check_plain(rope: Mapping[str, Any], origin: str) -> None:
+    """Refuse numbers of a scaling where there is none."""
+    scaling = next((key for key in _OF_SCALING if rope.get(key) not in (None, 1)), None)
+    if scaling is not None:
+        said = "default" if "rope_type" in rope or "type" in rope else "missing"
+        raise CheckpointError(
+            lines(
+                f"{origin}: rotary settings have {scaling} {shown(rope[scaling])}, "
+                f"and rope_type is {said}",
+                f"expected the rope_type that it is for, one of {', '.join(ROPE_TYPES[1:])}",
+            )
+        )
 
 
 def _check_one_for_all(values: Mapping[str, Any], rope: Mapping[str, Any], origin: str) -> None:
@@ -121,6 +149,14 @@ def _check_parameters(kind: str, given: _Numbers, head_dim: int) -> None:
         given.number("attention_factor", least=0, optional=True)
         for name in ("short_factor", "long_factor"):
             given.numbers(name, head_dim // 2)
+    elif kind == "dynamic" and given.rope.get("alpha") is not None:
+        raise CheckpointError(
+            lines(
+                f"{given.origin}: rope type 'dynamic' with alpha {shown(given.rope['alpha'])} is "
+                "not supported",
+                "expected a factor alone, as transformers' models of this type have it",
+            )
+        )
     elif kind == "dynamic" and head_dim <= 2:
         raise CheckpointError(
             lines(

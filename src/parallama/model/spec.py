@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError, lines, shown
+from .agreement import check_agreement
 from .rope import read_rope
 from .unsupported import check_layers, read_family
 
@@ -73,6 +74,8 @@ class ModelSpec:
         """
         values = dict(config) if isinstance(config, Mapping) else config.to_dict()
         family = read_family(values, origin)
+        if isinstance(config, Mapping):
+            check_agreement(values, family, origin)
         own_plan = getattr(config, "base_model_tp_plan", None)
 
         def size(name: str, default: int | None = None) -> int:
@@ -91,7 +94,7 @@ class ModelSpec:
             if isinstance(name, bool):
                 return name
             value = values.get(name, family.defaults.get(name))
-            if value not in (None, True, False):
+            if value is not None and not isinstance(value, bool):
                 raise CheckpointError(
                     lines(f"{origin}: {name} is {shown(value)}", "expected true or false")
                 )

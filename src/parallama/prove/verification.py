@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import CheckpointError
 from ..files import manifest, nonfinite
 from ..files.checkpoint import Checkpoint
@@ -113,7 +115,9 @@ def verify(model: str, progress: Callable[[int, int], None] | None = None) -> Ve
                 dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
                 numbers += tensor.numel()
                 file = checkpoint.file_of(name)
-                findings.attempt("tensors", partial(nonfinite.refuse, name, tensor, file))
+                # No run keeps weights in more than float32.
+                refuse = partial(nonfinite.refuse, name, tensor, file, torch.float32)
+                findings.attempt("tensors", refuse)
                 if progress is not None:
                     progress(done, total)
 

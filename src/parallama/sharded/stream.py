@@ -110,7 +110,8 @@ def parts(
         own: each part has memory of its own.
 
     Raises:
-        CheckpointError: what is read holds NaN or infinity, unless that is allowed.
+        CheckpointError: what is read holds NaN or infinity, or does so in `dtype`, unless that is
+            allowed.
 
     Returns:
         Device to part, cast and laid out; views of the source where they can be. The devices are
@@ -124,7 +125,7 @@ def parts(
 
     def refuse(part: torch.Tensor) -> None:
         if not allow_nonfinite:
-            nonfinite.refuse(source.name, part, source.file)
+            nonfinite.refuse(source.name, part, source.file, dtype)
 
     read: Callable[[Slices], torch.Tensor]
     if 1 < len(wanted) == len(set(holders)):
