@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 
+from .. import text_files
 from ..errors import RunError, UsageError, cause, lines
 from ..model.spec import ModelSpec
-from . import manifest, model_files, nonfinite, tokenizer_files
+from . import manifest, model_files, nonfinite, tokenizer_files, tokenizer_values
 from .checkpoint import Checkpoint, SafetensorsFolder
+from .config_spellings import dtype_in_both, rope_in_both, tokenizer_in_both
 from .disk import Disk
 from .weight_writer import SHARD_BYTES, Kind, kind_of, write
 
@@ -236,7 +238,10 @@ def _folder_at(out: Path, disk: Disk) -> Iterator[tuple[Path, Path]]:
 def _write_config(
     source: Checkpoint, folder: Path, dtype: torch.dtype | None, disk: Disk
 ) -> list[str]:
-    """config.json as it came, but with the dtype written, and without keys that name code."""
+    """config.json as it came, but with the dtype written, and without keys that name code.
+
+    What releases of transformers spell differently is in it in both ways.
+    """
     if isinstance(source, SafetensorsFolder):
         document: dict[str, Any] = dict(model_files.read_config(source.location))
     else:
@@ -244,8 +249,8 @@ def _write_config(
     for key in _CODE_KEYS:
         document.pop(key, None)
     if dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in document and "dtype" not in document else "dtype"
-        document[key] = _word(dtype)
+        document |= {"dtype": _word(dtype)}
+    document |= dtype_in_both(document) | rope_in_both(source.config.rope_parameters)
     disk.write(folder / "config.json", _json(document))
     return ["config.json"]
 
@@ -271,6 +276,7 @@ def _write_others(source: Checkpoint, folder: Path, disk: Disk) -> list[str]:
     tokenizer = source.tokenizer()
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
+    _spell_tokenizer(folder, disk)
     new = sorted(path for path in folder.rglob("*") if path.is_file() and path not in there)
     for path in new:
         disk.sync_file(path)
@@ -289,8 +295,20 @@ def _copy_others(origin: Path, folder: Path, disk: Disk) -> list[str]:
         if not copy.parent.exists():
             disk.make_folder(copy.parent)
         disk.copy(path, copy)
+    _spell_tokenizer(folder, disk)
     _sync_inner(folder, own, disk)
     return list(own)
+
+
+def _spell_tokenizer(folder: Path, disk: Disk) -> None:
+    """See `config_spellings.tokenizer_in_both`."""
+    config = folder / tokenizer_values.CONFIG
+    template = folder / "chat_template.jinja"
+    if config.exists():
+        text = text_files.read(template) if template.exists() else None
+        changed = tokenizer_in_both(model_files.read_json(config), text)
+        if changed is not None:
+            disk.replace(config, _json(changed))
 
 
 def _sync_inner(folder: Path, names: Iterable[str], disk: Disk) -> None:
