@@ -896,12 +896,8 @@ def _file_cases() -> None:
             "only pickle weights",
             name,
         )
-    case(
-        "adapter, pickled", _adapter("adapter_model.bin"), "holds an adapter", "adapter_config.json"
-    )
-    case(
-        "adapter", _adapter("adapter_model.safetensors"), "holds an adapter", "adapter_config.json"
-    )
+    for weights in ("adapter_model.bin", "adapter_model.safetensors"):
+        case(f"no adapter's config: {weights}", _adapter(weights), "adapter_config.json", "LORA")
     case("adapter beside a model", _content("adapter_config.json", "{}"), "holds an adapter")
 
 

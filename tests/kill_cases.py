@@ -193,7 +193,7 @@ def train(
 
     disk, done = counting(kill_at)
     settings = settings_of.read(None, options)
-    with _watch(settings, False) as watch:
+    with _watch(False) as watch:
         tell = watch.step
 
         def step(entry: dict[str, Any], steps: int) -> None:

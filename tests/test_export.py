@@ -322,7 +322,7 @@ def test_the_command_writes_the_folder_and_says_what_is_in_it(dressed, tmp_path)
 
 def test_a_config_is_what_it_was(models):
     """A config that has no file of its own says all that matters."""
-    from parallama.files.export import _described
+    from parallama.files.export_configs import described
 
     config = LlamaConfig(
         hidden_size=24,
@@ -331,6 +331,6 @@ def test_a_config_is_what_it_was(models):
         tie_word_embeddings=True,
         vocab_size=50,
     )
-    assert LlamaConfig.from_dict(_described(config)).to_dict() == config.to_dict() | {
+    assert LlamaConfig.from_dict(described(config)).to_dict() == config.to_dict() | {
         "architectures": ["LlamaForCausalLM"]
     }

@@ -41,7 +41,7 @@ from parallama.plan.overrides import read_overrides
 from parallama.prove.verification import verify
 from parallama.sharded import stream
 from parallama.train import yaml_config
-from parallama.train.records import Text, read_records
+from parallama.train.data_files import read_rows
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"
@@ -213,8 +213,8 @@ def test_byte_order_marks_are_read_away_in_data_and_settings(tmp_path):
         (tmp_path / name).write_text(content)
         with_mark(tmp_path / name)
     for name in ("rows.jsonl", "text.txt"):
-        ((record, _),) = read_records(tmp_path / name)
-        assert isinstance(record, Text) and record.text == "a b"
+        (row,) = read_rows(tmp_path / name)
+        assert row.document == {"text": "a b"}
     assert read_overrides(tmp_path / "plan.yaml") == {"model.norm": "replicate"}
     assert yaml_config.read_file(tmp_path / "run.yaml") == {"lr": 0.5}
 

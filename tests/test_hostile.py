@@ -19,8 +19,10 @@ from messages import says
 
 from parallama.errors import CheckpointError, UsageError
 from parallama.files import chat_template, nonfinite
+from parallama.files.adapter import AdaptedCheckpoint
 from parallama.files.chat_template import Renderer
 from parallama.files.checkpoint import SafetensorsFolder
+from parallama.files.find import find
 from parallama.files.skeleton import make_skeleton
 from parallama.model.config_checks import eos_ids
 
@@ -36,7 +38,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def everything(folder: Path) -> dict[str, torch.Tensor]:
     """All that loading does with a folder, but for the devices; its parameters."""
-    checkpoint = SafetensorsFolder(folder)
+    checkpoint = find(str(folder))
+    assert isinstance(checkpoint, (SafetensorsFolder, AdaptedCheckpoint))
     tokenizer = checkpoint.tokenizer()
     eos_ids(
         checkpoint.generation.get("eos_token_id", checkpoint.config.eos_token_id),

@@ -31,6 +31,7 @@ PURE_FILES = {
     *(f"train/{name}" for name in ("declared", "yaml_config", "watch", "signals")),
     "train/torch_xla/state_layout",
     *(f"train/{name}" for name in ("batch", "encoding", "data_sources", "corpus", "resume")),
+    *(f"train/{name}" for name in ("row_forms", "data_files", "key_names")),
     *("files/disk", "files/model_files", "files/manifest", "files/safetensors_header"),
     *("files/weight_files", "files/weight_reader", "files/gguf_header"),
     *("files/bounded_process", "files/tokenizer_pipeline", "files/tokenizer_trial"),

@@ -130,6 +130,8 @@ def test_wrong_configs_and_data_are_errors_before_anything_is_compiled(folders: 
         assert found == code and says(last, *parts), f"{name}: {found}, {said}"
         assert "Traceback" not in said and "fault of parallama" not in said, said
     assert compiled == 0
+    assert not [path.name for path in folders.iterdir() if path.name.startswith("run-")]
+    assert [path.name for path in (folders / "old").iterdir()] == ["log.jsonl"]
 
 
 def test_weights_that_are_not_finite_are_trained_where_that_is_allowed(folders: Path) -> None:

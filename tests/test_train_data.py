@@ -19,7 +19,7 @@ from messages import check_raised, says
 from parallama.errors import ParallamaError
 from parallama.files.chat_template import Renderer, renderer_of
 from parallama.files.find import find
-from parallama.train import packing, records, tokens
+from parallama.train import data_files, packing, row_forms, tokens
 from parallama.train.batch import IGNORED, PADDING
 from parallama.train.packing import Position, Rows, make_batch, make_row, plan_rows
 
@@ -62,7 +62,7 @@ def chat(*turns: str) -> dict[str, Any]:
 
 def trained(tokenizer: Any, record: Any) -> list[str]:
     """The stretches of text that are trained on."""
-    encoded = tokens.encode(records.parse(record, "here"), tokenizer, renderer(tokenizer))
+    (encoded,) = tokens.encode(row_forms.parse(record, "here"), tokenizer, renderer(tokenizer))
     stretches: list[list[int]] = [[]]
     for token, counts in zip(encoded.ids, encoded.trained, strict=True):
         if counts:
@@ -75,7 +75,7 @@ def trained(tokenizer: Any, record: Any) -> list[str]:
 def test_of_a_conversation_only_the_assistants_words_are_trained_on(tokenizer: Any) -> None:
     record = chat("Hi <|im_end|> there", "Hello.\n", "Bye", "Good\n\nbye ")
     assert trained(tokenizer, record) == ["Hello.\n<|im_end|>", "Good\n\nbye <|im_end|>"]
-    encoded = tokens.encode(records.parse(record, "here"), tokenizer, renderer(tokenizer))
+    (encoded,) = tokens.encode(row_forms.parse(record, "here"), tokenizer, renderer(tokenizer))
     assert encoded.ids == tokenizer.apply_chat_template(
         record["messages"], tokenize=True, return_dict=False
     )
@@ -98,30 +98,22 @@ def test_of_prompt_and_completion_the_completion_is_trained_on_and_of_a_text_eve
     assert trained(tokenizer, {"text": "The sky is blue"}) == ["The sky is blue<|im_end|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
+def test_a_template_that_says_why_it_takes_no_conversation_is_refused(tokenizer: Any) -> None:
     import copy
 
     other = copy.deepcopy(tokenizer)
-    for template, said in (
-        (
-            "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}"
-            "{% endif %}|{% endfor %}",
-            ("here", "message 2"),
-        ),
-        ("{{ raise_exception('no system here') }}", ("here", "no system here")),
-    ):
-        other.chat_template = template
-        record = records.parse(chat("a", "b", "c", "d"), "here")
-        with pytest.raises(ParallamaError) as caught:
-            tokens.encode(record, other, renderer_of(other, "other"))
-        assert says(caught.value, *said)
+    other.chat_template = "{{ raise_exception('no system here') }}"
+    record = row_forms.parse(chat("a", "b", "c", "d"), "here")
+    with pytest.raises(ParallamaError) as caught:
+        tokens.encode(record, other, renderer_of(other, "other"))
+    assert says(caught.value, "here", "no system here")
 
 
 def test_a_long_text_becomes_pieces_in_which_every_token_is_predicted_once(
     tokenizer: Any, tmp_path: Path
 ) -> None:
     corpus = prepare(tokenizer, "shipped:text", tmp_path, seq_len=64)
-    text = records.find_files("shipped:text")[0].read_text(encoding="utf-8")
+    text = data_files.find_files("shipped:text")[0].read_text(encoding="utf-8")
     whole = [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
     predicted: list[int] = []
     for index in range(len(corpus.lengths)):
@@ -180,12 +172,8 @@ WRONG: dict[str, tuple[list[Any], tuple[str, ...]]] = {
     "a file of empty lines": (["", "  "], ("empty",)),
     "a line that is not JSON": ([{"text": "fine"}, "{'text': 1}"], (":2", "JSON")),
     "a line that is no object": (['"text"'], (":1", "'text'", "JSON object")),
-    "no known key": ([{"content": "x"}], ("messages, prompt and text", "content")),
-    "no key": ([{}], ("messages, prompt and text", "none")),
-    "two forms at once": (
-        [{"text": "x", "prompt": "y", "completion": "z"}],
-        ("messages, prompt and text",),
-    ),
+    "no known key": ([{"content": "x"}], ("messages, conversations, instruction", "content")),
+    "no key": ([{}], ("messages, conversations, instruction", "none")),
     "messages that are no list": ([{"messages": "hi"}], ("'messages' is 'hi'", "list")),
     "no messages": ([{"messages": []}], ("'messages' is []",)),
     "a message that is no object": ([{"messages": ["hi"]}], ("message 1 is 'hi'",)),
@@ -263,11 +251,12 @@ def test_records_that_are_too_long_are_dropped_or_cut_when_asked(
         {"prompt": LONG, "completion": "z"},
     )
     dropped = prepare(tokenizer, source, tmp_path, too_long="drop")
-    assert (len(dropped.lengths), dropped.dropped, dropped.truncated) == (1, 2, 0)
+    assert (len(dropped.lengths), dropped.counts.dropped, dropped.counts.truncated) == (1, 2, 0)
     cut = prepare(
         tokenizer, source, tmp_path, too_long="truncate"
     )  # of the third nothing would be left to train on
-    assert (cut.lengths.tolist()[0], len(cut.lengths), cut.dropped, cut.truncated) == (128, 2, 1, 1)
+    assert (cut.lengths.tolist()[0], len(cut.lengths)) == (128, 2)
+    assert (cut.counts.dropped, cut.counts.truncated) == (1, 1)
     with pytest.raises(ParallamaError, match="1 records were dropped"):
         prepare(
             tokenizer,
@@ -279,7 +268,7 @@ def test_records_that_are_too_long_are_dropped_or_cut_when_asked(
 
 def test_the_shipped_data_are_fit_to_train_on(tokenizer: Any, tmp_path: Path) -> None:
     corpus = prepare(tokenizer, ["shipped:chat", "shipped:text"], tmp_path, seq_len=128)
-    assert len(corpus.lengths) > 64 and corpus.dropped == corpus.truncated == 0
+    assert len(corpus.lengths) > 64 and corpus.counts.dropped == corpus.counts.truncated == 0
 
 
 def test_a_data_set_of_hugging_faces_library_is_read_as_a_file_would_be(

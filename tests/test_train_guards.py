@@ -29,7 +29,8 @@ from parallama.train import settings as settings_of
 from parallama.train.declared import declarations
 from parallama.train.options import LoraOptions, StepOptions
 from parallama.train.packing import Position, Rows, plan_rows
-from parallama.train.records import DataError, Text, parse
+from parallama.train.records import DataError, Text
+from parallama.train.row_forms import parse
 from parallama.train.saver import Saver
 
 LEAST = {"model": "smollm2", "data": "shipped:chat", "out": "run", "steps": 5}

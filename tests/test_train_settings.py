@@ -121,7 +121,7 @@ def test_options_win_over_the_file_and_values_are_read_as_in_yaml(tmp_path: Path
 
 BAD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "an unknown key": ({"bach_size": 4}, ("'bach_size'", "'batch_size'")),
-    "an unknown key within a key": ({"lora.rnk": 4}, ("'lora.rnk'", "'rank'")),
+    "an unknown key within a key": ({"lora.rnk": 4}, ("'lora.rnk'", "'lora.rank'")),
     "a word for a number": ({"lr": "fast"}, ("'lr' is 'fast'",)),
     "a fraction of steps": ({"steps": 1.5}, ("'steps' is 1.5", "whole number")),
     "no steps": ({"steps": 0}, ("'steps' is 0", "at least 1")),

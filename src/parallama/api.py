@@ -24,6 +24,7 @@ from .sharded import loading
 def load(
     model: str | Path,
     *,
+    adapter: str | Path | None = None,
     mesh: str | MeshShape | tuple[int, ...] | Engine = "1x1",
     backend: str = "cpu",
     backend_options: Mapping[str, OptionValue] | None = None,
@@ -38,7 +39,9 @@ def load(
     """Load a model onto a mesh.
 
     Args:
-        model: folder, `.gguf` file, hub id or shipped name (`smollm2`).
+        model: folder, `.gguf` file, hub id or shipped name (`smollm2`); or an adapter of PEFT's,
+            which names its base.
+        adapter: folder or hub id of an adapter of the model, merged while the weights are read.
         mesh: `1x8` (data x model), `data=2,model=4`.
         backend: `cpu` (virtual devices), `tpu`, `tt`, the path of a PJRT plugin, or an installed
             plugin's name.
@@ -69,7 +72,7 @@ def load(
             keep_hlo=keep_hlo,
         )
     loading.resolve_dtype(dtype, None, mesh.backend.name)
-    source = find(str(model))
+    source = find(str(model), None if adapter is None else str(adapter))
     spec = ModelSpec.from_config(source.config)
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_positions:
         raise UsageError(
@@ -87,6 +90,7 @@ def load(
     loaded = loading.to_devices(source, made, mesh, to, report, allow_nonfinite=allow_nonfinite)
     return LLM(
         name=str(model),
+        adapter=None if adapter is None else str(adapter),
         skeleton=loaded.skeleton,
         weights=loaded.weights,
         dtype=to,

@@ -15,7 +15,7 @@ from .inspect import inspect
 from .option_groups import expanded
 from .plan import plan
 from .report import report
-from .train import train
+from .train import TrainCommand, train
 from .validate import validate
 from .verify import verify
 
@@ -65,6 +65,6 @@ app.command()(expanded(export))
 app.command()(expanded(inspect))
 app.command()(expanded(plan))
 app.command()(expanded(report))
-app.command(context_settings={"ignore_unknown_options": True})(expanded(train))
+app.command(cls=TrainCommand, context_settings={"ignore_unknown_options": True})(expanded(train))
 app.command()(expanded(validate))
 app.command()(expanded(verify))

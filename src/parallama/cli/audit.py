@@ -140,7 +140,7 @@ def _train(
         devices=chosen.devices,
         keep_hlo=True,
     )
-    checkpoint = find(chosen.model)
+    checkpoint = find(chosen.model, chosen.adapter)
     overrides = None if chosen.plan is None else read_overrides(chosen.plan)
     made = make_plan(ModelSpec.from_config(checkpoint.config), shape, overrides)
     report = None if progress is None else partial(progress, "loading")

@@ -14,6 +14,7 @@ from . import options, output
 def export(
     *,
     model: options.Model,
+    adapter: options.Adapter = None,
     out: Annotated[Path, typer.Argument(help="The folder to write; a new one, or an empty one.")],
     dtype: Annotated[
         str,
@@ -32,7 +33,9 @@ def export(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write a model as safetensors with config, tokenizer, chat template and a manifest."""
+    """Write a model as safetensors with config, tokenizer, chat template and a manifest; an adapter
+    is merged.
+    """
     from ..files.export import check_free, export_checkpoint, resolve
     from ..files.find import find
 
@@ -43,13 +46,18 @@ def export(
         if mesh is None:
             report = None if progress is None else partial(progress, "writing")
             exported = export_checkpoint(
-                find(model), out, dtype=dtype, allow_nonfinite=allow_nonfinite, progress=report
+                find(model, adapter),
+                out,
+                dtype=dtype,
+                allow_nonfinite=allow_nonfinite,
+                progress=report,
             )
         else:
             from ..api import load
 
             llm = load(
                 model,
+                adapter=adapter,
                 mesh=mesh,
                 dtype="float32",  # which holds exactly whatever is stored
                 allow_nonfinite=allow_nonfinite,

@@ -97,6 +97,14 @@ def mesh_shape(mesh: str | None, tensor_parallel: int | None) -> MeshShape:
 Model = Annotated[
     str, typer.Argument(help="A folder, a .gguf file, a hub id, or a shipped name (smollm2).")
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="Folder or hub id of a PEFT adapter (LoRA) of the model, merged while loading.",
+        show_default="none",
+    ),
+]
 Mesh = Annotated[
     str | None,
     typer.Option("--mesh", help="data x model, as 1x8, or data=2,model=4.", show_default="1x1"),
@@ -148,6 +156,7 @@ class ModelOptions:
     """A model, and the devices that it is put on."""
 
     model: Model
+    adapter: Adapter = None
     mesh: Mesh = None
     tensor_parallel_size: TensorParallel = None
     devices: Devices = None
@@ -224,6 +233,7 @@ class ModelOptions:
 
         return load(
             self.model,
+            adapter=self.adapter,
             mesh=shape,
             backend=self.backend,
             backend_options=backend_options,

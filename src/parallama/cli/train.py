@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from ..errors import UsageError, lines
 from . import options, output
 
 if TYPE_CHECKING:
-    from ..train.settings import TrainSettings
+    from ..train.declared import Declaration
     from ..train.watch import Watch
 
 PLAIN_LINES = 20
@@ -27,8 +28,8 @@ def train(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CONFIG.yaml] [--key value ...]",
-            help="A YAML file of keys, and keys that win over it.",
+            metavar="[CONFIG.yaml | MODEL] [--key value ...]",
+            help="A YAML file of keys, or a model; and keys that win over the file.",
             show_default=False,
         ),
     ] = None,
@@ -44,28 +45,16 @@ def train(
 ) -> int:
     """Fine-tune a model on chats, prompts with completions, or text, split over a mesh.
 
-    Keys that must be given: model, data, out, steps.
+    Keys that must be given: model, data, out, and steps or epochs. An unknown key
+    is an error. --dump-config prints every key with its value, as a file to begin
+    from.
 
-    The mesh: mesh, backend, plan, fsdp, sequence_parallel. A step: batch_size
-    (sequences of one micro-step over all devices), grad_accum, seq_len, packing,
-    too_long, dtype, remat, lora (lora.rank, lora.alpha, lora.targets,
-    lora.dropout), seed.
-
-    The optimizer: optimizer, lr, schedule, warmup_steps, min_lr_ratio, beta1,
-    beta2, eps, momentum, weight_decay, max_grad_norm, on_nonfinite.
-
-    The run: save_every, keep_last, async_save, resume, eval_data, eval_every,
-    eval_batches, sample_every, sample_prompts, sample_tokens, report_to, export,
-    cache, allow_nonfinite.
-
-    --dump-config says what each means. An unknown key is an error. On SIGTERM or
-    Ctrl-C the run saves a checkpoint at the next step and ends; --resume auto
-    goes on from there.
+    On SIGTERM or Ctrl-C the run saves a checkpoint at the next step and ends;
+    --resume auto goes on from there.
     """
     from ..train import settings as settings_of
 
-    given = list(arguments or [])
-    config = Path(given.pop(0)) if given and not given[0].startswith("--") else None
+    config, given = _first(list(arguments or []))
     if config is None and not given and not dump_config:
         raise UsageError(
             lines(
@@ -83,7 +72,7 @@ def train(
         return 0
     from ..train.loop import train as run
 
-    with output.only_json(as_json), _watch(settings, quiet) as watch:
+    with output.only_json(as_json), _watch(quiet) as watch:
         outcome = run(settings, watch=watch)
     model = None if outcome.model is None else str(outcome.model)
     if as_json:
@@ -98,8 +87,57 @@ def train(
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 
+def _first(given: list[str]) -> tuple[Path | None, list[str]]:
+    """What stands first without a key: a config file, or else the model."""
+    if not given or given[0].startswith("--"):
+        return None, given
+    first, *rest = given
+    is_config = Path(first).suffix in (".yaml", ".yml") or (
+        Path(first).is_file() and Path(first).suffix != ".gguf"
+    )
+    return (Path(first), rest) if is_config else (None, ["--model", first, *rest])
+
+
+class TrainCommand(TyperCommand):
+    """Its help ends with every key: name, default and meaning."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write typer's own help, and then the keys."""
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        from ..train.settings import explain
+
+        super().format_help(ctx, formatter)
+        table = Table(box=None, header_style="bold")
+        table.add_column("key", no_wrap=True)
+        table.add_column("default", max_width=13, overflow="fold")
+        table.add_column("meaning")
+        for name, key in explain():
+            default = "must be given" if key.required else _shown(key.default)
+            table.add_row(f"--{name}", Text(default), Text(_meaning(key)))
+        Console().print(table)
+
+
+def _shown(default: Any) -> str:
+    """A default as it would be given."""
+    if default in (None, ()):
+        return ""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return ",".join(default) if isinstance(default, tuple) else str(default)
+
+
+def _meaning(key: Declaration) -> str:
+    """What a key means, and its words where the help doesn't name them."""
+    words = [word for word in get_args(key.kind) if isinstance(word, str)]
+    unnamed = [word for word in words if word not in key.help]
+    return f"{key.help} ({', '.join(words)})" if unnamed else key.help
+
+
 @contextmanager
-def _watch(settings: TrainSettings, quiet: bool) -> Iterator[Watch]:
+def _watch(quiet: bool) -> Iterator[Watch]:
     """Progress on standard error: a bar on a terminal, lines elsewhere."""
     from ..train.watch import Watch
 
@@ -109,14 +147,14 @@ def _watch(settings: TrainSettings, quiet: bool) -> Iterator[Watch]:
         with _bars() as watch:
             yield watch
     else:
-        yield Watch(say=output.say, step=_lines(max(settings.steps // PLAIN_LINES, 1)))
+        yield Watch(say=output.say, step=_lines())
 
 
-def _lines(every: int) -> Callable[[dict[str, Any], int], None]:
-    """A line for the first and the last step, for each `every`-th, and for what stands out."""
+def _lines() -> Callable[[dict[str, Any], int], None]:
+    """A line for the first and the last step, for some between, and for what stands out."""
 
     def tell(entry: dict[str, Any], steps: int) -> None:
-        step = entry["step"]
+        step, every = entry["step"], max(steps // PLAIN_LINES, 1)
         regular = step % every == 0 or step in (1, steps)
         if regular or "eval_loss" in entry or entry.get("skipped"):
             output.say(_line(entry, steps))

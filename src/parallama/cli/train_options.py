@@ -66,5 +66,5 @@ class PlannedStep(AuditedStep):
         if rank is not None:
             given["rank"] = rank
         if targets is not None:
-            given["targets"] = tuple(targets.split(","))
+            given["targets"] = targets
         return keys | {"lora": LoraOptions(**given) if given else None}

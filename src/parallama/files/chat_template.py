@@ -42,12 +42,14 @@ class Renderer:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
         """The text of a conversation. May be called from any thread.
 
         Args:
+            tools: functions that the assistant may call.
             add_generation_prompt: the text ends where an answer begins.
             continue_final_message: it ends within the last message.
 
@@ -61,6 +63,8 @@ class Renderer:
             for message in messages
         ]
         asked = self._given | {"messages": plain, "add_generation_prompt": add_generation_prompt}
+        if tools:
+            asked |= {"tools": list(tools)}
         if continue_final_message:
             asked |= {"continue_final_message": True}
         line = json.dumps(asked).encode() + b"\n"
@@ -143,6 +147,7 @@ def answer(render: Any, line: bytes) -> dict[str, str]:
     try:
         rendered, _ = render(
             conversations=[asked["messages"]],
+            tools=asked.get("tools"),
             chat_template=asked["template"],
             add_generation_prompt=asked.get("add_generation_prompt", True),
             continue_final_message=asked.get("continue_final_message", False),

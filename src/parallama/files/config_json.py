@@ -12,6 +12,7 @@ from typing import Any
 from .. import environment
 from ..errors import CheckpointError, lines, shown
 from ..model import known_configs
+from .adapter_config import base_of, is_adapter
 from .hub_answers import config_of
 from .locate import locate
 from .model_files import read_config as read_folder
@@ -23,8 +24,8 @@ def read_config(model: str) -> Mapping[str, Any]:
     """The contents of a model's config.json.
 
     Args:
-        model: a name of `known_configs`, a folder, a config.json, a `.gguf` file or a hub id, of
-            which config.json alone is downloaded.
+        model: a name of `known_configs`, a folder (an adapter's: of its base), a config.json, a
+            `.gguf` file or a hub id, of which config.json alone is downloaded.
 
     Raises:
         CheckpointError: there is no such model, or its config cannot be read.
@@ -47,6 +48,8 @@ def read_config(model: str) -> Mapping[str, Any]:
     if located.kind == "hub":
         return read_json(config_of(located.hub_id))
     if located.kind == "folder":
+        if is_adapter(located.path):
+            return read_config(base_of(located.path))
         return read_folder(located.path)
     if located.path.suffix == ".gguf":
         return _config_of_gguf(located.path)

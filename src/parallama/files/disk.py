@@ -19,6 +19,7 @@ from typing import IO, Any, BinaryIO
 from ..errors import RunError, UsageError, cause, lines
 
 _CHUNK = 1 << 24
+_LOCK = ".lock"
 _REMEDIES = {
     "make room": {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
     "make the folder writable": {errno.EACCES, errno.EPERM, errno.EROFS},
@@ -168,25 +169,10 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._stream: IO[str] = (folder / ".lock").open("a+", encoding="utf-8")
-        except OSError as error:
-            raise unwritable("the run's folder", folder, error) from None
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._stream.seek(0)
-            holder = self._stream.read().strip() or "unknown"
-            self._stream.close()
-            raise UsageError(
-                lines(
-                    f"the run's folder {str(folder)!r} is being written "
-                    f"by another process (id {holder})",
-                    "expected a folder for each run",
-                    "wait for it, or choose another --out",
-                )
-            ) from None
+        self._folder = folder
+        self._made = [each for each in (folder, *folder.parents) if not each.exists()]
+        self._is_new = not (folder / _LOCK).exists()
+        self._stream = self._locked()
         try:
             self._stream.truncate(0)
             self._stream.write(str(os.getpid()))
@@ -195,6 +181,46 @@ class RunLock:
             with contextlib.suppress(OSError):  # it tries to write once more
                 self._stream.close()
             raise unwritable("the run's folder", folder, error) from None
+
+    def _locked(self) -> IO[str]:
+        """The lock's file, held."""
+        path = self._folder / _LOCK
+        while True:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                stream: IO[str] = path.open("a+", encoding="utf-8")
+            except OSError as error:
+                raise unwritable("the run's folder", self._folder, error) from None
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                stream.seek(0)
+                holder = stream.read().strip() or "unknown"
+                stream.close()
+                raise UsageError(
+                    lines(
+                        f"the run's folder {str(self._folder)!r} is being written "
+                        f"by another process (id {holder})",
+                        "expected a folder for each run",
+                        "wait for it, or choose another --out",
+                    )
+                ) from None
+            with contextlib.suppress(OSError):
+                if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+                    return stream
+            stream.close()  # its holder has removed it meanwhile
+
+    def withdraw(self, *files: str) -> None:
+        """Leave nothing of a run that didn't begin: these files of its folder, and folders made.
+
+        A folder in which there is something else stays.
+        """
+        lock = (_LOCK,) if self._is_new else ()
+        with contextlib.suppress(OSError):
+            for name in (*files, *lock):
+                (self._folder / name).unlink(missing_ok=True)
+            for folder in self._made:
+                folder.rmdir()
 
     def release(self) -> None:
         """Let another process have it."""

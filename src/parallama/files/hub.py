@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError, lines, listed
 from . import model_files, tokenizer_files, weight_files
+from .adapter_config import WEIGHTS as ADAPTER_WEIGHTS
 from .manifest import NAME as MANIFEST
 
 _DESCRIBING = (
@@ -43,7 +44,7 @@ def download(hub_id: str) -> Path:
 def _weights(hub_id: str, folder: Path) -> list[str]:
     """The names of the weight files to fetch; none where nobody can say."""
     if (folder / model_files.ADAPTER).exists():
-        return []
+        return [ADAPTER_WEIGHTS]
     index = model_files.find(folder, weight_files.INDEX)
     if index is not None:
         return sorted(set(weight_files.read_index(index).values()))

@@ -30,11 +30,12 @@ class Located:
     hub_id: str = ""
 
 
-def locate(model: str) -> Located:
+def locate(model: str, what: str = "model") -> Located:
     """Find a model; nothing is read or downloaded.
 
     Args:
         model: folder, file, hub id or shipped name.
+        what: it is, for messages.
 
     Raises:
         CheckpointError: it is none of these.
@@ -52,7 +53,7 @@ def locate(model: str) -> Located:
         return Located(kind="hub", hub_id=model)
     raise CheckpointError(
         lines(
-            f"model {shown(model)} is not there",
+            f"{what} {shown(model)} is not there",
             "expected a folder, a .gguf file, a hub id (org/name) "
             f"or a shipped name ({', '.join(SHIPPED)})",
             near_name(model, SHIPPED),

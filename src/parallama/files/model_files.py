@@ -104,16 +104,8 @@ def read_config(folder: Path) -> Any:
     """The contents of a model folder's config.json.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read, or the folder holds an adapter.
+        CheckpointError: there is none, or it cannot be read.
     """
-    if find(folder, ADAPTER) is not None:
-        raise CheckpointError(
-            lines(
-                f"folder {str(folder)!r} holds an adapter: {ADAPTER}",
-                "expected a whole model: adapters are not applied when a model is loaded",
-                "merge it with peft's merge_and_unload, and save_pretrained the result",
-            )
-        )
     path = find(folder, "config.json")
     if path is None:
         raise CheckpointError(

@@ -40,6 +40,11 @@ class TensorSource(ABC):
         """Bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype that it has in the model, and gets again in one that is written."""
+        return self.dtype
+
     @abstractmethod
     def read(self, slices: Slices | None = None) -> torch.Tensor:
         """Some slices of it, or all; not to be written to.

@@ -58,12 +58,13 @@ class LLM(ShardedModel):
         load_stats: StreamStats,
         overrides: Overrides | None = None,
         source: Checkpoint,
+        adapter: str | None = None,
         progress: Progress | None = None,
     ) -> None:
         super().__init__(
             skeleton, weights, dtype, overrides=overrides, source=source, progress=progress
         )
-        self.name = name
+        self.name, self.adapter = name, adapter
         self.tokenizer = tokenizer
         self.max_model_len = max_model_len
         self.ignored: Mapping[str, str] = ignored or {}

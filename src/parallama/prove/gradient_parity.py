@@ -14,7 +14,7 @@ from ..engine.torch_xla.loss import next_token_loss
 from ..engine.torch_xla.mesh import DeviceMesh
 from ..errors import BackendError, lines
 from ..files import skeleton
-from ..files.find import find
+from ..files.checkpoint import Checkpoint
 from ..plan.mesh_shape import DATA
 from ..plan.placement import Plan
 from ..sharded.layout import take_off_gradient
@@ -60,7 +60,7 @@ def torch_mesh(mesh: Engine) -> DeviceMesh:
 
 
 def compare_gradients(
-    model: str,
+    source: Checkpoint,
     plan: Plan,
     mesh: Engine,
     dtype: torch.dtype,
@@ -71,7 +71,7 @@ def compare_gradients(
     """Compare the gradients of a text's language-model loss, parameter by parameter.
 
     Args:
-        model: its name, as for `find`. It is loaded once more, for training.
+        source: of the model. It is loaded once more, for training.
         limit: the tolerance of relative L2.
 
     Raises:
@@ -83,7 +83,7 @@ def compare_gradients(
     squares = sum(float(gradient.double().square().sum()) for gradient in wanted.values())
     small = SMALL * math.sqrt(squares / count)
     found = []
-    for name, ours in _gradients(skeleton.to_host(find(model), dtype), plan, mesh, ids).items():
+    for name, ours in _gradients(skeleton.to_host(source, dtype), plan, mesh, ids).items():
         distance = relative_l2(ours, wanted[name], floor=small * math.sqrt(ours.numel()))
         found.append(
             GradientFigures(

@@ -39,6 +39,7 @@ class ReferenceRequest:
 
     Attributes:
         model: folder, `.gguf` file, hub id or shipped name.
+        adapter: of the model, if it has one.
         ids: the tokens of one text.
         prefill: so many of them are run at once, the others one by one.
         traced: so many of the first ones are run with every activation kept, and with gradients.
@@ -48,6 +49,7 @@ class ReferenceRequest:
     """
 
     model: str
+    adapter: str | None = None
     ids: tuple[int, ...]
     prefill: int
     traced: int
@@ -67,7 +69,7 @@ def compute(request: ReferenceRequest, folder: Path) -> None:
         whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
         save_file(whole, folder / f"{name}.safetensors")
 
-    checkpoint = find(request.model)
+    checkpoint = find(request.model, request.adapter)
     model = skeleton.to_host(checkpoint, torch.float32)
     ids = torch.tensor([request.ids])
     save(FLOAT32, _logits(model, ids, request.prefill))

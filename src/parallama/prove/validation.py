@@ -139,6 +139,7 @@ def request(
     prefill = len(ids) - decode
     return ReferenceRequest(
         model=llm.name,
+        adapter=llm.adapter,
         ids=tuple(ids),
         prefill=prefill,
         traced=min(prefill, MOST_POSITIONS),
@@ -215,7 +216,7 @@ def _judge(
     gradients = None
     if asked.gradients:
         gradients = compare_gradients(
-            asked.model,
+            llm.source,
             plan,
             mesh,
             llm.steps.dtype,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,12 @@ class Corpus:
     Attributes:
         lengths: `[N]` tokens of each.
         fingerprint: names the data, the tokenizer and how the one became tokens by the other.
-        dropped: records left out because of their length.
-        truncated: records cut because of it.
+        counts: what was done with records on the way.
     """
 
     lengths: NDArray[np.int64]
     fingerprint: str
-    dropped: int
-    truncated: int
+    counts: Counts
     _tokens: NDArray[Any]
     _trained: NDArray[Any]
     _offsets: NDArray[np.int64]
@@ -101,8 +99,7 @@ def write_corpus(folder: Path, draft: Draft, counts: Counts) -> None:
     about = {
         "documents": len(draft.tokens),
         "tokens": len(arrays["tokens"]),
-        "dropped": counts.dropped,
-        "truncated": counts.truncated,
+        "counts": asdict(counts),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     made, disk = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent)), Disk()
@@ -140,7 +137,7 @@ def read_corpus(folder: Path, fingerprint: str, seq_len: int) -> Corpus:
             int(offsets[-1]),
         )
         wanted = (about["documents"], about["tokens"], about["tokens"], about["tokens"])
-        dropped, truncated = int(about["dropped"]), int(about["truncated"])
+        counts = Counts(**about["counts"])
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise _damaged(folder, cause(error)) from None
     if found != wanted:
@@ -158,8 +155,7 @@ def read_corpus(folder: Path, fingerprint: str, seq_len: int) -> Corpus:
     return Corpus(
         lengths=lengths,
         fingerprint=fingerprint,
-        dropped=dropped,
-        truncated=truncated,
+        counts=counts,
         _tokens=arrays["tokens"],
         _trained=arrays["trained"],
         _offsets=offsets,

@@ -1,36 +1,38 @@
-"""Where training records come from: files, or a data set of Hugging Face's `datasets`."""
+"""Where training data come from: files, or a data set of Hugging Face's `datasets`."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UsageError, cause, lines
-from .records import DataError, Record, find_files, parse, read_records
+from .data_files import Row, find_files, read_rows
+from .records import DataError
 
 
 class DataSource(Protocol):
-    """Records, and what names their content."""
+    """Rows, and what names their content."""
 
     @property
     def size(self) -> int:
-        """How much there is to read: bytes or records."""
+        """How much there is to read: bytes or rows."""
         ...
 
     def update(self, hashed: Any) -> None:
         """Add the content to a hash."""
         ...
 
-    def __iter__(self) -> Iterator[tuple[Record, int]]:
-        """Records, each with how much was read by then."""
+    def __iter__(self) -> Iterator[Row]:
+        """Rows, each with how much was read by then."""
         ...
 
 
 def open_source(source: str) -> DataSource:
-    """A data source by its name: `hf:NAME[:SPLIT]`, or as in `records.find_files`.
+    """A data source by its name: `hf:NAME[:CONFIG][:SPLIT]`, or as in `data_files.find_files`.
 
     Raises:
         DataError: it is not there, or holds no records.
@@ -61,11 +63,11 @@ class _Files:
                     )
                 ) from None
 
-    def __iter__(self) -> Iterator[tuple[Record, int]]:
+    def __iter__(self) -> Iterator[Row]:
         done = 0
         for path in self.paths:
-            for record, read in read_records(path):
-                yield record, done + read
+            for row in read_rows(path):
+                yield replace(row, read=done + row.read)
             done += path.stat().st_size
 
 
@@ -82,9 +84,16 @@ class _HubRows:
         """See `DataSource`."""
         hashed.update(str(self.rows._fingerprint).encode())
 
-    def __iter__(self) -> Iterator[tuple[Record, int]]:
+    def __iter__(self) -> Iterator[Row]:
         for number, row in enumerate(self.rows, 1):
-            yield parse(row, f"{self.name} row {number}"), number
+            yield Row(document=row, where=f"{self.name} row {number}", read=number)
+
+
+def _parts(source: str) -> tuple[str, str | None, str]:
+    """Name, config and split of `hf:NAME[:CONFIG][:SPLIT]`; a split may be `train[:10%]`."""
+    name, *rest = re.split(r":(?![^\[]*\])", source.removeprefix("hf:"), maxsplit=2)
+    split = rest.pop() if rest else ""
+    return name, rest[0] if rest else None, split or "train"
 
 
 def _hugging_face(source: str) -> _HubRows:
@@ -96,17 +105,17 @@ def _hugging_face(source: str) -> _HubRows:
                 f"data {source!r} needs the package 'datasets'", "pip install 'parallama[datasets]'"
             )
         ) from None
-    name, _, split = source.removeprefix("hf:").partition(":")
+    name, config, split = _parts(source)
     try:
         if Path(name, "state.json").is_file():
             rows = datasets.load_from_disk(name)
         else:
-            rows = datasets.load_dataset(name, split=split or "train")
+            rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # of many kinds, network ones among them
         raise DataError(
             lines(
                 f"data {source!r} cannot be had: {type(error).__name__}: {cause(error, 120)}",
-                "expected hf:NAME:SPLIT, or a file",
+                "expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, or a file",
             )
         ) from None
     if not hasattr(rows, "_fingerprint"):

@@ -7,7 +7,7 @@ values and the command line's `--help` are made from it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -46,21 +46,32 @@ class Range:
         return " and ".join(f"{word} {bound}" for word, bound in parts if bound is not None)
 
 
-def option(default: Any, help: str, **bounds: Any) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    words: bool = False,
+    aliases: Mapping[Any, Any] | None = None,
+    **bounds: Any,
+) -> Any:
     """A field of a dataclass of options.
 
     Args:
         default: `REQUIRED` where there is none.
         help: what it means, in a few words.
+        words: a list of words; `a,b` is the same as `[a, b]`.
+        aliases: other words for some of its values.
         bounds: of a number; see `Range`.
     """
-    return field(default=default, metadata={"help": help, "range": Range(**bounds)})
+    about = {"help": help, "range": Range(**bounds), "words": words, "aliases": aliases or {}}
+    return field(default=default, metadata=about)
 
 
 class Declared:
     """Base of frozen dataclasses whose fields are `option`s.
 
-    Lists become tuples, and whole numbers become floats where a float is declared.
+    Lists become tuples, a text where only a list is taken becomes a list of it, and whole numbers
+    become floats where a float is declared.
 
     Raises:
         UsageError: a value is not of its kind, or not in its range.
@@ -82,13 +93,20 @@ class Declaration:
 
     Attributes:
         kind: its type annotation.
+        words, aliases: see `option`.
     """
 
     name: str
     kind: Any
     help: str
     range: Range
-    required: bool
+    default: Any
+    words: bool
+    aliases: Mapping[Any, Any]
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
 
     @property
     def expected(self) -> str:
@@ -112,14 +130,26 @@ class Declaration:
         Raises:
             UsageError: it is not of the kind, or not in the range.
         """
-        kept = tuple(value) if isinstance(value, list) else value
-        if type(value) is int and float in (get_args(self.kind) or (self.kind,)):
+        kept = self._spelled_out(tuple(value) if isinstance(value, list) else value)
+        kinds = get_args(self.kind) or (self.kind,)
+        if type(value) is int and float in kinds and int not in kinds:
             kept = float(value) if value in Range() else value
         if not _takes(self.kind, self.range, kept):
             raise UsageError(
                 lines(f"{called} is {shown(value)}", f"expected {self.expected}", *more)
             )
         return kept
+
+    def _spelled_out(self, value: Any) -> Any:
+        """The value without aliases, and a list where only a list is taken."""
+        is_list = get_origin(self.kind) is tuple
+        if isinstance(value, str) and is_list:
+            value = tuple(part.strip() for part in value.split(",")) if self.words else (value,)
+        if not is_list or not self.aliases:
+            return self.aliases.get(value, value) if isinstance(value, (str, bool)) else value
+        each = [self.aliases.get(part, part) if isinstance(part, str) else part for part in value]
+        spread = [part if isinstance(part, tuple) else (part,) for part in each]
+        return tuple(part for parts in spread for part in parts)
 
 
 def declarations(kind: type) -> tuple[Declaration, ...]:
@@ -131,7 +161,9 @@ def declarations(kind: type) -> tuple[Declaration, ...]:
             kind=hints[each.name],
             help=each.metadata["help"],
             range=each.metadata["range"],
-            required=each.default is REQUIRED,
+            default=each.default,
+            words=each.metadata["words"],
+            aliases=each.metadata["aliases"],
         )
         for each in fields(kind)
     ]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from ..errors import UsageError, lines
 from ..files.chat_template import Renderer
-from .records import Chat, Completion, DataError, Record, Text
+from .records import Chat, Completion, DataError, Record, Text, bad
 
 TooLong = Literal["error", "drop", "truncate"]
+BadRows = Literal["error", "drop"]
+_MOST_NOTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +25,48 @@ class Encoded:
     trained: list[bool]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Counts:
-    """What was done with records that are too long."""
+    """What was done with records, where they were not taken as they are.
+
+    Attributes:
+        dropped: left out as too long.
+        truncated: cut because of that.
+        bad: left out because nothing of them can be trained on.
+        rewritten: answers not trained on, since the chat template writes them differently once
+            others follow.
+        notes: what is to be said of records, each once.
+    """
 
     dropped: int = 0
     truncated: int = 0
+    bad: int = 0
+    rewritten: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Take what is to be said, if it is new."""
+        for note in notes:
+            if note not in self.notes and len(self.notes) < _MOST_NOTES:
+                self.notes.append(note)
 
 
-def encode(record: Record, tokenizer: Any, renderer: Renderer | None = None) -> Encoded:
+def encode(
+    record: Record,
+    tokenizer: Any,
+    renderer: Renderer | None = None,
+    *,
+    split_answers: bool = False,
+    counts: Counts | None = None,
+) -> list[Encoded]:
     """A record's token ids and loss mask, of any length.
+
+    It is one document, unless each answer of a conversation becomes one.
 
     Args:
         renderer: of the tokenizer's chat template, for conversations.
+        split_answers: a conversation becomes a document for each answer, which ends with it.
+        counts: where to count answers that are not trained on.
 
     Raises:
         DataError: nothing of it is trained on, or the chat template doesn't say where an answer
@@ -41,27 +74,34 @@ def encode(record: Record, tokenizer: Any, renderer: Renderer | None = None) -> 
         UsageError: it is a conversation, and there is no chat template.
         CheckpointError: the chat template is broken, or takes too long.
     """
-    eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    counts = counts if counts is not None else Counts()
+    if isinstance(record, Chat) and renderer is None and record.plain is not None:
+        counts.note(["without a chat template, instructions are put into Alpaca's own prompt"])
+        record = record.plain
+    expected = "an answer with text in it"
     if isinstance(record, Text):
-        ids = [*tokenizer(record.text, verbose=False)["input_ids"], *eos]
-        encoded = Encoded(ids=ids, trained=[True] * len(ids))
+        text = _whole(record.text, record)
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
+        found = [_ended(Encoded(ids=ids, trained=[True] * len(ids)), tokenizer, counts)]
         expected = "a text of two tokens or more: each is predicted from those before it"
     elif isinstance(record, Completion):
-        text = record.prompt + record.completion
-        found = _with_spans(tokenizer, text, [(len(record.prompt), len(text))], special=True)
-        encoded = Encoded(ids=found.ids + eos, trained=found.trained + [True] * len(eos))
-        expected = "an answer with text in it"
+        found = [_completion(record, tokenizer, counts)]
+    elif split_answers:
+        parts = [
+            replace(record, messages=record.messages[: answer + 1], answers=(answer,))
+            for answer in record.answers
+        ]
+        found = [_chat(part, tokenizer, renderer, counts) for part in parts]
     else:
-        encoded = _chat(record, tokenizer, renderer)
-        expected = "an answer with text in it"
-    if not any(encoded.trained[1:]):
-        raise DataError(
-            lines(
-                f"data {record.where}: none of its {len(encoded.ids)} tokens is trained on",
-                f"expected {expected}",
+        found = [_chat(record, tokenizer, renderer, counts)]
+    for encoded in found:
+        if not any(encoded.trained[1:]):
+            raise bad(
+                record.where,
+                f"none of its {len(encoded.ids)} tokens is trained on",
+                expected,
             )
-        )
-    return encoded
+    return found
 
 
 def fitted(
@@ -95,10 +135,35 @@ def fitted(
         counts.dropped += 1
 
 
-def _chat(record: Chat, tokenizer: Any, renderer: Renderer | None) -> Encoded:
-    """By the chat template.
+def _ended(found: Encoded, tokenizer: Any, counts: Counts) -> Encoded:
+    """A text with one BOS, if the tokenizer puts one there, and one EOS at its end.
 
-    Trained on are the assistant's words and the mark that ends its turn.
+    Texts that a chat template has made have their own.
+    """
+    ids, trained = found.ids, found.trained
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        counts.note(["texts begin with BOS already: the tokenizer's own is left out"])
+        ids, trained = ids[1:], trained[1:]
+    if eos is None:
+        counts.note(["the tokenizer names no EOS: nothing tells where a text ends"])
+    elif ids[-1:] != [eos]:
+        ids, trained = [*ids, int(eos)], [*trained, True]
+    return Encoded(ids=ids, trained=trained)
+
+
+def _completion(record: Completion, tokenizer: Any, counts: Counts) -> Encoded:
+    text = _whole(record.prompt + record.completion, record)
+    found = _with_spans(tokenizer, text, [(len(record.prompt), len(text))], special=True)
+    return _ended(found, tokenizer, counts)
+
+
+def _chat(record: Chat, tokenizer: Any, renderer: Renderer | None, counts: Counts) -> Encoded:
+    """By the chat template, up to the last answer.
+
+    Trained on are the assistant's words and the mark that ends its turn. An answer that the
+    template writes differently once others follow is left out: what stands in the conversation is
+    not what a model has to say there.
     """
     if renderer is None:
         raise UsageError(
@@ -107,58 +172,103 @@ def _chat(record: Chat, tokenizer: Any, renderer: Renderer | None) -> Encoded:
                 "expected prompt and completion, or text",
             )
         )
+    turns = _Turns(record=record, renderer=renderer)
     try:
-        whole = _rendered(renderer, record.messages)
-        spans = [
-            _span(record, renderer, whole, number)
-            for number, message in enumerate(record.messages)
-            if message["role"] == "assistant"
-        ]
-    except DataError:
-        raise
+        whole = turns.rendered(record.answers[-1] + 1)
+        spans = [turns.span(whole, answer, counts) for answer in record.answers]
     except UsageError as error:
         refused = str(error).partition(" refuses the messages: ")[2]
-        raise DataError(
-            lines(
-                f"data {record.where}: the chat template refuses it: {refused}",
-                "expected roles in an order that it takes",
-            )
+        raise bad(
+            record.where,
+            f"the chat template refuses it: {refused}",
+            "roles in an order that it takes",
         ) from None
-    return _with_spans(tokenizer, whole, spans, special=False)
-
-
-def _span(record: Chat, renderer: Renderer, whole: str, number: int) -> tuple[int, int]:
-    """Where an assistant's turn begins and ends in the rendered conversation."""
-    messages = record.messages
-    if number:
-        before = renderer.render(messages[:number])
-    else:
-        before = _rendered_opening(renderer, messages[0])
-    after = _rendered(renderer, messages[: number + 1])
-    if not (whole.startswith(after) and after.startswith(before)):
+    kept = [span for span in spans if span is not None]
+    if not kept:
         raise DataError(
             lines(
-                f"data {record.where}: the chat template writes message {number + 1} differently "
-                "when others follow it",
-                "expected a template that only appends",
+                f"data {record.where}: the chat template writes message {record.answers[-1] + 1} "
+                "otherwise than it is asked for",
+                "expected a template that writes what it wrote before, and then an answer",
                 "give the conversation as {'prompt': ..., 'completion': ...}",
             )
         )
-    # No model ever has to say what the template puts behind the end mark (a line break).
-    return len(before), max(len(after.rstrip()), len(before))
+    counts.rewritten += len(spans) - len(kept)
+    encoded = _with_spans(tokenizer, _whole(whole, record), kept, special=False)
+    last = next((at for at in reversed(range(len(encoded.ids))) if encoded.trained[at]), None)
+    if last is not None and encoded.ids[last] not in _marks(tokenizer):
+        counts.note(
+            ["the chat template ends no answer with a special token: a model may not learn to stop"]
+        )
+    return encoded
 
 
-def _rendered(renderer: Renderer, messages: Sequence[dict[str, str]]) -> str:
-    return renderer.render(messages, add_generation_prompt=False)
+@dataclass(frozen=True, kw_only=True)
+class _Turns:
+    """A conversation by its chat template."""
+
+    record: Chat
+    renderer: Renderer
+
+    def rendered(self, count: int, *, prompt: bool = False) -> str:
+        """The first messages, and with `prompt` what an answer follows."""
+        messages = self.record.messages[:count]
+        return self.renderer.render(messages, tools=self.record.tools, add_generation_prompt=prompt)
+
+    def span(self, whole: str, number: int, counts: Counts) -> tuple[int, int] | None:
+        """Where an assistant's turn begins and ends in a rendered conversation, if it is there."""
+        after = self.rendered(number + 1)
+        if not whole.startswith(after):
+            return None
+        begin = self._begin(number, after, counts)
+        # No model ever has to say what the template puts behind the end mark (a line break).
+        return None if begin is None else (begin, max(len(after.rstrip()), begin))
+
+    def _begin(self, number: int, after: str, counts: Counts) -> int | None:
+        """Where an assistant's turn begins in what is rendered up to its end."""
+        if not number:
+            return _opening(after, self.record.messages[0]["content"])
+        before = self.rendered(number, prompt=True)
+        if after.startswith(before):
+            return len(before)
+        # The prompt says more than the answer has: a thinking model's begins its thoughts.
+        bare = self.rendered(number)
+        pairs = zip(before, after, strict=False)
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        begin = max(before.rfind("\n", 0, common) + 1, len(bare))
+        if not after.startswith(bare) or begin > common:
+            return None
+        counts.note(
+            [
+                f"the chat template asks for an answer with {before[begin:]!r}, "
+                "which these answers don't begin with; they are trained as they are"
+            ]
+        )
+        return begin
 
 
-def _rendered_opening(renderer: Renderer, message: dict[str, str]) -> str:
-    """What stands before an assistant's words that open a conversation.
+@lru_cache(maxsize=4)
+def _marks(tokenizer: Any) -> frozenset[int]:
+    """Ids of special tokens."""
+    return frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
+
+
+def _whole(text: str, record: Record) -> str:
+    """The text, if UTF-8 has all of its characters: JSON can hold half of one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise bad(record.where, f"its text holds half a character, {half}", "whole ones") from None
+    return text
+
+
+def _opening(whole: str, content: str) -> int:
+    """Where an assistant's words begin that open a conversation.
 
     Templates have no prompt for such a turn.
     """
-    whole = _rendered(renderer, [message])
-    return whole[: whole.find(message["content"])] if message["content"] in whole else whole
+    return whole.find(content) if content in whole else len(whole)
 
 
 def _with_spans(

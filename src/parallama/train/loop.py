@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..files.find import find
 from . import resume
 from . import settings as settings_of
 from .batch import PADDING
+from .logs import NAME as LOG
 from .logs import JsonLog, Sink, TensorBoard, WandB, closing
 from .options import slots
 from .packing import Position, Rows, make_batch
@@ -63,14 +64,23 @@ def train(
             or the run broke: a loss that is no number, a checkpoint that can't be saved.
     """
     lock = RunLock(Path(settings.out).expanduser())
+    run: _Run | None = None
     try:
-        return _Run(settings, watch or Watch(), disk or Disk()).go()
+        run = _Run(settings, watch or Watch(), disk or Disk())
+        return run.go()
     finally:
+        if run is None or not run.begun:
+            lock.withdraw(*(() if run is None else run.made))
         lock.release()
 
 
 class _Run:
-    """What a run is made of, and the loop over it."""
+    """What a run is made of, and the loop over it.
+
+    Attributes:
+        begun: there is something of it to go on from, or of a run before.
+        made: files of its folder that it has made by then.
+    """
 
     def __init__(self, settings: TrainSettings, watch: Watch, disk: Disk) -> None:
         from ..engine.interface import start
@@ -86,6 +96,7 @@ class _Run:
 
         self.settings, self.watch, self.disk = settings, watch, disk
         self.sequences = settings.grad_accum * settings.batch_size
+        self.begun, self.made = False, list[str]()
         self.folder = Path(settings.out).expanduser()
         saved = self.folder / CHECKPOINTS
         checkpoints.clean(saved)
@@ -98,8 +109,14 @@ class _Run:
         plan, how = make_plan(spec, self.mesh.shape, overrides), settings.step_options
         check_fit(how, training_plan(plan, fsdp=how.fsdp, lora=how.lora))
         self.data = prepare_data(settings, self.tokenizer, spec.vocab, watch)
+        self.rows = self._rows(Position())
+        self.steps = settings.steps or self._steps_of(settings.epochs)
+        self.schedule = settings.learning_rate(self.steps)
         if resumed is not None:
-            resume.check_data(resumed, self.data.corpus.fingerprint)
+            fingerprint = self.data.corpus.fingerprint
+            resumed.check(settings, steps=self.steps, fingerprint=fingerprint)
+            self.schedule = resumed.schedule(settings, self.steps, watch.say)
+            self.rows = self._rows(resumed.position(settings, fingerprint, watch.say))
         self.trainer = make_trainer(
             self.model,
             self.mesh,
@@ -110,16 +127,10 @@ class _Run:
             allow_nonfinite=settings.allow_nonfinite,
         )
         self.done, self.tokens, self.last_save = 0, 0, -1
-        position = Position() if resumed is None else self._restore(resumed)
+        if resumed is not None:
+            self._restore(resumed)
         held = self.trainer.bytes_per_device()
         self.bytes_per_device = [sum(each) for each in zip(*held.values(), strict=True)]
-        self.rows = Rows(
-            self.data.corpus,
-            settings.seq_len,
-            seed=settings.seed,
-            packing=settings.packing,
-            position=position,
-        )
         self.speed = Speed.of(spec, self.sequences, settings.seq_len, self.mesh.backend.name)
         self.saver = Saver(
             saved,
@@ -129,23 +140,50 @@ class _Run:
             verified=None if resumed is None else resumed.verified,
         )
 
-    def _restore(self, resumed: resume.Resumed) -> Position:
-        """Put a checkpoint's state on the devices; where in the data the run goes on."""
+    def _rows(self, position: Position) -> Rows:
+        settings = self.settings
+        return Rows(
+            self.data.corpus,
+            settings.seq_len,
+            seed=settings.seed,
+            packing=settings.packing,
+            position=position,
+        )
+
+    def _steps_of(self, epochs: float | None) -> int:
+        """Optimizer steps that so many passes over the data take, the last one filled up."""
+        assert epochs is not None, "settings have steps or epochs"
+        rows = self.rows.count(epochs)
+        steps = math.ceil(rows / self.sequences)
+        self.watch.say(
+            f"{epochs:g} epochs are {rows:,} sequences: {steps:,} steps of {self.sequences}"
+        )
+        return steps
+
+    def _restore(self, resumed: resume.Resumed) -> None:
+        """Put a checkpoint's state on the devices."""
         from . import checkpoints
 
         manifest = resumed.manifest
-        self.trainer.load(checkpoints.read_tensors(resumed.path, manifest))
+        self.trainer.load(
+            checkpoints.read_tensors(resumed.path, manifest),
+            other_optimizer=self.settings.resume_with_changes
+            and self.trainer.optimizer_differs(manifest.tensors),
+        )
         self.done, self.tokens = manifest.step, manifest.tokens
+        self.begun = True
         self.watch.say(
             f"resumed from {resumed.path} after {self.done} steps on mesh {manifest.mesh}"
         )
-        return Position(epoch=manifest.data.epoch, row=manifest.data.row)
 
     def go(self) -> Outcome:
         """Train to the end, or to a signal."""
         settings = self.settings
+        self.made += [name for name in (CONFIG, LOG) if not (self.folder / name).exists()]
+        # A change is asked for once; what goes on from here has these settings.
+        kept = replace(settings, resume_with_changes=False)
         try:
-            (self.folder / CONFIG).write_text(settings_of.dump(settings), encoding="utf-8")
+            (self.folder / CONFIG).write_text(settings_of.dump(kept), encoding="utf-8")
         except OSError as error:
             raise unwritable("the config", self.folder / CONFIG, error) from None
         log = JsonLog(self.folder, self.done, self.disk)
@@ -156,13 +194,13 @@ class _Run:
                 sinks.append(TensorBoard(self.folder, self.done))
             if "wandb" in settings.report_to:
                 sinks.append(WandB(self.folder, settings.to_dict()))
-            if self.done < settings.steps:
+            if self.done < self.steps:
                 self._warm_up()
             compiled = self.mesh.compilations()
             with caught_signals() as caught:
-                while self.done < settings.steps and not caught:
+                while self.done < self.steps and not caught:
                     loss = self._step(sinks)
-                    last = self.done == settings.steps
+                    last = self.done == self.steps
                     if last or (settings.save_every and self.done % settings.save_every == 0):
                         self._save(log)
                 # The last save of a complete run may have left the link or old checkpoints undone.
@@ -170,7 +208,7 @@ class _Run:
                     self._save(log)
                 self.saver.wait()
             late = self.mesh.compilations() - compiled
-        stopped = caught[0] if caught and self.done < settings.steps else None
+        stopped = caught[0] if caught and self.done < self.steps else None
         return Outcome(
             steps=self.done,
             signal=stopped,
@@ -209,10 +247,11 @@ class _Run:
         self.saver.check()
         began = time.perf_counter()
         batch = make_batch(self.rows.take(self.sequences), settings.grad_accum)
-        rate = settings.learning_rate(self.done)
+        rate = self.schedule(self.done)
         result = self.trainer.step(batch, rate)
         seconds = time.perf_counter() - began
         tokens = int((batch.documents != PADDING).sum())
+        self.begun = True
         self.done += 1
         self.tokens += tokens
         entry: dict[str, Any] = {
@@ -236,7 +275,7 @@ class _Run:
             entry["samples"] = self._samples()
         for sink in sinks:
             sink.write(entry)
-        self.watch.step(entry, settings.steps)
+        self.watch.step(entry, self.steps)
         if not result.finite and settings.on_nonfinite == "stop":
             self.saver.wait()
             raise RunError(
@@ -273,6 +312,7 @@ class _Run:
         from . import snapshot
 
         settings, position, trainer = self.settings, self.rows.position, self.trainer
+        self.begun = True
         self.saver.wait()
         log.sync()
         self.saver.save(
@@ -288,8 +328,8 @@ class _Run:
                     "fingerprint": self.data.corpus.fingerprint,
                 },
                 rng={"seed": settings.seed, "step": self.done},
-                schedule=asdict(settings.learning_rate),
-                settings=settings.to_dict(),
+                schedule=asdict(self.schedule),
+                settings=settings.to_dict() | {"steps": self.steps},
                 plan=json.loads(trainer.plan.to_json()),
                 versions={package: version_of(package) or "" for package in _PACKAGES},
             )

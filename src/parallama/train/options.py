@@ -26,7 +26,10 @@ class LoraOptions(Declared):
     rank: int = option(8, "rank of the adapters, which alone are trained", least=1)
     alpha: float = option(16.0, "the product is scaled by alpha / rank", above=0)
     targets: tuple[str, ...] = option(
-        ("q_proj", "v_proj"), "modules that get an adapter, by their last name"
+        ("q_proj", "v_proj"),
+        "modules that get an adapter, by their last name, as q_proj,v_proj; all-linear: all",
+        words=True,
+        aliases={"all-linear": LORA_TARGETS, "all": LORA_TARGETS},
     )
     dropout: float = option(
         0.0, "share of an adapter's inputs that is dropped in training", least=0, below=1
@@ -69,7 +72,9 @@ class StepOptions(Declared):
         False, 'norms and the residual stream are split over "model" along the sequence'
     )
     dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "of products and activations; weights are kept, and updated, in float32"
+        "float32",
+        "of products and activations; weights are kept, and updated, in float32",
+        aliases={"bf16": "bfloat16", "fp32": "float32"},
     )
     optimizer: Literal["adamw", "sgd"] = option("adamw", "adamw or sgd")
     beta1: float = option(0.9, "AdamW's decay of the gradient's mean", least=0, below=1)

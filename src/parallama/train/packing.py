@@ -6,6 +6,7 @@ of a row.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -191,6 +192,13 @@ class Rows:
     def __len__(self) -> int:
         """Rows of the current epoch."""
         return len(self._planned(self.position.epoch))
+
+    def count(self, epochs: float) -> int:
+        """Rows of the first so many epochs; of a part of one, as many as it takes."""
+        whole = math.floor(epochs)
+        rows = sum(len(self._planned(epoch)) for epoch in range(whole))
+        left = epochs - whole
+        return rows + (math.ceil(left * len(self._planned(whole))) if left else 0)
 
     def take(self, count: int) -> list[Row]:
         """The next rows; the first of an epoch follows the last of the one before."""

@@ -57,14 +57,28 @@ def _corpus(
         tokenizer,
         seq_len=settings.seq_len,
         too_long=settings.too_long,
+        split_answers=settings.split_answers,
+        bad_rows=settings.bad_rows,
         cache=Path(settings.cache),
         progress=watch.of(f"tokenizing {what}"),
     )
     corpus.check(vocab)
-    dropped = f", {corpus.dropped} dropped as too long" if corpus.dropped else ""
-    truncated = f", {corpus.truncated} truncated" if corpus.truncated else ""
+    counts = corpus.counts
+    left_out = {
+        "dropped as too long": counts.dropped,
+        "truncated": counts.truncated,
+        "rows dropped as bad": counts.bad,
+    }
     watch.say(
         f"{what}: {len(corpus.lengths):,} documents, {corpus.token_count:,} tokens, "
-        f"{corpus.trained_count:,} of them trained on{dropped}{truncated}"
+        f"{corpus.trained_count:,} of them trained on"
+        + "".join(f", {count:,} {how}" for how, count in left_out.items() if count)
     )
+    if counts.rewritten:
+        watch.say(
+            f"{what}: {counts.rewritten:,} answers are not trained on: the chat template writes "
+            "them differently once others follow (split_answers makes a sample of each)"
+        )
+    for note in counts.notes:
+        watch.say(f"{what}: {note}")
     return corpus

@@ -17,7 +17,7 @@ class Schedule:
         kind: how it falls after the warm-up. `cosine` is that of Loshchilov and Hutter, 2017
             (SGDR), without restarts.
         peak: its largest value.
-        steps: optimizer steps of the whole run.
+        steps: optimizer steps that it is drawn over. Later ones have the rate of the last.
         warmup: steps in which it rises linearly. Step `warmup` is the first at the peak.
         floor: what it falls to, as a share of the peak.
     """
@@ -30,6 +30,7 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         """The learning rate of a step; the first is step 0."""
+        step = min(step, self.steps - 1)
         if step < self.warmup:
             return self.peak * (step + 1) / (self.warmup + 1)
         if self.kind == "constant":

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from ..errors import UsageError, cause, lines, listed, shown
 from ..plan.mesh_shape import MeshShape
 from . import yaml_config
-from .declared import REQUIRED, Declared, declarations, option
+from .declared import REQUIRED, Declaration, Declared, declarations, option
+from .key_names import nearest
 from .layout import check_batch
 from .options import StepOptions
 from .schedule import Kind, Schedule
@@ -26,11 +27,14 @@ class TrainSettings(StepOptions):
     model: str = option(REQUIRED, "folder, .gguf file, hub id or shipped name (smollm2)")
     data: str | tuple[str, ...] = option(
         REQUIRED,
-        "JSONL or .txt file, a folder of them, shipped:chat, shipped:text, hf:NAME[:SPLIT]; "
-        "or a list",
+        "JSONL, JSON or text file, a folder of them, shipped:chat, shipped:text, "
+        "hf:NAME[:SPLIT]; or a list",
     )
     out: str = option(REQUIRED, "folder of the run: checkpoints, log.jsonl, the trained model")
-    steps: int = option(REQUIRED, "optimizer steps of the whole run", least=1)
+    steps: int | None = option(
+        None, "optimizer steps of the whole run; this or epochs must be given", least=1
+    )
+    epochs: float | None = option(None, "passes over the data, instead of steps", above=0)
     mesh: str = option("1x1", "data x model, as 2x4")
     backend: str = option("cpu", "cpu, tpu, tt, or the path or name of a PJRT plugin")
     plan: str | None = option(None, "YAML or JSON file of sharding overrides")
@@ -38,10 +42,18 @@ class TrainSettings(StepOptions):
     too_long: Literal["error", "drop", "truncate"] = option(
         "error", "what becomes of a conversation longer than seq_len"
     )
+    split_answers: bool = option(
+        False, "a sample for each answer of a conversation, which ends with it"
+    )
+    bad_rows: Literal["error", "drop"] = option(
+        "error", "what becomes of rows of no known form, or with nothing to train on"
+    )
     seed: int = option(0, "order of the data, adapters, dropout", least=0)
     lr: float = option(2e-5, "peak learning rate", above=0)
     schedule: Kind = option("cosine", "cosine, linear or constant, after the warm-up")
-    warmup_steps: int = option(0, "steps of linear warm-up", least=0)
+    warmup_steps: int | float = option(
+        0, "steps of linear warm-up; below 1: a share of all steps", least=0
+    )
     min_lr_ratio: float = option(
         0.0, "what the learning rate falls to, as a share of lr", least=0, most=1
     )
@@ -53,7 +65,12 @@ class TrainSettings(StepOptions):
     allow_nonfinite: bool = option(False, "load weights that hold NaN or infinity, too")
     async_save: bool = option(True, "write checkpoints while training goes on")
     resume: str = option(
-        "no", "no, auto (the newest complete checkpoint of out), or a checkpoint's folder"
+        "no",
+        "no, auto (the newest complete checkpoint of out), or a checkpoint's folder",
+        aliases={True: "auto", False: "no", "true": "auto", "false": "no"},
+    )
+    resume_with_changes: bool = option(
+        False, "go on although schedule, batch, data, seed or optimizer are no longer the same"
     )
     eval_data: str | tuple[str, ...] | None = option(None, "validation data, as data")
     eval_every: int = option(0, "steps between validations; 0: never", least=0)
@@ -64,7 +81,10 @@ class TrainSettings(StepOptions):
     sample_prompts: tuple[str, ...] = option((), "what the samples continue")
     sample_tokens: int = option(48, "new tokens of a sample", least=1)
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = option(
-        (), "where the log goes besides log.jsonl"
+        (),
+        "where the log goes besides log.jsonl: tensorboard, wandb",
+        words=True,
+        aliases={"none": ()},
     )
     export: bool = option(True, "write OUT/model at the end, a folder that transformers loads")
     cache: str = option("~/.cache/parallama/tokens", "folder of tokenized data")
@@ -81,13 +101,34 @@ class TrainSettings(StepOptions):
     def mesh_shape(self) -> MeshShape:
         return MeshShape.parse(self.mesh)
 
-    @property
-    def learning_rate(self) -> Schedule:
+    def learning_rate(self, steps: int) -> Schedule:
+        """The schedule of a run of so many steps.
+
+        Raises:
+            UsageError: the warm-up is longer, or no whole number of steps.
+        """
+        warmup = self.warmup_steps
+        if warmup < 1:
+            warmup = math.ceil(warmup * steps)
+        if warmup != int(warmup):
+            raise UsageError(
+                lines(
+                    f"warmup_steps is {warmup}",
+                    "expected a whole number, or a share of all steps below 1",
+                )
+            )
+        if warmup > steps:
+            raise UsageError(
+                lines(
+                    f"warmup_steps is {warmup:g}, steps is {steps}",
+                    "expected a warm-up within the run",
+                )
+            )
         return Schedule(
             kind=self.schedule,
             peak=self.lr,
-            steps=self.steps,
-            warmup=self.warmup_steps,
+            steps=steps,
+            warmup=int(warmup),
             floor=self.min_lr_ratio,
         )
 
@@ -113,8 +154,13 @@ def read(path: Path | None, options: Sequence[str] = ()) -> TrainSettings:
         FitError: the batch doesn't divide over the mesh.
     """
     document = yaml_config.read_file(path) if path is not None else {}
-    for key, text in _pairs(options):
+    pairs = _pairs(options)
+    for key, text in pairs:
         _set(document, key, text)
+    given = {key for key, _ in pairs}
+    for key, other in (("steps", "epochs"), ("epochs", "steps")):
+        if key in given and other not in given:
+            document.pop(other, None)
     return make(document)
 
 
@@ -137,6 +183,15 @@ def dump(settings: TrainSettings) -> str:
 def keys() -> list[str]:
     """All keys, in order."""
     return [each.name for each in declarations(TrainSettings)]
+
+
+def explain() -> Iterator[tuple[str, Declaration]]:
+    """What is known of every key, those within a key after it, as `lora.rank`."""
+    for each in declarations(TrainSettings):
+        yield each.name, each
+        if each.nested is not None:
+            for inner in declarations(each.nested):
+                yield f"{each.name}.{inner.name}", inner
 
 
 def _sources(given: str | tuple[str, ...] | None) -> list[str]:
@@ -174,7 +229,8 @@ def _set(document: dict[str, Any], key: str, text: str) -> None:
         document[first][inner] = _value(key, text)
         return
     kind = next((each.kind for each in declarations(TrainSettings) if each.name == key), None)
-    is_text = kind is str or (kind == str | None and text != "null")
+    kinds = {kind, *get_args(kind)}
+    is_text = kind is str or (str in kinds and text != "null" and not text.startswith("["))
     document[key] = text if is_text else _value(key, text)
 
 
@@ -195,14 +251,10 @@ def _build(kind: type[T], document: Mapping[str, Any], within: str = "") -> T:
     known = {each.name: each for each in declarations(kind)}
     for key in document:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            raise UsageError(
-                lines(
-                    f"config key {f'{within}{key}'!r} is unknown",
-                    f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}",
-                )
-            )
+            raise _unknown(f"{within}{key}")
     missing = [each.name for each in known.values() if each.required and each.name not in document]
+    if kind is TrainSettings and document.get("steps") is document.get("epochs") is None:
+        missing.append("steps (or epochs)")
     if missing:
         raise UsageError(
             lines(
@@ -213,6 +265,8 @@ def _build(kind: type[T], document: Mapping[str, Any], within: str = "") -> T:
     values = {}
     for key, value in document.items():
         declared = known[key]
+        if declared.nested is not None and isinstance(value, bool):
+            value = {} if value else None
         if declared.nested is not None and isinstance(value, Mapping):
             value = _build(declared.nested, value, f"{key}.")
         called = f"config key {f'{within}{key}'!r}"
@@ -220,16 +274,31 @@ def _build(kind: type[T], document: Mapping[str, Any], within: str = "") -> T:
     return kind(**values)
 
 
+def _unknown(key: str) -> UsageError:
+    explained = dict(explain())
+    near = nearest(key, explained)
+    return UsageError(
+        lines(
+            f"config key {key!r} is unknown",
+            f"did you mean {near!r}? {explained[near].help}"
+            if near is not None
+            else "expected one of those that 'parallama train --help' explains",
+        )
+    )
+
+
 def _check(settings: TrainSettings) -> None:
     """What one key alone can't tell."""
     check_batch(settings.batch_size, settings.mesh_shape)
-    if settings.warmup_steps > settings.steps:
-        raise UsageError(
-            lines(
-                f"warmup_steps is {settings.warmup_steps}, steps is {settings.steps}",
-                "expected a warm-up within the run",
+    if settings.steps is not None:
+        if settings.epochs is not None:
+            raise UsageError(
+                lines(
+                    f"steps is {settings.steps}, and epochs is {settings.epochs:g}",
+                    "expected one of the two: each says how long the run is",
+                )
             )
-        )
+        settings.learning_rate(settings.steps)
     if not settings.sources or (settings.eval_data is not None and not settings.eval_sources):
         key = "eval_data" if settings.sources else "data"
         raise UsageError(

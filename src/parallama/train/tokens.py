@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import RunError, UsageError, cause, lines
-from ..files.chat_template import renderer_of
+from ..files.chat_template import Renderer, renderer_of
 from .corpus import Corpus, Draft, is_written, read_corpus, write_corpus
+from .data_files import Row
 from .data_sources import DataSource, open_source
-from .encoding import Counts, TooLong, encode, fitted
+from .encoding import BadRows, Counts, Encoded, TooLong, encode, fitted
 from .records import DataError
+from .row_forms import parse
 
-VERSION = 1
+VERSION = 2
 """Of what `encoding` makes of a record. Another number makes every cache anew."""
 Progress = Callable[[int, int], None]
 
@@ -30,6 +33,8 @@ def prepare(
     *,
     seq_len: int,
     too_long: TooLong = "error",
+    split_answers: bool = False,
+    bad_rows: BadRows = "error",
     cache: Path,
     progress: Progress | None = None,
 ) -> Corpus:
@@ -40,11 +45,14 @@ def prepare(
         tokenizer: of transformers, a fast one.
         seq_len: most tokens of a document. A longer text becomes several documents; conversations
             and completions are treated as `too_long` says.
+        split_answers: see `encoding.encode`.
+        bad_rows: what becomes of a row of no known form, or with nothing to train on.
         cache: folder for tokenized data.
-        progress: called with bytes (or records) done and all of them.
+        progress: called with bytes (or rows) done and all of them.
 
     Raises:
-        DataError: see `records`; or a record is too long, or nothing of it is trained on.
+        DataError: see `data_files` and `row_forms`; or a record is too long, or nothing of it is
+            trained on.
         UsageError: the model has no tokenizer, or a conversation has no chat template.
         RunError: the cache can't be written, or is damaged.
     """
@@ -53,10 +61,11 @@ def prepare(
             lines("the model has no tokenizer.json", "expected one: training data are text")
         )
     opened = [open_source(source) for source in sources]
-    key = _fingerprint(opened, tokenizer, seq_len, too_long)
+    how = _How(seq_len=seq_len, too_long=too_long, split_answers=split_answers, bad_rows=bad_rows)
+    key = _fingerprint(opened, tokenizer, how)
     folder = cache.expanduser() / key
     if not is_written(folder):
-        draft, counts = _encode_all(opened, tokenizer, seq_len, too_long, progress)
+        draft, counts = _encode_all(opened, tokenizer, how, progress)
         try:
             write_corpus(folder, draft, counts)
         except OSError as error:
@@ -69,14 +78,21 @@ def prepare(
     return read_corpus(folder, key, seq_len)
 
 
-def _fingerprint(
-    sources: Sequence[DataSource], tokenizer: Any, seq_len: int, too_long: TooLong
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class _How:
+    """How rows become documents; see `prepare`."""
+
+    seq_len: int
+    too_long: TooLong
+    split_answers: bool
+    bad_rows: BadRows
+
+
+def _fingerprint(sources: Sequence[DataSource], tokenizer: Any, how: _How) -> str:
     hashed = hashlib.sha256()
     about = [
         VERSION,
-        seq_len,
-        too_long,
+        *astuple(how),
         getattr(tokenizer, "chat_template", None),
         tokenizer.eos_token_id,
         tokenizer.backend_tokenizer.to_str(),
@@ -88,11 +104,7 @@ def _fingerprint(
 
 
 def _encode_all(
-    sources: Sequence[DataSource],
-    tokenizer: Any,
-    seq_len: int,
-    too_long: TooLong,
-    progress: Progress | None,
+    sources: Sequence[DataSource], tokenizer: Any, how: _How, progress: Progress | None
 ) -> tuple[Draft, Counts]:
     """Every document of every source.
 
@@ -105,12 +117,11 @@ def _encode_all(
     origin = repr(tokenizer.name_or_path) if tokenizer.name_or_path else "the model"
     renderer = renderer_of(tokenizer, origin) if getattr(tokenizer, "chat_template", None) else None
     for source in sources:
-        for record, done in source:
-            encoded = encode(record, tokenizer, renderer)
-            for document in fitted(record, encoded, seq_len, too_long, counts):
+        for row in source:
+            for document in _documents(row, tokenizer, renderer, how, counts):
                 draft.add(document)
             if progress is not None:
-                progress(before + done, total)
+                progress(before + row.read, total)
         before += source.size
     if progress is not None:
         progress(total, total)
@@ -118,8 +129,27 @@ def _encode_all(
         raise DataError(
             lines(
                 f"the data have no token to train on ({counts.dropped} records were dropped as too "
-                "long)",
+                f"long, {counts.bad} as bad)",
                 "expected at least one",
+                *counts.notes[:1],
             )
         )
     return draft, counts
+
+
+def _documents(
+    row: Row, tokenizer: Any, renderer: Renderer | None, how: _How, counts: Counts
+) -> Iterator[Encoded]:
+    try:
+        record = parse(row.document, row.where)
+        found = encode(record, tokenizer, renderer, split_answers=how.split_answers, counts=counts)
+    except DataError as error:
+        if how.bad_rows == "error":
+            raise
+        if not counts.bad:
+            counts.note([f"the first row that was dropped as bad: {str(error).splitlines()[0]}"])
+        counts.bad += 1
+        return
+    counts.note(record.notes)
+    for encoded in found:
+        yield from fitted(record, encoded, how.seq_len, how.too_long, counts)

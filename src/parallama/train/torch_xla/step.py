@@ -6,7 +6,7 @@ A program is traced once and replayed for every step. The state is updated in pl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -113,14 +113,24 @@ class Trainer:
             return placed
         return take_off(placed, self.plan, parameter_of(name)).contiguous()
 
+    def optimizer_differs(self, names: Collection[str]) -> bool:
+        """Whether a state's tensors are of another optimizer than this one."""
+        kept = {name for name in self.changing() if not name.startswith(PARAMETER)}
+        return kept != {name for name in names if not name.startswith(PARAMETER)}
+
     def load(
-        self, tensors: Mapping[str, Callable[[], torch.Tensor]] | Iterator[tuple[str, torch.Tensor]]
+        self,
+        tensors: Mapping[str, Callable[[], torch.Tensor]] | Iterator[tuple[str, torch.Tensor]],
+        *,
+        other_optimizer: bool = False,
     ) -> None:
         """Put tensors of the state on the devices, from the host and in the checkpoint's layout.
 
         Args:
             tensors: name to a function that reads it, or an iterator that gives names and tensors;
                 those of `changing`, and others of the state if there are any.
+            other_optimizer: they are of another one. Its part is not read, and this one's begins
+                anew.
 
         Raises:
             CheckpointError: a tensor is missing, unknown, or of another shape.
@@ -130,6 +140,8 @@ class Trainer:
         loaded: dict[str, torch.Tensor] = {}
         known = set(self._layout.names())
         for name, source in tensors:
+            if other_optimizer and not name.startswith(PARAMETER):
+                continue
             if name not in known:
                 raise CheckpointError(
                     lines(
@@ -141,7 +153,11 @@ class Trainer:
                 loaded[name] = self.mesh.put(source.reshape(1).float().contiguous(), (None,))
             else:
                 loaded[name] = self._put(parameter_of(name), source)
-        missing = [name for name in self.changing() if name not in loaded]
+        missing = [
+            name
+            for name in self.changing()
+            if name not in loaded and (name.startswith(PARAMETER) or not other_optimizer)
+        ]
         if missing:
             raise CheckpointError(
                 lines(
