@@ -115,12 +115,7 @@ def test_everything_that_came_with_the_weights_is_in_the_folder(dressed, tmp_pat
         stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor)
         for name, tensor in expected.items()
     )
-    for name in (
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-    ):
+    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (dressed / name).read_bytes(), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["kept"] == 7 and config["dtype"] == "bfloat16" and "auto_map" not in config
