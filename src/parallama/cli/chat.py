@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
+from ..progress_bars import progress_bars
 from . import options, output
 from .input import text_of
 
@@ -35,7 +36,7 @@ def chat(
 ) -> None:
     """Talk to a model, one line a turn. /new starts over, /exit or the end of input leaves."""
     chosen.check_lengths(max_model_len, max_new_tokens, default_len=CHAT_LENGTH)
-    with output.progress(quiet) as progress:
+    with progress_bars(quiet) as progress:
         llm = chosen.load(progress=progress, max_model_len=max_model_len)
         from ..inference.chat import Chat
 
