@@ -11,7 +11,7 @@ import pytest
 import torch
 from device_cases import from_folder
 
-from parallama.engine.sampling_params import SamplingParams
+from parallama.engine.row_sampling import RowSampling
 from parallama.engine.steps import StepKey, cache_names
 from parallama.engine.torch_xla import cache
 from parallama.engine.torch_xla.mesh import DeviceMesh
@@ -83,7 +83,7 @@ def audited_run(folder: str, mesh: str, prompts: list[list[int]], steps: int) ->
     session = Session(
         made,
         programs,
-        [SamplingParams()] * len(prompts),
+        [RowSampling()] * len(prompts),
         capacity=longest + steps,
         longest_prompt=longest,
     )

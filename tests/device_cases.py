@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 import parallama
-from parallama.engine.sampling_params import SamplingParams
+from parallama.engine.row_sampling import RowSampling
 from parallama.engine.steps import StepKey
 from parallama.engine.torch_xla import attention_products, block_attention, onednn, ops, sampling
 from parallama.engine.torch_xla.counters import compilations
@@ -90,9 +90,7 @@ def generate(
 ) -> dict[str, Any]:
     """Tokens and log-probabilities of every row, and the session's figures."""
     model, programs = loaded(folder, mesh)
-    rows = (
-        [SamplingParams(**row) for row in params] if params else [SamplingParams()] * len(prompts)
-    )
+    rows = [RowSampling(**row) for row in params] if params else [RowSampling()] * len(prompts)
     longest = longest_prompt or max(len(prompt) for prompt in prompts)
     session = Session(model, programs, rows, capacity=capacity, longest_prompt=longest, eos=eos)
     taken = [session.prefill(prompts), *session.decode(steps - 1)]
@@ -120,7 +118,7 @@ def conversation(
     """
     model, programs = loaded(folder, mesh)
     rows = len(turns[0])
-    session = Session(model, programs, [SamplingParams()] * rows, capacity=capacity, continued=True)
+    session = Session(model, programs, [RowSampling()] * rows, capacity=capacity, continued=True)
     texts: list[list[int]] = [[] for _ in range(rows)]
     answers, computed = [], []
     for turn in turns:
@@ -163,7 +161,7 @@ def frozen_rows(
     """
     model, programs = loaded(folder, mesh)
     session = Session(
-        model, programs, [SamplingParams()] * len(prompts), capacity=256, eos=[eos], continued=True
+        model, programs, [RowSampling()] * len(prompts), capacity=256, eos=[eos], continued=True
     )
     taken = [session.prefill(prompts), *session.decode(steps - 1)]
     first = [[choices[row].token for choices in taken] for row in range(len(prompts))]
@@ -345,7 +343,7 @@ def choose(
     vocab = logits.shape[1] if vocab is None else vocab
     extra = -logits.shape[1] % device_mesh.shape.model
     logits = torch.nn.functional.pad(logits, (0, extra))
-    params = [SamplingParams(**row) for row in rows]
+    params = [RowSampling(**row) for row in rows]
     mode = functools.reduce(operator.or_, (row.mode for row in params))
     host = host_params(params) | {"logits": logits, "positions": positions.to(torch.int32)}
     if mode.penalty:

@@ -64,11 +64,11 @@ def scored_beside_others(
     }
 
 
-def evaluated_beside_others(mesh: str) -> dict[str, int]:
+def evaluated_beside_others(folder: str, mesh: str) -> dict[str, int]:
     """What an evaluation counts where others have programs compiled between its batches; and all
     that were compiled.
     """
-    llm = parallama.load("smollm2", mesh=mesh, max_model_len=64)
+    llm = parallama.load(folder, mesh=mesh)
     others, began = Others(llm), llm.mesh.compilations()
     llm._progress = lambda what, *_: others() if what in ("scoring", "generating") else None
     document = evaluate(

@@ -9,7 +9,7 @@ import torch
 from device_cases import from_folder
 
 import parallama
-from parallama.engine.sampling_params import SamplingParams
+from parallama.engine.row_sampling import RowSampling
 from parallama.engine.torch_xla.mesh import DeviceMesh
 from parallama.model.spec import ModelSpec
 from parallama.plan.make_plan import make_plan
@@ -39,7 +39,7 @@ def journey(
     llm = parallama.load(folder, mesh=meshes[0])
     before = _weights(llm)
     session = llm.session(
-        [SamplingParams(**row) for row in rows], capacity=64, longest_prompt=max(map(len, prompts))
+        [RowSampling(**row) for row in rows], capacity=64, longest_prompt=max(map(len, prompts))
     )
     taken = [session.prefill(prompts)]
     reports, equal, cache_equal = [], [], []

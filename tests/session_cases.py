@@ -11,6 +11,7 @@ import torch
 from device_cases import from_folder
 
 import parallama
+from parallama.engine.row_sampling import RowSampling
 from parallama.engine.torch_xla.counters import compilations
 from parallama.errors import ParallamaError
 
@@ -54,7 +55,7 @@ def two_streams(folder: str, prompt: list[int]) -> dict[str, Any]:
     a prefill.
     """
     llm = parallama.load(folder)
-    session = llm.session([llm.sampling_params()], capacity=64, longest_prompt=len(prompt))
+    session = llm.session([RowSampling()], capacity=64, longest_prompt=len(prompt))
     session.prefill([prompt])
     older = session.decode(8)
     first = next(older)[0].token

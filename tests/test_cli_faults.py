@@ -17,7 +17,7 @@ from reference import TinyModels
 from parallama.cli.chat import CHAT_LENGTH
 from parallama.files.find import find
 from parallama.inference.chat import DEFAULT_ANSWER_TOKENS, DEFAULT_CHAT_LENGTH
-from parallama.inference.llm import DEFAULT_NEW_TOKENS
+from parallama.inference.requests import DEFAULT_NEW_TOKENS
 
 COMMAND = [sys.executable, "-m", "parallama"]
 LIMIT_S = 300
@@ -107,7 +107,7 @@ EVAL = ["eval", "{}", "-t", "x"]
 SAMPLING = [
     ("--temperature", "-1"),
     ("--temperature", "nan"),
-    ("--top-k", "-1"),
+    ("--top-k", "-2"),
     ("--top-p", "0"),
     ("--top-p", "1.5"),
     ("--min-p", "2"),

@@ -17,7 +17,7 @@ from door_engine import HostEngine, HostTensor
 from reference import Tiny, TinyModels
 
 import parallama
-from parallama.engine.sampling_params import SamplingParams
+from parallama.engine.row_sampling import RowSampling
 from parallama.errors import BackendError, ParallamaError, RunError
 from parallama.evaluate.scorer import Scorer, Text
 from parallama.prove.audit import audit, step_key
@@ -80,7 +80,7 @@ def test_a_conversation_goes_on_from_its_cache(tiny: Tiny) -> None:
     llm = load(tiny, "2x2")
     turns = reference.random_prompts((20, 5, 70), tiny.vocab)
     wanted = reference.greedy_turns(tiny.model, turns, 4)
-    session = llm.session([SamplingParams()], capacity=200, continued=True)
+    session = llm.session([RowSampling()], capacity=200, continued=True)
     taken: list[int] = []
     for turn, answer in zip(turns, wanted, strict=True):
         taken += turn
@@ -114,7 +114,7 @@ def test_logits_are_those_of_transformers(tiny: Tiny, mesh: str) -> None:
 def test_logits_of_tokens_that_are_fed_are_those_of_transformers(tiny: Tiny) -> None:
     llm = load(tiny, "2x2")
     ids = reference.random_ids(2, 12, tiny.vocab)
-    session = llm.session([SamplingParams()] * 2, capacity=12, longest_prompt=8, scored=True)
+    session = llm.session([RowSampling()] * 2, capacity=12, longest_prompt=8, scored=True)
     session.prefill(ids[:, :8].tolist())
     found = torch.stack([session.feed(column.tolist()) for column in ids[:, 8:].T], 1)
     wanted = reference.logits(tiny.model, ids)[:, 8:]

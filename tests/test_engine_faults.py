@@ -46,7 +46,7 @@ def test_every_token_id_comes_through_a_float_as_it_was(workers: Any) -> None:
     assert workers[1].call("engine_fault_cases:wholes", numbers=ids) == ids
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("1x1", marks=pytest.mark.slow), "1x2"])
 def test_a_token_whose_id_fp32_cannot_hold_is_chosen_and_scored_by_its_own_id(
     workers: Any, mesh: str
 ) -> None:

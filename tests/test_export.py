@@ -115,12 +115,7 @@ def test_everything_that_came_with_the_weights_is_in_the_folder(dressed, tmp_pat
         stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor)
         for name, tensor in expected.items()
     )
-    for name in (
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-    ):
+    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (dressed / name).read_bytes(), name
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["kept"] == 7 and config["dtype"] == "bfloat16" and "auto_map" not in config
@@ -322,7 +317,7 @@ def test_the_command_writes_the_folder_and_says_what_is_in_it(dressed, tmp_path)
 
 def test_a_config_is_what_it_was(models):
     """A config that has no file of its own says all that matters."""
-    from parallama.files.export import _described
+    from parallama.files.export_configs import described
 
     config = LlamaConfig(
         hidden_size=24,
@@ -331,6 +326,6 @@ def test_a_config_is_what_it_was(models):
         tie_word_embeddings=True,
         vocab_size=50,
     )
-    assert LlamaConfig.from_dict(_described(config)).to_dict() == config.to_dict() | {
+    assert LlamaConfig.from_dict(described(config)).to_dict() == config.to_dict() | {
         "architectures": ["LlamaForCausalLM"]
     }

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import reference
+import train_models
 from conftest import Workers
 from plugin_maker import make
 from reference import TinyModels
@@ -420,7 +421,10 @@ def test_a_scorer_counts_its_own_programs_and_no_others(
     assert found["compiled"] + found["by_others"] == found["all"]
 
 
-def test_the_harness_counts_its_own_programs_and_no_others(workers: Workers) -> None:
-    found = workers[2].call("prove_fault_cases:evaluated_beside_others", mesh="1x2")
+def test_the_harness_counts_its_own_programs_and_no_others(
+    workers: Workers, tmp_path: Path
+) -> None:
+    folder = train_models.make(tmp_path / "model")
+    found = workers[2].call("prove_fault_cases:evaluated_beside_others", folder=folder, mesh="1x2")
     assert found["by_others"] > 0 and found["compiled"] > 0 and found["after_warmup"] == 0
     assert found["compiled"] + found["by_others"] == found["all"]

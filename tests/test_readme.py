@@ -166,7 +166,7 @@ def test_python_of_the_readme_runs(block: Block, tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text(block.body, encoding="utf-8")
     done = run([sys.executable, "example.py"], tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Jupiter" in done.stdout
+    assert "Paris" in done.stdout
 
 
 def test_the_demo_of_the_readme_is_what_make_demo_runs() -> None:

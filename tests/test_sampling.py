@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from parallama.engine.sampling_params import SamplingParams
+from parallama.engine.row_sampling import RowSampling
 from parallama.errors import UsageError
 
 OPTIMIZE = True  # of the workers' programs
@@ -364,5 +364,5 @@ def test_a_parameter_out_of_range_is_named_with_its_value_and_limits(
     name: str, value: Any, limits: tuple[str, ...]
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        SamplingParams(**{name: value})
+        RowSampling(**{name: value})
     check_raised(caught.value, 2, f"{name} is {value!r}", *limits)

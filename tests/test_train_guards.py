@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 import train_models
 from checkpoint_cases import snapshot, state
+from forks import command
 from kill_cases import counting
 from test_checkpoints import _flip, names, read, same, two  # noqa: F401
-from test_cli import environment
 
 from parallama.__main__ import run
 from parallama.cli.train_options import AuditedStep, PlannedStep
@@ -103,17 +103,11 @@ def test_audit_takes_weights_that_are_not_finite_for_a_training_step_where_asked
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights["model.norm.weight"][3] = float("nan")
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    command = [sys.executable, "-m", "parallama", "audit", str(folder), "--phase", "train"]
-    command += ["--seq", "8", "--json"]
-    refused, taken = (
-        subprocess.run(
-            [*command, *more], capture_output=True, text=True, timeout=600, env=environment()
-        )
-        for more in ([], ["--allow-nonfinite"])
-    )
-    assert refused.returncode == 3 and "model.norm.weight" in refused.stderr
-    assert taken.returncode == 0, taken.stderr
-    assert json.loads(taken.stdout)["passed"]
+    asked = ["audit", str(folder), "--phase", "train", "--seq", "8", "--json"]
+    refused, taken = (command([*asked, *more]) for more in ([], ["--allow-nonfinite"]))
+    assert refused.code == 3 and "model.norm.weight" in refused.err
+    assert taken.code == 0, taken.err
+    assert json.loads(taken.out)["passed"]
 
 
 def test_the_options_of_a_step_are_declared_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,14 +117,14 @@ def test_the_options_of_a_step_are_declared_once(capsys: pytest.CaptureFixture[s
     settings = settings_of.make(LEAST)
     assert settings.step_options == StepOptions()
     assert settings.to_dict().items() >= StepOptions().to_dict().items()
-    for command, group in (("audit", AuditedStep), ("plan", PlannedStep)):
-        assert run([command, "--help"]) == 0
+    for verb, group in (("audit", AuditedStep), ("plan", PlannedStep)):
+        assert run([verb, "--help"]) == 0
         shown = "".join(capsys.readouterr().out.replace("│", "").split())
         for field in fields(group):
             name = field.name.replace("lora_", "")
             kind = LoraOptions if name != field.name else StepOptions
             (help_,) = (each.help for each in declarations(kind) if each.name == name)
-            assert "".join(help_.split()) in shown, (command, name)
+            assert "".join(help_.split()) in shown, (verb, name)
 
 
 WRONG = {

@@ -38,6 +38,7 @@ def test_a_good_folder_is_sound(folder):
         "ignored": [],
         "manifest_files": 2,
         "findings": (),
+        "notes": (),
         "passed": True,
     }
 

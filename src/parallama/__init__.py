@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import load as load
-    from .engine.sampling_params import SamplingParams as SamplingParams
     from .engine.torch_xla.mesh import DeviceMesh as DeviceMesh
     from .errors import ParallamaError as ParallamaError
     from .files.export import export_weights as export_weights
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from .inference.completion import Chunk as Chunk
     from .inference.completion import Completion as Completion
     from .inference.llm import LLM as LLM
+    from .inference.sampling_params import SamplingParams as SamplingParams
     from .model.spec import ModelSpec as ModelSpec
     from .plan.heads import HeadLayout as HeadLayout
     from .plan.make_plan import make_plan as make_plan
@@ -50,7 +50,7 @@ _HOMES = {
     "Resharding": "sharded.reshard",
     "reshard_model": "sharded.reshard_model",
     "export_weights": "files.export",
-    "SamplingParams": "engine.sampling_params",
+    "SamplingParams": "inference.sampling_params",
     "shard_model": "sharded.shard_model",
     "ModelSpec": "model.spec",
     "MeshShape": "plan.mesh_shape",

@@ -19,6 +19,7 @@ from .model.spec import ModelSpec
 from .plan.make_plan import make_plan
 from .plan.mesh_shape import MeshShape
 from .plan.overrides import read_overrides
+from .progress_bars import ProgressBars, is_watched
 from .sharded import loading
 
 
@@ -34,7 +35,7 @@ def load(
     dtype: str = "auto",
     max_model_len: int | None = None,
     allow_nonfinite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = True,
     keep_hlo: bool = False,
 ) -> LLM:
     """Load a model onto a mesh.
@@ -54,13 +55,16 @@ def load(
             backend.
         max_model_len: most tokens of prompt and answer together; the model's own maximum if None.
         allow_nonfinite: load weights that hold NaN or infinity, too.
-        progress: called while tensors are put on the devices and programs compiled.
+        progress: whether loading and compiling show bars on standard error, where that is a
+            terminal or a notebook; or a function that is called in their place.
         keep_hlo: keep the optimized HLO of every program, which `audit` and `inspect` read.
 
     Raises:
         ParallamaError: with the exit code of its kind; see `errors`.
     """
     began = time.perf_counter()
+    if isinstance(progress, bool):
+        progress = ProgressBars() if progress and is_watched() else None
     overrides = read_overrides(plan) if isinstance(plan, (str, Path)) else plan
     shape = mesh.shape if isinstance(mesh, Engine) else MeshShape.parse(mesh)
     locate(str(model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from ..engine.sampling_params import SamplingParams
+from ..engine.row_sampling import RowSampling
 from ..inference.llm import LLM
 from ..inference.run_stats import Choice, RunStats
 from ..inference.session import Session
@@ -57,7 +57,7 @@ class Ours:
     def prepare(self, batch: int, prompt: int, steps: int) -> None:
         """See `Engine.prepare`."""
         self._steps = steps
-        rows = [SamplingParams()] * batch
+        rows = [RowSampling()] * batch
         self._session = Session(
             self.llm.steps, self.llm.programs, rows, capacity=prompt + steps, longest_prompt=prompt
         )

@@ -126,6 +126,7 @@ class Served:
                 backend_options=given["backend_options"],
                 dtype=given["dtype"],
                 allow_nonfinite=given["allow_nonfinite"],
+                progress=None,
             )
         )
         loaded = time.time()

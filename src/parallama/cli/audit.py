@@ -10,6 +10,7 @@ import typer
 
 from ..errors import UsageError, lines
 from ..plan.collectives import INFERENCE, Phase
+from ..progress_bars import progress_bars
 from ..train.options import StepOptions
 from . import options, output
 from .train_options import AuditedStep
@@ -66,11 +67,11 @@ def audit(
     if phase == "train":
         dtype = StepOptions.dtype if chosen.dtype == "auto" else chosen.dtype
         how = step.options(batch_size=batch, seq_len=seq, dtype=dtype)
-        with output.only_json(as_json), output.progress(quiet) as progress:
+        with output.only_json(as_json), progress_bars(quiet) as progress:
             audits = [_train(chosen, how, progress, accept_plan=accept_plan)]
     else:
         phases = INFERENCE if phase == "all" else [each for each in INFERENCE if each == phase]
-        with output.only_json(as_json), output.progress(quiet) as progress:
+        with output.only_json(as_json), progress_bars(quiet) as progress:
             audits = _inference(chosen, phases, batch, seq, progress, accept_plan=accept_plan)
     passed = all(each.passed for each in audits)
     if as_json:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UsageError
+from ..progress_bars import progress_bars
 from . import options, output
 from .chat_commands import HELP, command_of
 from .input import text_of
@@ -38,7 +39,7 @@ def chat(
     end of input leaves.
     """
     chosen.check_lengths(max_model_len, max_new_tokens, default_len=CHAT_LENGTH)
-    with output.progress(quiet) as progress:
+    with progress_bars(quiet) as progress:
         llm = chosen.load(progress=progress, max_model_len=max_model_len)
         from ..inference.chat import Chat
 

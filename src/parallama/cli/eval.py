@@ -11,6 +11,7 @@ import typer
 
 from ..errors import UsageError, lines
 from ..plan.mesh_shape import MeshShape
+from ..progress_bars import progress_bars
 from . import options, output
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def evaluate(
     with output.only_json(as_json):
         # Tasks first: a misspelt name says so before a model is loaded.
         found = find_tasks(tasks, include_path or [], model=chosen.model, quiet=quiet)
-        with output.progress(quiet) as progress:
+        with progress_bars(quiet) as progress:
             llm = chosen.load(progress=progress, max_model_len=max_model_len)
             document = run(llm, found, how, batch=batch_size, quiet=quiet)
         files = write(document, output_path) if output_path is not None else []

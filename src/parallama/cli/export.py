@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..progress_bars import progress_bars
 from . import options, output
 
 
@@ -42,7 +43,7 @@ def export(
     check_free(out)  # now, not after minutes of loading
     if dtype != "auto":
         resolve(dtype)
-    with output.only_json(as_json), output.progress(quiet) as progress:
+    with output.only_json(as_json), progress_bars(quiet) as progress:
         if mesh is None:
             report = None if progress is None else partial(progress, "writing")
             exported = export_checkpoint(

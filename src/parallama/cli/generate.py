@@ -1,22 +1,26 @@
-"""`parallama generate`: continue prompts."""
+"""`parallama generate`: continue prompts, answer conversations."""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import text_files
 from ..errors import UsageError, lines
+from ..progress_bars import progress_bars
 from . import options, output
-from .input import text_of
+from .asked import Asked, from_options, from_prompts_file
 
 if TYPE_CHECKING:
     from ..inference.completion import Completion
     from ..inference.llm import LLM
+    from ..inference.requests import Request
 
 
 def generate(
@@ -30,14 +34,40 @@ def generate(
         typer.Option("--prompt-ids", help="A prompt as token ids, as 1,2,3; several times."),
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option("--prompt-file", help="A file that holds one prompt.")
+        Path | None,
+        typer.Option(
+            "--prompt-file", help="A file that holds one prompt; its last newline is left out."
+        ),
     ] = None,
+    messages: Annotated[
+        Path | None,
+        typer.Option("--messages", help="A JSON file with a conversation, or a list of them."),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts-file",
+            help="A file with a prompt a line, or .jsonl with prompt or messages and sampling"
+            " parameters; results are JSON lines, printed as they end.",
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int,
+        typer.Option(
+            "--max-num-seqs",
+            help="Most rows at a time of --prompts-file.",
+            callback=options.within(1),
+        ),
+    ] = 16,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")
     ] = False,
     system: Annotated[
         str | None, typer.Option("--system", help="System message, with --chat.")
     ] = None,
+    n: Annotated[
+        int, typer.Option("--n", help="Completions of each prompt.", callback=options.within(1))
+    ] = 1,
     stop: Annotated[
         list[str] | None,
         typer.Option("--stop", help="End the text before this string; several times."),
@@ -61,84 +91,98 @@ def generate(
     quiet: options.Quiet = False,
 ) -> None:
     """Continue one or more prompts; a single one streams to the terminal."""
-    prompts: list[Any] = _prompts(prompt, prompt_ids, prompt_file)
+    if prompts_file is not None and (prompt or prompt_ids or prompt_file or messages):
+        raise UsageError(
+            lines("--prompts-file was given beside another prompt", "expected one of them")
+        )
+    if prompts_file is not None and as_json:
+        raise UsageError(
+            lines("--json was given with --prompts-file", "its results are JSON lines without it")
+        )
     if system is not None and not chat:
         raise UsageError(lines("--system was given without --chat", "expected both, or neither"))
+    if prompts_file is None:
+        asked = from_options(prompt, prompt_ids, prompt_file, messages)
+    else:
+        asked = from_prompts_file(prompts_file)
+    if chat:
+        asked = [_in_conversation(each, system) for each in asked]
     chosen.check_lengths(max_model_len, max_new_tokens)
-    with output.only_json(as_json), output.progress(quiet) as progress:
-        llm = chosen.load(progress=progress, max_model_len=max_model_len)
-        if chat:
-            prompts = [_in_template(llm, text, system) for text in prompts]
-        settings: dict[str, Any] = sampling.arguments | {
-            "max_new_tokens": max_new_tokens,
-            "stop": stop or [],
-            "ignore_eos": ignore_eos,
-        }
-        outputs: list[Completion] = []
-        if as_json or len(prompts) > 1:
-            outputs = llm.generate(prompts, **settings)
-        else:
-            for chunk in llm.stream(prompts[0], **settings):
+    settings: dict[str, Any] = sampling.arguments | {
+        "max_new_tokens": max_new_tokens,
+        "stop": stop or [],
+        "ignore_eos": ignore_eos,
+        "n": n,
+    }
+    with progress_bars(quiet) as progress:
+        with output.only_json(as_json or prompts_file is not None):
+            llm = chosen.load(progress=progress, max_model_len=max_model_len)
+            requests = _requests(llm, asked, settings)
+            outputs = llm.completed(requests) if as_json else []
+        if as_json:
+            output.print_json(_document(llm, outputs), readable=True)
+        elif prompts_file is not None:
+            _print_lines(llm, requests, asked, max_num_seqs)
+        elif len(requests) == 1:
+            for _, chunk, _ in llm.chunks(requests):
                 typer.echo(chunk.text, nl=False)
                 sys.stdout.flush()
             typer.echo()
-    if as_json:
-        output.print_json(_document(llm, outputs), readable=True)
-    else:
-        for number, completion in enumerate(outputs, 1):
-            typer.echo(f"--- {number} of {len(prompts)}\n{completion.text}")
+        else:
+            for number, completion in enumerate(llm.completed(requests), 1):
+                typer.echo(f"--- {number} of {len(requests)}\n{completion.text}")
     if not quiet:
         _figures(llm)
 
 
-def _prompts(
-    texts: list[str] | None, ids: list[str] | None, file: Path | None
-) -> list[str | list[int]]:
-    prompts: list[str | list[int]] = [*(texts or [])]
-    for given in ids or []:
-        try:
-            prompts.append([int(part) for part in given.split(",")])
-        except ValueError:
-            raise UsageError(
-                lines(
-                    f"--prompt-ids {given!r} cannot be read",
-                    "expected whole numbers with commas, as 1,2,3",
-                )
-            ) from None
-    if file is not None:
-        try:
-            prompts.append(text_files.read(file))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UsageError(
-                lines(
-                    f"--prompt-file {str(file)!r} cannot be read: {reason}", "expected a text file"
-                )
-            ) from None
-    if not prompts:
-        if sys.stdin is None or sys.stdin.isatty():
-            raise UsageError(
-                lines(
-                    "there is no prompt",
-                    "expected --prompt, --prompt-ids, --prompt-file, or text on standard input",
-                )
-            )
-        prompts.append(text_of(sys.stdin.read))
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise UsageError(lines("a prompt is empty", "expected some text, or token ids"))
-    return prompts
-
-
-def _in_template(llm: LLM, prompt: str | list[int], system: str | None) -> list[int]:
-    if not isinstance(prompt, str):
+def _in_conversation(asked: Asked, system: str | None) -> Asked:
+    """A prompt as what a user says, for `--chat`."""
+    if not isinstance(asked.prompt, str):
+        given = "--prompt-ids was" if asked.messages is None else "messages were"
         raise UsageError(
-            lines(
-                "--prompt-ids was given with --chat",
-                "expected text, which the chat template can hold",
-            )
+            lines(f"{given} given with --chat", "expected text, which the chat template can hold")
         )
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    return llm.render_chat([*messages, {"role": "user", "content": prompt}])
+    system_message = [{"role": "system", "content": system}] if system is not None else []
+    messages = [*system_message, {"role": "user", "content": asked.prompt}]
+    return replace(asked, prompt=None, messages=messages)
+
+
+def _requests(llm: LLM, asked: Sequence[Asked], settings: Mapping[str, Any]) -> list[Request]:
+    """What the model is asked for: a request for each completion."""
+    from ..inference.sampling_params import SamplingParams
+
+    prompts: list[tuple[str | None, list[int]]] = []
+    for each in asked:
+        if each.messages is not None:
+            prompts.append((None, llm.render_chat(each.messages)))
+        elif each.prompt is not None:
+            text = each.prompt if isinstance(each.prompt, str) else None
+            prompts.append((text, llm.encode(each.prompt)))
+    params = [SamplingParams(**{**settings, **each.params}) for each in asked]
+    return llm.requests(prompts, params)
+
+
+def _print_lines(
+    llm: LLM, requests: Sequence[Request], asked: Sequence[Asked], max_num_seqs: int
+) -> None:
+    """Print each completion as a line of JSON, as soon as it has ended."""
+    of = list(accumulate(int(request.index == 0) for request in requests))
+    for place, completion in llm.run(requests, max_num_seqs=max_num_seqs):
+        output.print_json(
+            {**asked[of[place] - 1].carried, **_completion(completion)}, readable=True
+        )
+        sys.stdout.flush()
+
+
+def _completion(each: Completion) -> dict[str, Any]:
+    return {
+        "prompt": each.prompt_ids if each.prompt is None else each.prompt,
+        "index": each.index,
+        "text": each.text,
+        "token_ids": each.token_ids,
+        "logprobs": each.logprobs,
+        "finish_reason": each.finish_reason,
+    }
 
 
 def _document(llm: LLM, outputs: list[Completion]) -> dict[str, Any]:
@@ -148,16 +192,7 @@ def _document(llm: LLM, outputs: list[Completion]) -> dict[str, Any]:
         "backend": llm.mesh.backend.name,
         "mesh": dict(llm.mesh.shape),
         "dtype": str(llm.steps.dtype).removeprefix("torch."),
-        "outputs": [
-            {
-                "prompt": each.prompt_ids if each.prompt is None else each.prompt,
-                "text": each.text,
-                "token_ids": each.token_ids,
-                "logprobs": each.logprobs,
-                "finish_reason": each.finish_reason,
-            }
-            for each in outputs
-        ],
+        "outputs": [_completion(each) for each in outputs],
         "ignored": [{"name": name, "reason": reason} for name, reason in llm.ignored.items()],
         "stats": _stats(llm, sum(len(each.token_ids) - 1 for each in outputs)),
     }

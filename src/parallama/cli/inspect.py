@@ -12,6 +12,7 @@ from ..plan.collectives import Phase
 from ..plan.mesh_shape import MeshShape
 from ..plan.picture import draw
 from ..plan.picture_files import check_target, write
+from ..progress_bars import progress_bars
 from . import options, output
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def inspect(
 
     if hlo is not None:
         check_folder(hlo)
-    with output.only_json(as_json), output.progress(quiet) as progress:
+    with output.only_json(as_json), progress_bars(quiet) as progress:
         llm = chosen.load(progress=progress, max_model_len=max_model_len, keep_hlo=hlo is not None)
         length = min(_DEFAULT_LENGTH, llm.max_model_len) if max_model_len is None else max_model_len
         inspector = Inspector(llm, batch=batch, max_model_len=length)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..engine.devices.plugins import OptionValue, parse_options
-from ..engine.sampling_params import SamplingParams
 from ..errors import ParallamaError, UsageError, lines
+from ..inference.sampling_params import SamplingParams
 from ..plan.mesh_shape import MeshShape
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ class SamplingOptions:
         typer.Option("--temperature", help="0 is greedy.", show_default="the model's"),
     ] = None
     top_k: Annotated[
-        int | None, typer.Option("--top-k", help="Sample from the so many best; 0 is all.")
+        int | None, typer.Option("--top-k", help="Sample from the so many best; 0 or -1 is all.")
     ] = None
     top_p: Annotated[
         float | None,
@@ -273,13 +273,17 @@ class SamplingOptions:
     repetition_penalty: Annotated[
         float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.")
     ] = None
-    seed: Annotated[int, typer.Option("--seed", help="Same seed, same text, on every mesh.")] = 0
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", help="Same seed, same text, on every mesh.", show_default="drawn anew"
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in self.arguments.items() if value is not None}
-        SamplingParams(**given)  # refuses what is out of range
+        SamplingParams(**self.arguments)  # refuses what is out of range
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """For `LLM.sampling_params`."""
+        """For `SamplingParams`."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""What commands print: progress and remarks to standard error, results to standard output. Pure."""
+"""What commands print: remarks to standard error, results to standard output. Pure."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..inference.sharded_model import Progress
-
 _STDOUT, _STDERR = 1, 2
 _printed: list[bool] = []  # one for each document of `--json` that the command has printed
-_IN_BYTES = ("loading", "writing", "moving")  # progress that counts bytes; other counts pieces
 
 
 def say(text: str) -> None:
@@ -86,47 +83,3 @@ def only_json(asked: bool) -> Iterator[None]:
             ctypes.CDLL(None).fflush(None)  # what C has printed is buffered until now
         os.dup2(kept, _STDOUT)
         os.close(kept)
-
-
-@contextmanager
-def progress(quiet: bool) -> Iterator[Progress | None]:
-    """A progress bar on standard error, if that is a terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        ProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as Bars
-
-    running: dict[str, tuple[Bars, Any]] = {}
-
-    def start(what: str, total: int) -> None:
-        counts: list[ProgressColumn] = [MofNCompleteColumn()]
-        if what in _IN_BYTES:
-            counts = [DownloadColumn(), TransferSpeedColumn()]
-        columns = [TextColumn("{task.description}"), BarColumn(), *counts, TimeElapsedColumn()]
-        bars = Bars(*columns, console=Console(stderr=True), transient=True)
-        bars.start()
-        running[what] = bars, bars.add_task(what, total=total)
-
-    def report(what: str, done: int, total: int) -> None:
-        if what not in running:
-            start(what, total)
-        bars, task = running[what]
-        bars.update(task, completed=done, total=total)
-        if done >= total:
-            running.pop(what)[0].stop()
-
-    try:
-        yield report
-    finally:
-        for bars, _ in running.values():
-            bars.stop()

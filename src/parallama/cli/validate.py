@@ -12,6 +12,7 @@ import typer
 from .. import text_files
 from ..errors import UsageError, cause, lines
 from ..plan.mesh_shape import MeshShape
+from ..progress_bars import progress_bars
 from . import options, output
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def validate(
     """
     _check_lengths(prompt_tokens, decode, chosen.positions())
     given = None if tokens is None else _read(tokens)
-    with output.only_json(as_json), output.progress(quiet) as progress:
+    with output.only_json(as_json), progress_bars(quiet) as progress:
         llm = chosen.load(progress=progress)
         from ..prove.validation import validate as run
 

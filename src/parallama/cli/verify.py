@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import CheckpointError, lines
+from ..progress_bars import progress_bars
 from . import options, output
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def verify(
     environment.expect_no_devices()
     from ..prove.verification import verify as run
 
-    with output.only_json(as_json), output.progress(quiet) as progress:
+    with output.only_json(as_json), progress_bars(quiet) as progress:
         report = None if progress is None else partial(progress, "reading")
         found = run(model, report)
     if as_json:
@@ -60,6 +61,8 @@ def _show(found: Verification) -> None:
         typer.echo(f"{found.manifest_files} files held against manifest.json")
     for name, reason in list(found.ignored.items())[:_SHOWN]:
         typer.echo(f"not read: {lines(name)} ({reason})")
+    for note in found.notes:
+        typer.echo(f"note: {note}")
     for finding in found.findings[:_SHOWN]:
         typer.echo(f"- {finding.check}: " + "\n  ".join(finding.message.splitlines()))
     more = len(found.findings) - _SHOWN

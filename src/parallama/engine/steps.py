@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..plan.mesh_shape import DATA, MODEL
-from .sampling_params import GREEDY, Mode
+from .row_sampling import GREEDY, Mode
 
 SPAN = "span"
 """Name of a `[1]` int32: one more than the largest position in the batch."""

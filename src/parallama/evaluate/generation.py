@@ -11,9 +11,10 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 
-from ..engine.sampling_params import SamplingParams
+from ..engine.row_sampling import RowSampling
 from ..errors import UsageError, lines, shown
 from ..inference.llm import LLM
+from ..inference.sampling_params import SamplingParams
 from ..inference.session import Session
 from ..inference.text_stream import TextStream
 from ..plan.program_shapes import text_size
@@ -71,7 +72,7 @@ class TaskGeneration:
                     "the model's limit with its context",
                 )
             )
-        self._sampling = _sampling(settings)
+        self._params = SamplingParams(**_sampling(settings))
         # A stop string that is a special token is never part of a text: the token itself ends it.
         special = set(self._tokenizer.all_special_tokens)
         stops = {
@@ -124,9 +125,8 @@ class TaskGeneration:
     def _session(self, prompts: Sequence[Sequence[int]], requests: Sequence[int]) -> Session:
         """A session with a row for each prompt, filled up to the batch."""
         longest = self.longest(prompts)
-        params: list[SamplingParams] = [
-            self._llm.sampling_params(**self._sampling, seed=self._seed_of(request))
-            for request in requests
+        params: list[RowSampling] = [
+            self._llm.row_sampling(self._params, self._seed_of(request)) for request in requests
         ]
         return self._llm.session(
             params,

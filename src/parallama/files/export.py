@@ -5,7 +5,6 @@ The folder appears under its name when it is whole and on the disk, or not at al
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
@@ -22,16 +21,13 @@ import torch
 from ..errors import RunError, UsageError, cause, lines
 from ..model.dtype_names import unknown_dtype
 from ..model.spec import ModelSpec
-from . import manifest, model_files, nonfinite, tokenizer_files
-from .adapter import AdaptedCheckpoint
-from .checkpoint import Checkpoint, SafetensorsFolder
+from . import export_configs, manifest, nonfinite
+from .checkpoint import Checkpoint
 from .disk import Disk
 from .weight_writer import SHARD_BYTES, Kind, kind_of, write
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What weights can be cast to, by name."""
-_CODE_KEYS = ("auto_map",)
-"""Keys of a config.json that name code, which is not copied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +102,11 @@ def export_weights(
                 progress(done, total)
 
     dtypes = list({kind.dtype for kind in kinds.values()})
+    dtype_word = _word(*dtypes) if len(dtypes) == 1 else None
     with _folder_at(Path(out), disk) as (folder, unfinished):
         files = write(unfinished, passing(), kinds, shard_bytes, disk)
-        files += _write_config(source, unfinished, dtypes[0] if len(dtypes) == 1 else None, disk)
-        files += _write_others(source, unfinished, disk)
+        files += export_configs.write_config(source, unfinished, dtype_word, disk)
+        files += export_configs.write_others(source, unfinished, disk)
         manifest.write(unfinished, files, disk)
         files.append(manifest.NAME)
         size = sum((unfinished / name).stat().st_size for name in files)
@@ -233,96 +230,6 @@ def _folder_at(out: Path, disk: Disk) -> Iterator[tuple[Path, Path]]:
                 "give another one",
             )
         ) from None
-
-
-def _write_config(
-    source: Checkpoint, folder: Path, dtype: torch.dtype | None, disk: Disk
-) -> list[str]:
-    """config.json as it came, but with the dtype written, and without keys that name code."""
-    source = _base(source)
-    if isinstance(source, SafetensorsFolder):
-        document: dict[str, Any] = dict(model_files.read_config(source.location))
-    else:
-        document = _described(source.config)
-    for key in _CODE_KEYS:
-        document.pop(key, None)
-    if dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in document and "dtype" not in document else "dtype"
-        document[key] = _word(dtype)
-    disk.write(folder / "config.json", _json(document))
-    return ["config.json"]
-
-
-def _described(config: Any) -> dict[str, Any]:
-    """The config.json of a checkpoint that has none."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    document = config.to_diff_dict()
-    return {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]} | document
-
-
-def _write_others(source: Checkpoint, folder: Path, disk: Disk) -> list[str]:
-    """Generation config, tokenizer and chat templates.
-
-    They are a folder's own files as they are, or what another checkpoint says.
-    """
-    base = _base(source)
-    if isinstance(base, SafetensorsFolder):
-        return _copy_others(base.location, _tokenizer_folder(source), folder, disk)
-    there = set(folder.rglob("*"))
-    if source.generation:
-        disk.write(folder / "generation_config.json", _json(source.generation))
-    tokenizer = source.tokenizer()
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    new = sorted(path for path in folder.rglob("*") if path.is_file() and path not in there)
-    for path in new:
-        disk.sync_file(path)
-    names = [str(path.relative_to(folder)) for path in new]
-    _sync_inner(folder, names, disk)
-    return names
-
-
-def _base(source: Checkpoint) -> Checkpoint:
-    """The model itself, where a checkpoint is one with adapters."""
-    while isinstance(source, AdaptedCheckpoint):
-        source = source.base
-    return source
-
-
-def _tokenizer_folder(source: Checkpoint) -> Path:
-    """Where a checkpoint's tokenizer is."""
-    while isinstance(source, AdaptedCheckpoint) and source.tokenizer_folder is None:
-        source = source.base
-    own = source.tokenizer_folder if isinstance(source, AdaptedCheckpoint) else None
-    return own or source.location
-
-
-def _copy_others(origin: Path, tokenizer: Path, folder: Path, disk: Disk) -> list[str]:
-    own = tokenizer_files.files(tokenizer)
-    generation = model_files.find(origin, "generation_config.json")
-    if generation is not None:
-        own[generation.name] = generation
-    for name, path in own.items():
-        copy = folder / name
-        if not copy.parent.exists():
-            disk.make_folder(copy.parent)
-        disk.copy(path, copy)
-    _sync_inner(folder, own, disk)
-    return list(own)
-
-
-def _sync_inner(folder: Path, names: Iterable[str], disk: Disk) -> None:
-    """Sync the folders within a folder that some files of it are in."""
-    for inner in dict.fromkeys((folder / name).parent for name in names):
-        if inner != folder:
-            disk.sync_folder(inner)
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    text = json.dumps(document, indent=2, ensure_ascii=False)
-    # UTF-8 has no half of a surrogate pair; JSON has it as an escape.
-    return text.encode(errors="backslashreplace") + b"\n"
 
 
 def _word(*dtypes: torch.dtype) -> str:

@@ -13,16 +13,14 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, cause, lines, listed
-from ..model.families import FAMILIES
+from ..model.config_checks import check_generation
 from ..model.spec import ModelSpec
-from . import gguf_header
+from . import gguf_header, gguf_keys, gguf_rope
 from .bounded_tokenizer import bound
 from .checkpoint import Checkpoint, config_from_dict
 from .tensor_source import Slices, TensorSource
 from .weight_reader import WeightReader
 
-_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-"""Those whose converter is known: its names, its order of rows."""
 _INTERLEAVED = ("llama", "mistral")
 """Those whose converter interleaves the two halves of each query and key head."""
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -40,10 +38,9 @@ class GgufFile(Checkpoint):
         from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
         self.location = path
-        self.ignored: Mapping[str, str] = {}
         with gguf_header.private_copy(path) as copy:
             try:
-                metadata, _ = read_gguf_metadata(str(copy))
+                metadata, _ = read_gguf_metadata(str(copy), (gguf_keys.TOKENS,))
                 header = GgufHeader.from_file(str(copy))
             except Exception as error:  # a damaged header leads the reader anywhere
                 text = cause(error).replace(str(copy), str(path))
@@ -59,11 +56,24 @@ class GgufFile(Checkpoint):
         spans = [(info.offset, info.offset + info.nbytes, info.name) for info in header.tensors]
         _check_whole(path, header.data_start + max((end for _, end, _ in spans), default=0))
         _check_apart(path, spans)
-        _check_supported(path, header.architecture, metadata, self._tensors)
-        document, self.generation = _described(header.architecture, metadata)
-        document["tie_word_embeddings"] = "output.weight" not in self._tensors
+        gguf_keys.check_supported(metadata, path.name)
+        document = gguf_keys.described(metadata, self._tensors, self._rope_factors(), path.name)
+        self.generation = gguf_keys.generation(metadata)
+        self.ignored: Mapping[str, str] = gguf_keys.ignored(metadata)
+        self._has_tokenizer = gguf_keys.has_tokenizer(metadata)
         self.config = config_from_dict(document | self.generation, path.name)
         self.spec = ModelSpec.from_config(self.config)
+        check_generation(self.generation, path.name, self.spec.vocab)
+
+    def _rope_factors(self) -> list[float] | None:
+        """What the file's rotary frequencies are divided by, if it says so."""
+        info = self._tensors.get(gguf_rope.FACTORS)
+        if info is None:
+            return None
+        start = self._data_start + info.offset
+        tensor = _GgufTensor(info.name, self.location.name, self._reader, info, start, heads=None)
+        values: list[float] = tensor.read().float().flatten().tolist()
+        return values
 
     def file_of(self, name: str) -> str:
         """The file itself: it holds all."""
@@ -80,7 +90,7 @@ class GgufFile(Checkpoint):
             key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == spec.model_type
         )
         name_map = gguf.get_tensor_name_map(architecture, spec.layers)
-        unread, found = set(self._tensors), []
+        unread, found = set(self._tensors) - {gguf_rope.FACTORS}, []
         for name, shape in spec.parameters():
             theirs = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
             if theirs not in self._tensors:
@@ -128,7 +138,9 @@ class GgufFile(Checkpoint):
             )
 
     def tokenizer(self) -> Any | None:
-        """The tokenizer that the file describes."""
+        """The tokenizer that the file describes, or None if it holds none."""
+        if not self._has_tokenizer:
+            return None
         from transformers import PreTrainedTokenizerFast
         from transformers.integrations.gguf.gguf_tokenizer_mapping import (
             convert_gguf_tokenizer,
@@ -195,29 +207,6 @@ class _GgufTensor(TensorSource):
         return values if self._heads is None else _split_halves(values, self._heads)
 
 
-def _described(
-    architecture: str, metadata: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config and the generation config that the metadata amount to."""
-    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-
-    names = GGUF_CONFIG_MAPPING.get(architecture, {})
-    prefix = f"{architecture}."
-    document = {
-        names[key.removeprefix(prefix)]: value
-        for key, value in metadata.items()
-        if key.startswith(prefix) and names.get(key.removeprefix(prefix))
-    }
-    document["model_type"] = architecture
-    document.setdefault("vocab_size", metadata.get("tokenizer.ggml.tokens"))
-    generation = {
-        name: metadata[f"tokenizer.ggml.{name}"]
-        for name in ("eos_token_id", "bos_token_id")
-        if f"tokenizer.ggml.{name}" in metadata
-    }
-    return document, generation
-
-
 def _interleaved_heads(name: str, spec: ModelSpec) -> int | None:
     """Heads of a weight whose rotary pairs are interleaved in the file."""
     if spec.model_type not in _INTERLEAVED:
@@ -234,28 +223,6 @@ def _split_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
-
-
-def _check_supported(
-    path: Path, architecture: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]
-) -> None:
-    if architecture in FAMILIES and architecture not in _ARCHITECTURES:
-        raise CheckpointError(
-            lines(
-                f"{path.name} holds a {architecture} model, which is not supported as GGUF",
-                f"expected one of {', '.join(_ARCHITECTURES)}",
-                "use the safetensors checkpoint",
-            )
-        )
-    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in tensors:
-        raise CheckpointError(
-            lines(
-                f"{path.name} scales its rotary frequencies",
-                "expected plain ones: GGUF does not say enough to rebuild them",
-                "use the safetensors checkpoint",
-            )
-        )
 
 
 def _check_whole(path: Path, end: int) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 
 from .. import text_files
 from ..errors import CheckpointError, cause, lines, shown
+from ..notices import say_once
 from . import model_files, tokenizer_load_trial, tokenizer_values
 from .bounded_tokenizer import bound
+from .tokenizer_agreement import by_its_files
 from .tokenizer_pipeline import is_bounded_file
 
 _FAST = "tokenizer.json"
@@ -64,6 +66,8 @@ def read(folder: Path, model_type: str) -> Any | None:
         if _FAST not in found or not is_bounded_file(_content(stage / _FAST)):
             tokenizer_load_trial.check(stage, folder)
         tokenizer = load(stage, folder)
+    for note in tokenizer.notes:
+        say_once(f"{folder.name}: {note}")
     tokenizer.name_or_path = str(folder)
     return bound(tokenizer, repr(str(folder)))
 
@@ -88,7 +92,7 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def load(stage: Path, folder: Path) -> Any:
-    """transformers' tokenizer of files that were checked.
+    """transformers' tokenizer of files that were checked; its `notes` say what they disagree on.
 
     Args:
         stage: where they are.
@@ -100,10 +104,14 @@ def load(stage: Path, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(stage), local_files_only=True, trust_remote_code=False
         )
-    except (KeyboardInterrupt, SystemExit):
+        tokenizer.notes = []
+        if (stage / _FAST).exists():
+            tokenizer, tokenizer.notes = by_its_files(tokenizer, stage)
+        return tokenizer
+    except (KeyboardInterrupt, SystemExit, CheckpointError):
         raise
     except BaseException as error:  # tokenizers raise bare Exception, and panics that are none
         text = cause(error).replace(str(stage), str(folder))

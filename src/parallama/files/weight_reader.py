@@ -7,6 +7,7 @@ the process by SIGBUS. A short read is an error that can be told.
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 
 from ..errors import CheckpointError, cause, lines
@@ -23,16 +24,12 @@ class WeightReader:
 
     def __init__(self, path: Path) -> None:
         self._name = path.name
-        self._descriptor = -1
         try:
             # Not blocking: opening a FIFO would wait for its writer.
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise self._unreadable(error) from None
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        weakref.finalize(self, os.close, self._descriptor)
 
     def fill(self, buffer: memoryview, start: int) -> None:
         """Read as many bytes as the buffer has, from a place in the file on.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import UsageError, lines
 from .completion import Chunk, Row
 from .llm import LLM
-from .text_stream import TextStream
+from .messages import Message, checked
+from .sampling_params import SamplingParams
+from .seeds import row_seed
 
 DEFAULT_CHAT_LENGTH = 2048
 DEFAULT_ANSWER_TOKENS = 512
@@ -20,9 +24,11 @@ class Chat:
     Args:
         llm: the model; it needs a chat template.
         system: system message.
+        messages: what was said before, as `{"role", "content"}`.
         max_model_len: most tokens of the whole conversation; if None 2,048, or the model's maximum
             if that is less.
-        **sampling: see `LLM.sampling_params`.
+        **sampling: see `SamplingParams`. With a seed, a turn's answer is that of `LLM.chat` to
+            the same messages.
 
     Attributes:
         messages: what was said, as `{"role", "content"}`.
@@ -34,14 +40,24 @@ class Chat:
         llm: LLM,
         *,
         system: str | None = None,
+        messages: Sequence[Message] = (),
         max_model_len: int | None = None,
         **sampling: Any,
     ) -> None:
         self._llm = llm
         self._turn = 0
-        self.messages: list[dict[str, str]] = (
-            [{"role": "system", "content": system}] if system is not None else []
-        )
+        self._params = SamplingParams(**sampling)
+        if self._params.n != 1:
+            raise UsageError(lines(f"n is {self._params.n}", "a chat has one answer: expected 1"))
+        self._drawn = secrets.randbits(64) if self._params.seed is None else self._params.seed
+        self._asked: Counter[tuple[int, ...]] = Counter()
+        self.messages: list[dict[str, Any]] = checked(messages) if messages else []
+        if system is not None:
+            if any(message["role"] == "system" for message in self.messages):
+                raise UsageError(
+                    lines("system was given, and messages have one", "expected one of them")
+                )
+            self.messages.insert(0, {"role": "system", "content": system})
         if max_model_len is not None and not 1 <= max_model_len <= llm.max_model_len:
             raise UsageError(
                 lines(
@@ -52,9 +68,9 @@ class Chat:
         self.max_model_len = max_model_len or min(DEFAULT_CHAT_LENGTH, llm.max_model_len)
         llm.render_chat([{"role": "user", "content": "?"}])
         self._session = llm.session(
-            [llm.sampling_params(**sampling)],
+            [llm.row_sampling(self._params, self._drawn)],
             capacity=self.max_model_len,
-            eos=llm.eos_ids,
+            eos=[] if self._params.ignore_eos else llm.eos_ids,
             continued=True,
         )
         self.stats = self._session.stats
@@ -72,16 +88,12 @@ class Chat:
         """
         if not content.strip():
             raise UsageError(lines("the message is empty", "expected some text"))
-        if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
-            raise UsageError(
-                lines(
-                    f"max_new_tokens is {max_new_tokens!r}", "expected a whole number of at least 1"
-                )
-            )
+        wanted = SamplingParams(max_new_tokens=max_new_tokens).max_new_tokens
+        wanted = wanted or self._params.max_new_tokens
         asked = [*self.messages, {"role": "user", "content": content}]
         ids = self._llm.render_chat(asked)
         room = self.max_model_len - len(ids)
-        if room < 1 or (max_new_tokens or 0) > room:
+        if room < 1 or (wanted or 0) > room:
             raise UsageError(
                 lines(
                     f"the conversation has {len(ids)} tokens, which leaves {max(room, 0)}"
@@ -89,9 +101,10 @@ class Chat:
                     "start a new one, or raise --max-model-len",
                 )
             )
-        limit = min(room, DEFAULT_ANSWER_TOKENS) if max_new_tokens is None else max_new_tokens
+        limit = min(room, DEFAULT_ANSWER_TOKENS) if wanted is None else wanted
         self._turn += 1
-        return self._answer(asked, ids, Row(TextStream(self._llm.tokenizer), limit), self._turn)
+        row = self._llm.row(limit, self._params.stop, ignore_eos=self._params.ignore_eos)
+        return self._answer(asked, ids, row, self._turn)
 
     def reset(self) -> None:
         """Start over, with the system message if there is one."""
@@ -99,10 +112,13 @@ class Chat:
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
 
     def _answer(
-        self, asked: list[dict[str, str]], ids: list[int], row: Row, turn: int
+        self, asked: list[dict[str, Any]], ids: list[int], row: Row, turn: int
     ) -> Iterator[Chunk]:
         self._check(turn)
-        for _, chunk in self._llm.drive(self._session, [ids], [row], ignore_eos=False):
+        seed = row_seed(self._drawn, ids, self._asked[tuple(ids)])
+        self._asked[tuple(ids)] += 1
+        self._session.sample([self._llm.row_sampling(self._params, seed)])
+        for _, chunk in self._llm.drive(self._session, [ids], [row]):
             yield chunk
             self._check(turn)
         self.messages = [*asked, {"role": "assistant", "content": row.text}]

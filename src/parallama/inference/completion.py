@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .requests import Request
 from .run_stats import Choice
 from .text_stream import TextStream
 
@@ -23,6 +24,7 @@ class Completion:
         token_ids: the new tokens, the end-of-text one included.
         logprobs: log-probability of each under the model's own distribution.
         finish_reason: `stop` (end-of-text token or stop string) or `length`.
+        index: its number among the completions of the prompt.
     """
 
     prompt: str | None
@@ -31,6 +33,7 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
+    index: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,25 +57,28 @@ class Chunk:
 
 @dataclass
 class Row:
-    """A row of a running batch, as the host sees it."""
+    """A row of a running batch, as the host sees it.
+
+    Attributes:
+        stream: makes text of its tokens.
+        limit: most new tokens.
+        ends: ids that end the text.
+    """
 
     stream: TextStream
     limit: int
+    ends: Collection[int]
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
 
-    def take(self, choice: Choice, eos: Collection[int], tokens_per_s: float) -> Chunk:
-        """Add a token, and end the row if it ends the text.
-
-        Args:
-            eos: ids that end a text.
-        """
+    def take(self, choice: Choice, tokens_per_s: float) -> Chunk:
+        """Add a token, and end the row if it ends the text."""
         self.token_ids.append(choice.token)
         self.logprobs.append(choice.logprob)
         text = self.stream.push(choice.token)
-        if choice.token in eos or self.stream.stopped:
+        if choice.token in self.ends or self.stream.stopped:
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.limit:
             self.finish_reason = "length"
@@ -89,13 +95,14 @@ class Row:
             tokens_per_s=tokens_per_s,
         )
 
-    def completion(self, prompt: str | None, prompt_ids: list[int]) -> Completion:
+    def completion(self, request: Request) -> Completion:
         """What the row has come to."""
         return Completion(
-            prompt=prompt,
-            prompt_ids=prompt_ids,
+            prompt=request.prompt,
+            prompt_ids=request.ids,
             text=self.text,
             token_ids=self.token_ids,
             logprobs=self.logprobs,
             finish_reason=self.finish_reason or "length",
+            index=request.index,
         )

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..engine.sampling_params import SamplingParams
+from ..engine.row_sampling import RowSampling
 from ..engine.steps import LOGITS_AXES, StepKey
-from ..errors import UsageError, lines, shown
+from ..errors import UsageError, lines
 from ..files.checkpoint import Checkpoint
 from ..model.config_checks import eos_ids
 from ..plan.overrides import Overrides
@@ -20,14 +20,15 @@ from ..sharded.device_weights import DeviceWeights
 from ..sharded.stream import StreamStats
 from . import state
 from .completion import Chunk, Completion, Row
-from .prompts import Prompts
+from .messages import Message, checked, is_conversation
+from .prompts import Prompt, Prompts, list_of
+from .requests import Asked, Request, params_of, requests_of
 from .run_stats import RunStats
 from .sampling_defaults import with_defaults
+from .sampling_params import SamplingParams
 from .session import Session
 from .sharded_model import Progress, ShardedModel
 from .text_stream import TextStream
-
-DEFAULT_NEW_TOKENS = 256
 
 
 class LLM(ShardedModel):
@@ -38,6 +39,7 @@ class LLM(ShardedModel):
     Attributes:
         tokenizer: of transformers, or None.
         max_model_len: most tokens of prompt and answer together.
+        adapter: that was merged into the weights, if it was given by itself.
         eos_ids: ids that end a text.
         ignored: tensors and files of the checkpoint that were not read -> why.
         load_stats: what reading the checkpoint took.
@@ -87,166 +89,186 @@ class LLM(ShardedModel):
 
     # -- what a run is made of
 
-    def sampling_params(
-        self,
-        *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = 0,
-    ) -> SamplingParams:
-        """Sampling parameters; see `sampling_defaults.with_defaults`."""
-        given = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-        }
-        return with_defaults(self._generation, given, seed)
-
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt; see `prompts.Prompts.encode`."""
         return self._prompts.encode(prompt)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def render_chat(
+        self, messages: Sequence[Message], *, continue_final_message: bool = False
+    ) -> list[int]:
         """Token ids of a conversation, ready for an answer; see `prompts.Prompts.render_chat`."""
-        return self._prompts.render_chat(messages)
+        return self._prompts.render_chat(messages, continue_final_message=continue_final_message)
 
-    def _limit(self, longest: int, max_new_tokens: int | None) -> int:
-        """New tokens that fit behind the longest prompt."""
-        room = self.max_model_len - longest
-        if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
-            raise UsageError(
-                lines(
-                    f"max_new_tokens is {max_new_tokens!r}", "expected a whole number of at least 1"
-                )
-            )
-        if room < 1 or (max_new_tokens is not None and max_new_tokens > room):
-            limit, most = self.max_model_len, self.plan.model.max_positions
-            wanted = f" and {max_new_tokens} new ones" if max_new_tokens is not None else ""
-            raise UsageError(
-                lines(
-                    f"a prompt of {longest} tokens{wanted} is over the limit of {limit}",
-                    f"expected at most {limit} together (the model's maximum is {most})",
-                )
-            )
-        return min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens
+    def requests(
+        self,
+        prompts: Sequence[tuple[str | None, list[int]]],
+        params: Sequence[SamplingParams],
+    ) -> list[Request]:
+        """What `run` takes; see `requests.requests_of`."""
+        return requests_of(
+            prompts,
+            params,
+            generation=self._generation,
+            max_model_len=self.max_model_len,
+            max_positions=self.plan.model.max_positions,
+        )
+
+    def row_sampling(self, params: SamplingParams, seed: int) -> RowSampling:
+        """How a row's tokens are chosen; what is not given is the generation config's to say."""
+        return with_defaults(self._generation, params.sampler(), seed)
 
     # -- running
 
     def generate(
         self,
-        prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
-        *,
-        max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Asked = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Continue prompts, all in one batch.
 
         Args:
-            prompts: a text, a list of token ids, or a list of either.
-            max_new_tokens: most new tokens a prompt; if None 256, or what the model's maximum
-                leaves.
-            stop: strings that end a text.
-            ignore_eos: go on past the end-of-text token.
-            **sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed; see
-                `sampling_params`. Every row draws with the same seed, so a prompt's text doesn't
-                depend on its neighbours.
+            prompts: a text, a list of token ids, or a list of either; also `{"prompt": ...}` and
+                `{"prompt_token_ids": ...}`.
+            sampling_params: how; one for all, or one for each prompt.
+            **sampling: the same by name: see `SamplingParams`. A prompt's text depends on nothing
+                but the prompt, these, and how many equal prompts came before it.
 
         Returns:
-            One completion a prompt, in their order.
+            `n` completions of each prompt, in the order of the prompts.
 
         Raises:
-            UsageError: a prompt is empty or too long, or an id or an option is out of its range.
+            UsageError: a prompt is empty or too long, or an id or a parameter is out of its range.
         """
-        if not isinstance(prompts, Sequence):
-            raise UsageError(
-                lines(
-                    f"prompts is {shown(prompts)}",
-                    "expected a text, a list of token ids, or a list of either",
-                )
-            )
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        batch: list[Any] = [prompts] if one else list(prompts)
-        if not batch:
-            raise UsageError(lines("there are no prompts", "expected at least one"))
-        encoded = [self.encode(prompt) for prompt in batch]
-        rows = self._rows(encoded, max_new_tokens, stop)
-        for _ in self._run(encoded, rows, self.sampling_params(**sampling), ignore_eos):
-            pass
-        return [
-            row.completion(prompt if isinstance(prompt, str) else None, ids)
-            for prompt, ids, row in zip(batch, encoded, rows, strict=True)
+        batch = list_of(prompts)
+        params = params_of(sampling_params, sampling, len(batch))
+        encoded = [self._prompts.encoded(prompt) for prompt in batch]
+        return self.completed(self.requests(encoded, params))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Asked = None,
+        *,
+        continue_final_message: bool = False,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """Answer conversations, all in one batch.
+
+        Args:
+            messages: one conversation, as `[{"role": "user", "content": "..."}]`, or a list of
+                them. Roles are the chat template's: `system`, `user`, `assistant` ...
+            continue_final_message: go on with the last message, in place of a new answer.
+            sampling_params, sampling: as for `generate`.
+
+        Returns:
+            `n` answers to each conversation, in their order.
+
+        Raises:
+            UsageError: the template refuses a conversation, or as for `generate`.
+        """
+        conversations = [messages] if is_conversation(messages) else list(messages)
+        params = params_of(sampling_params, sampling, len(conversations))
+        encoded: list[tuple[str | None, list[int]]] = [
+            (None, self.render_chat(checked(each), continue_final_message=continue_final_message))
+            for each in conversations
         ]
+        if not encoded:
+            raise UsageError(lines("there are no conversations", "expected at least one"))
+        return self.completed(self.requests(encoded, params))
 
     def stream(
         self,
-        prompt: str | Sequence[int],
-        *,
-        max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
-        ignore_eos: bool = False,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
         **sampling: Any,
     ) -> Iterator[Chunk]:
         """Continue one prompt, token by token.
 
         Arguments are those of `generate`. Bad ones raise at once, not at the first token.
         """
-        encoded = [self.encode(prompt)]
-        rows = self._rows(encoded, max_new_tokens, stop)
-        params = self.sampling_params(**sampling)
-        return (chunk for _, chunk in self._run(encoded, rows, params, ignore_eos))
+        params = params_of(sampling_params, sampling, 1)
+        if params[0].n != 1:
+            raise UsageError(lines(f"n is {params[0].n}", "a stream is one text: expected 1"))
+        requests = self.requests([self._prompts.encoded(prompt)], params)
+        return (chunk for _, chunk, _ in self.chunks(requests))
 
-    def _rows(
-        self,
-        encoded: Sequence[Sequence[int]],
-        max_new_tokens: int | None,
-        stop: str | Sequence[str],
-    ) -> list[Row]:
-        limit = self._limit(max(len(ids) for ids in encoded), max_new_tokens)
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(string, str) and string for string in stops):
-            raise UsageError(lines(f"stop is {stop!r}", "expected strings that aren't empty"))
-        if stops and self.tokenizer is None:
+    def completed(self, requests: Sequence[Request]) -> list[Completion]:
+        """The completion of each request, all in one batch."""
+        found = dict(self.run(requests))
+        return [found[place] for place in range(len(requests))]
+
+    def run(
+        self, requests: Sequence[Request], *, max_num_seqs: int | None = None
+    ) -> Iterator[tuple[int, Completion]]:
+        """Each request's place in the list with its completion, as they end.
+
+        Args:
+            requests: from `requests`.
+            max_num_seqs: most rows at a time; all of them if None.
+        """
+        for place, chunk, row in self.chunks(requests, max_num_seqs=max_num_seqs):
+            if chunk.finish_reason is not None:
+                yield place, row.completion(requests[place])
+
+    def chunks(
+        self, requests: Sequence[Request], *, max_num_seqs: int | None = None
+    ) -> Iterator[tuple[int, Chunk, Row]]:
+        """Each token of each request, with its place in the list and its row, as they come.
+
+        Arguments are those of `run`.
+        """
+        if self.tokenizer is None and any(request.params.stop for request in requests):
             raise UsageError(
                 lines(f"model {self.name!r} has no tokenizer", "stop strings need one")
             )
-        return [Row(TextStream(self.tokenizer, stops), limit) for _ in encoded]
+        rows = [
+            self.row(request.limit, request.params.stop, ignore_eos=request.params.ignore_eos)
+            for request in requests
+        ]
+        return self._chunks(requests, rows, max_num_seqs or len(requests))
 
-    def _run(
-        self, encoded: list[list[int]], rows: list[Row], params: SamplingParams, ignore_eos: bool
-    ) -> Iterator[tuple[int, Chunk]]:
-        longest = max(len(ids) for ids in encoded)
-        limit = max(row.limit for row in rows)
-        session = self.session(
-            [params] * len(encoded),
-            capacity=longest + limit,
-            longest_prompt=longest,
-            eos=[] if ignore_eos else self.eos_ids,
-        )
-        yield from self.drive(session, encoded, rows, ignore_eos)
+    def row(self, limit: int, stop: Sequence[str] = (), *, ignore_eos: bool = False) -> Row:
+        """A row of a batch that has not begun."""
+        ends = () if ignore_eos else self.eos_ids
+        return Row(TextStream(self.tokenizer, stop), limit, frozenset(ends))
+
+    def _chunks(
+        self, requests: Sequence[Request], rows: Sequence[Row], size: int
+    ) -> Iterator[tuple[int, Chunk, Row]]:
+        """Run requests in groups of the same shapes, so that the groups share their programs."""
+        stats = RunStats()
+        for first in range(0, len(requests), size):
+            group, group_rows = requests[first : first + size], rows[first : first + size]
+            session = self.session(
+                [request.sampling for request in group],
+                capacity=max(len(request.ids) + request.limit for request in requests),
+                longest_prompt=max(len(request.ids) for request in requests),
+                eos=[] if any(request.params.ignore_eos for request in group) else self.eos_ids,
+                batch=min(size, len(requests)),
+                stats=stats,
+            )
+            for row, chunk in self.drive(session, [request.ids for request in group], group_rows):
+                yield first + row, chunk, group_rows[row]
 
     def drive(
-        self, session: Session, encoded: list[list[int]], rows: list[Row], ignore_eos: bool
+        self, session: Session, encoded: list[list[int]], rows: Sequence[Row]
     ) -> Iterator[tuple[int, Chunk]]:
         """Run a session until every row has ended."""
         self._runs.stats = session.stats
-        eos = set() if ignore_eos else set(self.eos_ids)
         decode_s, decode_steps = session.stats.decode_s, session.stats.decode_steps
         first = session.prefill(encoded)
         for choices in chain([first], session.decode(max(row.limit for row in rows) - 1)):
             seconds = session.stats.decode_s - decode_s
             speed = (session.stats.decode_steps - decode_steps) / seconds if seconds else 0.0
-            for choice in choices:
-                if rows[choice.row].finish_reason is None:
-                    yield choice.row, rows[choice.row].take(choice, eos, speed)
+            live = [choice for choice in choices if rows[choice.row].finish_reason is None]
+            for choice in live:
+                yield choice.row, rows[choice.row].take(choice, speed)
+            ended = [choice.row for choice in live if rows[choice.row].finish_reason is not None]
             if all(row.finish_reason is not None for row in rows):
                 break
+            if ended:
+                session.end(ended)
         self.kv_bytes_per_device = session.cache_bytes_per_device()
 
     def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..engine.interface import Compiled, Steps
-from ..engine.sampling_params import SamplingParams
+from ..engine.row_sampling import RowSampling
 from ..engine.steps import StepKey
 from ..errors import ProgramError, lines
 from . import state
@@ -88,7 +88,7 @@ def make_programs(steps: Steps) -> ProgramSet:
         given = state.empty_cache(steps, key.batch, key.length)
         if key.kind == "grow":
             return steps.compile(key, given)
-        rows = [SamplingParams()] * key.batch
+        rows = [RowSampling()] * key.batch
         given |= state.constants(steps, rows, key.mode, [])
         given |= state.blank_state(steps, key.batch, key.batch, key.mode)
         if key.kind == "prefill":

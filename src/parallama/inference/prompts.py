@@ -8,6 +8,32 @@ from typing import Any
 from ..errors import UsageError, lines, shown
 from ..files.chat_template import Renderer, renderer_of
 from ..model.token_ids import check_ids
+from ..notices import say_once
+from .messages import Message
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, or a mapping with `prompt` or `prompt_token_ids`."""
+
+
+def list_of(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of a call, of which one need not be in a list.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise UsageError(
+            lines(
+                f"prompts is {shown(prompts)}",
+                "expected a text, a list of token ids, or a list of either",
+            )
+        )
+    if not prompts:
+        raise UsageError(lines("there are no prompts", "expected at least one"))
+    given: Any = prompts
+    return [given] if isinstance(given[0], int) else list(given)
 
 
 class Prompts:
@@ -23,6 +49,21 @@ class Prompts:
         self.name, self.tokenizer, self.vocab = name, tokenizer, vocab
         self._renderer: Renderer | None = None
 
+    def encoded(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """A prompt's text, or None if it was given as token ids, and its ids; see `encode`."""
+        given: Any = prompt
+        if isinstance(prompt, Mapping):
+            keys = [key for key in ("prompt", "prompt_token_ids") if key in prompt]
+            if len(keys) != 1:
+                raise UsageError(
+                    lines(
+                        f"the prompt has the keys {shown(list(prompt))}",
+                        "expected one of prompt and prompt_token_ids",
+                    )
+                )
+            given = prompt[keys[0]]
+        return (given if isinstance(given, str) else None), self.encode(given)
+
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt; ids are checked and passed through.
 
@@ -36,10 +77,11 @@ class Prompts:
                 raise UsageError(
                     lines(f"model {self.name!r} has no tokenizer", "give the prompt as token ids")
                 )
-            ids = list(self.tokenizer(prompt)["input_ids"])
+            ids = self._begun_once(list(self.tokenizer(prompt)["input_ids"]))
         else:
-            ids = list(prompt) if isinstance(prompt, Sequence) else [prompt]
-            if not isinstance(prompt, Sequence) or not all(type(token) is int for token in ids):
+            given: Any = prompt
+            ids = list(given) if isinstance(given, Sequence) else []
+            if not isinstance(given, Sequence) or not all(type(token) is int for token in ids):
                 raise UsageError(
                     lines(f"the prompt {shown(prompt)} is neither text nor a list of token ids")
                 )
@@ -48,8 +90,13 @@ class Prompts:
         check_ids(ids, self.vocab)
         return ids
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def render_chat(
+        self, messages: Sequence[Message], *, continue_final_message: bool = False
+    ) -> list[int]:
         """Token ids of a conversation by the model's chat template, ready for an answer.
+
+        Args:
+            continue_final_message: they end within the last message.
 
         Raises:
             UsageError: there is no tokenizer or no chat template, or the template refuses the
@@ -67,9 +114,23 @@ class Prompts:
             raise UsageError(lines("the conversation is empty", "expected at least one message"))
         if self._renderer is None:
             self._renderer = renderer_of(self.tokenizer, repr(self.name))
-        # As apply_chat_template does: the template writes special tokens itself.
-        ids = list(
-            self.tokenizer(self._renderer.render(messages), add_special_tokens=False)["input_ids"]
+        text = self._renderer.render(
+            messages,
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
         )
+        # As apply_chat_template does: the template writes special tokens itself.
+        ids = self._begun_once(list(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
         check_ids(ids, self.vocab)
         return ids
+
+    def _begun_once(self, ids: list[int]) -> list[int]:
+        """The ids with one begin-of-text token where a text brings one beside the tokenizer's."""
+        tokenizer: Any = self.tokenizer
+        begin = tokenizer.bos_token_id
+        if begin is None or ids[:2] != [begin, begin]:
+            return ids
+        say_once(
+            f"a prompt begins with {tokenizer.bos_token!r} itself, so the tokenizer's is left out"
+        )
+        return ids[1:]

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from ..engine.sampling_params import SamplingParams
+from ..engine.row_sampling import RowSampling
 
 
 def with_defaults(
-    generation: Mapping[str, Any], given: Mapping[str, Any], seed: int | None
-) -> SamplingParams:
-    """Sampling parameters, with what is None taken from the model's generation config.
+    generation: Mapping[str, Any], given: Mapping[str, Any], seed: int
+) -> RowSampling:
+    """A row's sampling, with what was not given taken from the model's generation config.
 
     A generation config means what it means to transformers: greedy unless it says `do_sample`, and
     then with transformers' own defaults.
 
     Args:
         generation: contents of generation_config.json.
-        given: temperature, top_k, top_p, min_p and repetition_penalty, each a number or None.
-        seed: None draws one at random.
+        given: temperature, top_k, top_p, min_p and repetition_penalty, as far as they were.
+        seed: the row's.
 
     Raises:
         UsageError: a value is out of its range.
@@ -35,7 +34,4 @@ def with_defaults(
     }
     read = defaults if sampled else ("repetition_penalty",)
     own = {name: generation[name] for name in read if generation.get(name) is not None}
-    asked = {name: value for name, value in given.items() if value is not None}
-    return SamplingParams(
-        **(defaults | own | asked), seed=secrets.randbits(64) if seed is None else seed
-    )
+    return RowSampling(**(defaults | own | dict(given)), seed=seed)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from ..engine.interface import DeviceTensor, Engine, Steps
-from ..engine.sampling_params import GREEDY, SamplingParams
+from ..engine.row_sampling import GREEDY, RowSampling
 from ..engine.steps import STATE_AXES, StepKey, cache_names
 from ..errors import UsageError, lines
 from ..model.token_ids import check_ids
@@ -26,7 +26,7 @@ from ..sharded.reshard import Mover
 from . import state
 from .programs import ProgramSet, make_programs
 from .run_stats import Choice, RunStats
-from .session_shapes import SessionShapes
+from .session_shapes import SessionShapes, cached_start
 
 
 class Session:
@@ -47,6 +47,7 @@ class Session:
             is new.
         scored: decode with `feed`, which gives logits, and not with `decode`.
         batch: fill up to so many rows, so that a batch that is not full needs no other programs.
+        stats: goes on counting here.
         progress: called with programs compiled and their number.
     """
 
@@ -54,7 +55,7 @@ class Session:
         self,
         steps: Steps,
         programs: ProgramSet,
-        rows: Sequence[SamplingParams],
+        rows: Sequence[RowSampling],
         *,
         capacity: int,
         longest_prompt: int = 1,
@@ -62,10 +63,11 @@ class Session:
         continued: bool = False,
         scored: bool = False,
         batch: int = 1,
+        stats: RunStats | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.steps, self.mesh = steps, steps.mesh
-        self.stats = RunStats()
+        self.stats = RunStats() if stats is None else stats
         self._programs = programs
         self._count = len(rows)
         self._batch = _filled(max(len(rows), batch), self.mesh)
@@ -90,7 +92,7 @@ class Session:
         self._warm_up(progress)
 
     def _make_constants(self) -> dict[str, DeviceTensor]:
-        idle = [SamplingParams()] * (self._batch - self._count)
+        idle = [RowSampling()] * (self._batch - self._count)
         return state.constants(self.steps, [*self._rows, *idle], self._mode, self._eos)
 
     def _warm_up(self, progress: Callable[[int, int], None] | None) -> None:
@@ -162,6 +164,20 @@ class Session:
                 totals = [total + size for total, size in zip(totals, sizes, strict=True)]
         return totals
 
+    def sample(self, rows: Sequence[RowSampling]) -> None:
+        """Choose otherwise from the next `prefill` on, by the same parts of the sampler."""
+        self._rows = tuple(rows)
+        with self.mesh.lock:
+            self._constants = self._make_constants()
+
+    def end(self, rows: Iterable[int]) -> None:
+        """Choose nothing more for these rows: their texts have ended."""
+        self._frozen.update(rows)
+        done = torch.arange(self._batch) >= self._count
+        done[list(self._frozen)] = True
+        with self.mesh.lock:
+            self._state |= state.put(self.steps, {"done": done})
+
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Choice]:
         """Take in each row's whole token list and choose a first token.
 
@@ -184,8 +200,7 @@ class Session:
         starts = [0] * self._count
         if self.shapes.continued:
             starts = [
-                min(_common_prefix(row, new), len(new) - 1)
-                for row, new in zip(self._cached, prompts, strict=True)
+                cached_start(row, new) for row, new in zip(self._cached, prompts, strict=True)
             ]
         size, chunks, needed = self.shapes.chunking(starts, [len(prompt) for prompt in prompts])
         self._ensure(needed)
@@ -329,10 +344,3 @@ class Session:
 
 def _filled(rows: int, mesh: Engine) -> int:
     return math.ceil(rows / mesh.shape.data) * mesh.shape.data
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
-from ..engine.sampling_params import Mode
+from ..engine.row_sampling import Mode
 from ..engine.steps import StepKey
 from ..plan.program_shapes import CHUNK, cache_buckets, chunk_size, prompt_buckets
 
@@ -119,3 +120,9 @@ class SessionShapes:
         plans = [plan(size) for size in self.chunks]
         fitting = [made for made in plans if made[2] <= self.buckets[-1]] or plans[:1]
         return min(fitting, key=lambda made: (made[1], made[0]))
+
+
+def cached_start(cached: Sequence[int], prompt: Sequence[int]) -> int:
+    """From which token on a prompt must be computed; at least its last is."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(cached, prompt, strict=False))
+    return min(sum(1 for _ in same), len(prompt) - 1)

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import torch
 
 from ..engine.interface import Engine, Steps
-from ..engine.sampling_params import SamplingParams
+from ..engine.row_sampling import RowSampling
 from ..files.checkpoint import Checkpoint
 from ..files.export import Exported, export_weights, resolve, stored_dtypes
 from ..files.skeleton import make_skeleton
@@ -75,7 +75,7 @@ class ShardedModel:
         progress = self._progress
         return lambda done, total: progress(what, done, total)
 
-    def session(self, rows: Sequence[SamplingParams], **options: Any) -> Session:
+    def session(self, rows: Sequence[RowSampling], **options: Any) -> Session:
         """A session on this model, which moves with it in `reshard`; options as for `Session`."""
         made = Session(
             self.steps, self.programs, rows, progress=self.report("compiling"), **options

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..engine.interface import DeviceTensor, Steps
-from ..engine.sampling_params import Mode, SamplingParams
+from ..engine.row_sampling import Mode, RowSampling
 from ..engine.steps import CACHE_AXES, SPAN, STATE_AXES, cache_names
 from ..errors import UsageError, lines
 from ..plan.placement import Plan
@@ -72,7 +72,7 @@ def blank_state(steps: Steps, batch: int, live: int, mode: Mode) -> dict[str, De
 
 
 def constants(
-    steps: Steps, rows: Sequence[SamplingParams], mode: Mode, eos: Sequence[int]
+    steps: Steps, rows: Sequence[RowSampling], mode: Mode, eos: Sequence[int]
 ) -> dict[str, DeviceTensor]:
     """What stays the same for a whole run: sampling parameters, and the ids that end a row.
 
@@ -90,7 +90,7 @@ def constants(
     return put(steps, host | {"eos": ends})
 
 
-def host_params(rows: Sequence[SamplingParams]) -> dict[str, torch.Tensor]:
+def host_params(rows: Sequence[RowSampling]) -> dict[str, torch.Tensor]:
     """The rows' sampling parameters as `[B]` host tensors, by the names that steps know."""
 
     def floats(name: str) -> torch.Tensor:

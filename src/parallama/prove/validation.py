@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..engine.sampling_params import SamplingParams
+from ..engine.row_sampling import RowSampling
 from ..errors import UsageError, lines
 from ..inference.llm import LLM
 from ..inference.session import Session
@@ -184,7 +184,7 @@ def _our_logits(llm: LLM, asked: ReferenceRequest) -> _OurLogits:
     session = Session(
         llm.steps,
         llm.programs,
-        [SamplingParams()] * rows,
+        [RowSampling()] * rows,
         capacity=len(asked.ids),
         longest_prompt=len(first),
         scored=True,

@@ -21,7 +21,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.find import find
 from ..files.locate import locate
 from ..files.skeleton import make_skeleton
-from ..model.config_checks import eos_ids
+from ..model.config_checks import check_vocabulary, eos_ids
 from ..model.spec import ModelSpec
 
 
@@ -50,6 +50,7 @@ class Verification:
         ignored: tensors and files that loading does not read -> why.
         manifest_files: files that were checked against the manifest; None if there is none.
         findings: what is wrong.
+        notes: what is sound, and done otherwise than one may expect.
     """
 
     model: str
@@ -60,6 +61,7 @@ class Verification:
     ignored: Mapping[str, str]
     manifest_files: int | None
     findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
@@ -101,8 +103,9 @@ def verify(model: str, progress: Callable[[int, int], None] | None = None) -> Ve
     checkpoint: Checkpoint | None = findings.attempt("structure", lambda: find(model))
     dtypes: Counter[str] = Counter()
     numbers = 0
+    notes: tuple[str, ...] = ()
     if checkpoint is not None:
-        _check_config(checkpoint, findings)
+        notes = _check_config(checkpoint, findings)
 
         def read(checkpoint: Checkpoint) -> None:
             nonlocal numbers
@@ -131,16 +134,23 @@ def verify(model: str, progress: Callable[[int, int], None] | None = None) -> Ve
         ignored={} if checkpoint is None else checkpoint.ignored,
         manifest_files=manifest_files,
         findings=tuple(findings),
+        notes=notes,
     )
 
 
-def _check_config(checkpoint: Checkpoint, findings: _Findings) -> None:
-    """Check that a model can be made, and that its tokenizer and end-of-text ids fit it."""
+def _check_config(checkpoint: Checkpoint, findings: _Findings) -> tuple[str, ...]:
+    """Check that a model can be made, and that its tokenizer and end-of-text ids fit it.
+
+    Returns:
+        What the tokenizer's files disagree on.
+    """
     config, vocab = checkpoint.config, ModelSpec.from_config(checkpoint.config).vocab
     findings.attempt("structure", lambda: make_skeleton(config))
     tokenizer = findings.attempt("tokenizer", checkpoint.tokenizer)
+    findings.attempt("tokenizer", lambda: check_vocabulary(tokenizer, vocab))
     ids = checkpoint.generation.get("eos_token_id", getattr(config, "eos_token_id", None))
     findings.attempt("tokenizer", lambda: eos_ids(ids, tokenizer, vocab))
+    return tuple(getattr(tokenizer, "notes", ()))
 
 
 def _check_manifest(folder: Path, findings: _Findings) -> int | None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from ...plan.mesh_shape import DATA, MODEL
-from ..sampling_params import Mode, signed32
+from ..row_sampling import Mode, signed32
 from .mesh import DeviceMesh
 from .ops import float_bits, whole_as_float, whole_of_float
 

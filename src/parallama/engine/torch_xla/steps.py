@@ -15,7 +15,7 @@ from ...errors import ProgramError, lines
 from ...plan.mesh_shape import DATA, MODEL
 from ...plan.placement import Plan
 from ..interface import Steps
-from ..sampling_params import Mode
+from ..row_sampling import Mode
 from ..steps import LOGITS_AXES, PARAMS, SPAN, STATE_AXES, StepKey
 from . import attention, cache, sampling
 from .last_positions import LastPositions

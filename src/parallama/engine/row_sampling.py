@@ -16,8 +16,8 @@ _SEED = "a whole number from 0 to 2^64 - 1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How a row's tokens are chosen; the names and meanings are transformers' and vLLM's.
+class RowSampling:
+    """How a row's tokens are chosen, to the last number; names are transformers' and vLLM's.
 
     Attributes:
         temperature: 0 is greedy.
@@ -42,7 +42,7 @@ class SamplingParams:
         self._check("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, _TOP_P)
         self._check("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, _MIN_P)
         self._check("repetition_penalty", _is_number(penalty) and penalty > 0, _PENALTY)
-        self._check("seed", _is_whole(self.seed) and 0 <= self.seed < 1 << 64, _SEED)
+        check_seed(self.seed)
 
     def _check(self, name: str, good: bool, expected: str) -> None:
         if not good:
@@ -83,6 +83,12 @@ class Mode:
 
 
 GREEDY = Mode()
+
+
+def check_seed(seed: object) -> None:
+    """Raise `UsageError` unless this is a seed."""
+    if not (isinstance(seed, int) and _is_whole(seed) and 0 <= seed < 1 << 64):
+        raise UsageError(lines(f"seed is {seed!r}", f"expected {_SEED}"))
 
 
 def _is_number(value: object) -> bool:
