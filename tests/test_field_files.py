@@ -472,3 +472,12 @@ def test_verify_finds_a_tokenizer_of_more_tokens_than_the_model_has(tmp_path):
 def test_a_config_that_was_edited_by_hand_says_where_it_broke(tmp_path, content, parts):
     (make_good(tmp_path / "model") / "config.json").write_text(content)
     check_refused(tmp_path / "model", "config.json", *parts)
+
+
+def test_a_config_without_a_type_and_a_folder_of_another_format_say_what_to_do(tmp_path):
+    folder = make_good(tmp_path / "model")
+    config = {key: value for key, value in CONFIG.items() if key != "model_type"}
+    write_json(folder / "config.json", config)
+    check_refused(folder, "model_type None", "set model_type to 'llama'", "LlamaForCausalLM")
+    (folder / "config.json").rename(folder / "params.json")
+    check_refused(folder, "no config.json", "params.json", "Mistral")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from forks import command
@@ -356,3 +357,29 @@ def test_a_way_of_splitting_texts_that_nobody_knows_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         found.tokenizer()
     check_raised(caught.value, 3, "model.gguf", "tokenizer.ggml.pre is 'deepseek-coder'")
+
+
+def test_a_type_of_numbers_that_cannot_be_read_is_called_by_its_name(tmp_path):
+    path = write(
+        tmp_path / "model.gguf",
+        tiny(),
+        lambda w: w.add_tensor(
+            "output_norm.bias",
+            np.zeros((1, 22), np.uint8),
+            raw_dtype=gguf.GGMLQuantizationType.Q5_0,
+        ),
+    )
+    with pytest.raises(CheckpointError) as caught:
+        find(str(path))
+    check_raised(caught.value, 3, "model.gguf", "Q5_0", "Q4_K", "another quantization")
+
+
+def test_a_big_endian_file_is_called_so(tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError) as caught:
+        find(str(path))
+    check_raised(caught.value, 3, "model.gguf", "big-endian")
