@@ -28,6 +28,7 @@ from parallama.files.config_json import read_config
 from parallama.files.find import find
 from parallama.model.spec import ModelSpec
 from parallama.prove.verification import verify
+from parallama.train.trained_model import lasting_name
 
 SIZES: dict[str, Any] = {"heads": 6, "kv_heads": 2, "layers": 2}
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -388,3 +389,12 @@ def test_an_adapter_that_training_wrote_is_merged_as_training_merges_it(
     assert isinstance(find(str(tmp_path)), AdaptedCheckpoint)
     for name, tensor in found["merged"].items():
         assert torch.allclose(ours[name], tensor, atol=1e-6), name
+
+
+def test_an_adapter_names_its_base_from_wherever_it_was_trained(
+    models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(models(**SIZES).folder, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    assert lasting_name("base") == lasting_name("./base") == str((tmp_path / "base").resolve())
+    assert lasting_name("smollm2") == "smollm2" and lasting_name("org/name") == "org/name"

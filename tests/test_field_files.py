@@ -14,6 +14,7 @@ import pytest
 import torch
 from broken_folders import (
     CONFIG,
+    EMBEDDING,
     HEAD,
     INDEX,
     SINGLE,
@@ -24,6 +25,7 @@ from broken_folders import (
     good_tensors,
     make_good,
     make_sharded,
+    random_tensor,
     save,
     write_json,
 )
@@ -413,3 +415,55 @@ def test_a_familys_architecture_is_transformers_own(model_type):
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     assert FAMILIES[model_type].architecture == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+
+
+# What training and downloads leave behind.
+
+
+def test_an_embedding_of_more_tokens_names_the_key_of_the_config(tmp_path):
+    tensors = good_tensors() | {name: random_tensor([26, 8]) for name in (EMBEDDING, HEAD)}
+    folder = make_good(tmp_path / "model", tensors=tensors)
+    check_refused(folder, EMBEDDING, "[26, 8]", "[24, 8]", "vocab_size to 26")
+
+
+def test_tensors_that_zero_3_left_empty_are_known(tmp_path):
+    tensors = good_tensors() | {Q: random_tensor([0])}
+    check_refused(make_good(tmp_path / "model", tensors=tensors), Q, "ZeRO-3", "zero_to_fp32.py")
+
+
+@pytest.mark.parametrize("end", ["qweight", "SCB", "weight_scale_inv", "weight.absmax"])
+def test_tensors_of_a_quantization_that_the_config_hides_are_known(tmp_path, end):
+    tensors = good_tensors() | {Q.replace("weight", end): random_tensor([3])}
+    check_refused(make_good(tmp_path / "model", tensors=tensors), end, "quantized", "bfloat16")
+
+
+def test_what_macos_and_a_download_leave_beside_the_weights_is_not_read(tmp_path):
+    folder = make_good(tmp_path / "model")
+    make_sharded(folder)
+    (folder / INDEX).unlink()
+    (folder / "._model-00001-of-00003.safetensors").write_bytes(b"\0\5\26\7Mac OS X")
+    (folder / ".cache").mkdir()
+    (folder / "model-00009.safetensors.incomplete").write_bytes(b"x")
+    assert everything(folder)[0].keys() == good_tensors().keys()
+
+
+def test_verify_finds_a_tokenizer_of_more_tokens_than_the_model_has(tmp_path):
+    folder = make_good(tmp_path / "model")
+    edited("tokenizer_config.json", pad_token="<pad>")(folder)
+    (finding,) = verify(str(folder)).findings
+    assert finding.check == "tokenizer" and "25 tokens, and the model 24" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ('{"a": 1,}', ("line 1",)),
+        ('{\n  // comment\n  "a": 1}', ("line 2",)),
+        ('<<<<<<< HEAD\n{"a": 1}', ("line 1",)),
+        ('{"model_type": "llama", "num_attention_heads": NaN}', ("heads is nan",)),
+    ],
+    ids=["trailing comma", "comment", "merge marks", "NaN"],
+)
+def test_a_config_that_was_edited_by_hand_says_where_it_broke(tmp_path, content, parts):
+    (make_good(tmp_path / "model") / "config.json").write_text(content)
+    check_refused(tmp_path / "model", "config.json", *parts)

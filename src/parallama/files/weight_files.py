@@ -13,19 +13,18 @@ from typing import Any
 
 from ..errors import CheckpointError, cause, lines, listed, shown
 from ..model.spec import ModelSpec
-from . import model_files, safetensors_header, wrapped_names
+from . import model_files, safetensors_header, weight_hints, wrapped_names
 from .safetensors_header import StoredTensor
+from .weight_hints import EMBEDDING, HEAD
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 STORED_DTYPES = ("F32", "BF16", "F16", "F64")
 """Dtypes that weights can have in a file."""
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PICKLES = (
     *(".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"),
     *(".npz", ".npy", ".h5", ".msgpack"),
 )
-_NUMBERED = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.safetensors")
 _ROTARY_TABLE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
@@ -67,15 +66,15 @@ def survey(folder: Path, spec: ModelSpec) -> WeightFiles:
     plain, prefix = wrapped_names.plain(
         stored,
         wanted,
-        lambda name: bool(_ROTARY_TABLE.fullmatch(name)) or (name == _HEAD and spec.tied),
+        lambda name: bool(_ROTARY_TABLE.fullmatch(name)) or (name == HEAD and spec.tied),
     )
     where = {plain[name]: tensor for name, tensor in stored.items()}
     sources = {name: name for name in wanted}
-    if spec.tied and _EMBEDDING not in where and _HEAD in where:
-        sources[_EMBEDDING] = _HEAD
+    if spec.tied and EMBEDDING not in where and HEAD in where:
+        sources[EMBEDDING] = HEAD
     ignored = _left_over(where, set(sources.values()), wanted, spec)
     parameters = _match(where, sources, wanted, names)
-    second = where.get(_HEAD) if spec.tied and sources[_EMBEDDING] == _EMBEDDING else None
+    second = where.get(HEAD) if spec.tied and sources[EMBEDDING] == EMBEDDING else None
     return WeightFiles(
         files=tuple(folder / name for name in names),
         parameters=parameters,
@@ -127,7 +126,7 @@ def check_second_head(weights: WeightFiles) -> None:
     Raises:
         CheckpointError: it differs.
     """
-    second, embedding = weights.second_head, weights.parameters[_EMBEDDING]
+    second, embedding = weights.second_head, weights.parameters[EMBEDDING]
     if second is not None and not (second.dtype == embedding.dtype and _equal(second, embedding)):
         raise CheckpointError(
             lines(
@@ -174,8 +173,8 @@ def _left_over(
             continue
         if _ROTARY_TABLE.fullmatch(name):
             ignored[name] = "a table of rotary frequencies, which are computed from the config"
-        elif name == _HEAD and spec.tied:
-            _check(tensor, wanted[_EMBEDDING])
+        elif name == HEAD and spec.tied:
+            _check(tensor, wanted[EMBEDDING])
             ignored[name] = "the head shares the embedding's weight, to which this is equal"
         else:
             found = wrapped_names.wrapper(name)
@@ -213,28 +212,10 @@ def _match(
             lines(
                 f"missing tensors: {listed(missing)}",
                 f"expected {len(wanted)} in {len(files)} file(s)",
-                _why_missing(missing, files),
+                weight_hints.of_missing(missing, files),
             )
         )
     return parameters
-
-
-def _why_missing(missing: list[str], files: Sequence[str]) -> str:
-    """What may be done about tensors that are not there."""
-    if missing == [_HEAD]:
-        return (
-            "set tie_word_embeddings to true in config.json if the head shares the embedding's "
-            "weight"
-        )
-    numbered = [found for name in files if (found := _NUMBERED.fullmatch(name)) is not None]
-    for first in numbered[:1]:
-        count = int(first[3])
-        there = {int(found[2]) for found in numbered}
-        lost = [number for number in range(1, min(count, 10_000) + 1) if number not in there]
-        if lost:
-            of = [f"{first[1]}{number:05}-of-{first[3]}.safetensors" for number in lost]
-            return f"download {listed(of, 2)}, too"
-    return ""
 
 
 def _check(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
@@ -243,6 +224,7 @@ def _check(tensor: StoredTensor, shape: tuple[int, ...]) -> None:
             lines(
                 f"{tensor.file.name}: tensor {tensor.name} has shape {list(tensor.shape)}",
                 f"expected {list(shape)}, from the config",
+                weight_hints.of_shape(tensor.name, tensor.shape, shape),
             )
         )
     if tensor.dtype not in STORED_DTYPES:
@@ -296,7 +278,8 @@ def _file(folder: Path, name: str) -> Path:
 
 def _names(folder: Path) -> list[str]:
     try:
-        return sorted(path.name for path in folder.iterdir())
+        # A name with a dot in front is another program's: macOS leaves `._model.safetensors`.
+        return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise CheckpointError(
             lines(f"folder {str(folder)!r} cannot be read: {error.strerror or cause(error)}")

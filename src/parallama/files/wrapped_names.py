@@ -22,6 +22,11 @@ _WRAPPERS: tuple[tuple[str, str, str], ...] = (
         "PEFT",
         "model.merge_and_unload().save_pretrained(...)",
     ),
+    (
+        r"\.(qweight|qzeros|g_idx|SCB|absmax|quant_map|weight_scale(_inv)?|input_scale)$",
+        "a quantized model",
+        "it with plain weights: bfloat16, float16 or float32",
+    ),
     (r"language_model\.", "a model of images and text", "its language model"),
     (r"^module\.", "DistributedDataParallel or DeepSpeed", "model.module.save_pretrained(...)"),
     (r"^(layers\.\d|embed_tokens\.|norm\.)", "a model without a head", "the ...ForCausalLM model"),

@@ -39,6 +39,7 @@ class LLM(ShardedModel):
     Attributes:
         tokenizer: of transformers, or None.
         max_model_len: most tokens of prompt and answer together.
+        adapter: that was merged into the weights, if it was given by itself.
         eos_ids: ids that end a text.
         ignored: tensors and files of the checkpoint that were not read -> why.
         load_stats: what reading the checkpoint took.

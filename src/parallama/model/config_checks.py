@@ -134,6 +134,22 @@ def end_ids(value: Any, origin: str, vocab: int) -> list[int]:
     return ids
 
 
+def check_vocabulary(tokenizer: Any | None, vocab: int) -> None:
+    """Refuse a tokenizer that makes tokens for which the model has no embedding.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    if tokenizer is not None and len(tokenizer) > vocab:
+        raise CheckpointError(
+            lines(
+                f"the tokenizer has {len(tokenizer)} tokens, and the model {vocab} (vocab_size)",
+                "expected no more: a text with one of the others cannot be run",
+                "use the tokenizer that the model was trained with, or resize its embedding",
+            )
+        )
+
+
 def eos_ids(named: Any, tokenizer: Any | None, vocab: int) -> list[int]:
     """Ids that end a text: those of the generation config or the config, else the tokenizer's.
 

@@ -21,7 +21,7 @@ from ..files.checkpoint import Checkpoint
 from ..files.find import find
 from ..files.locate import locate
 from ..files.skeleton import make_skeleton
-from ..model.config_checks import eos_ids
+from ..model.config_checks import check_vocabulary, eos_ids
 from ..model.spec import ModelSpec
 
 
@@ -147,6 +147,7 @@ def _check_config(checkpoint: Checkpoint, findings: _Findings) -> tuple[str, ...
     config, vocab = checkpoint.config, ModelSpec.from_config(checkpoint.config).vocab
     findings.attempt("structure", lambda: make_skeleton(config))
     tokenizer = findings.attempt("tokenizer", checkpoint.tokenizer)
+    findings.attempt("tokenizer", lambda: check_vocabulary(tokenizer, vocab))
     ids = checkpoint.generation.get("eos_token_id", getattr(config, "eos_token_id", None))
     findings.attempt("tokenizer", lambda: eos_ids(ids, tokenizer, vocab))
     return tuple(getattr(tokenizer, "notes", ()))

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from ..errors import RunError, cause, lines
 from ..files.checkpoint import Checkpoint
 from ..files.export import export_weights
+from ..files.locate import SHIPPED, locate
 from .torch_xla.lora import save_adapter
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def export_model(trainer: Trainer, source: Checkpoint, name: str, run: Path, sta
     folder, lora = run / MODEL, trainer.options.lora
     try:
         if lora is not None:
-            save_adapter(run / ADAPTER, trainer.adapters(), lora, name)
+            save_adapter(run / ADAPTER, trainer.adapters(), lora, lasting_name(name))
         if not folder.exists():  # a run that is complete may be resumed once more
             export_weights(trainer.host_parameters(), source, folder, dtype=torch.float32)
     except RunError as error:
@@ -43,6 +44,12 @@ def export_model(trainer: Trainer, source: Checkpoint, name: str, run: Path, sta
     except (OSError, SafetensorError) as error:
         raise _unwritten(f"the adapter cannot be written: {cause(error)}", state) from None
     return folder
+
+
+def lasting_name(model: str) -> str:
+    """A model's name that means the same from any folder: paths become absolute."""
+    located = locate(model)
+    return model if located.kind == "hub" or model in SHIPPED else str(located.path.resolve())
 
 
 def _unwritten(what: str, state: str) -> RunError:
