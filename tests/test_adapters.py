@@ -235,6 +235,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[Any, ...]]] = {
     "DoRA": ({"use_dora": True}, ("use_dora", "merge_and_unload")),
     "a variant of tomorrow": ({"use_newlora": True}, ("use_newlora", "merge_and_unload")),
     "IA3": ({"peft_type": "IA3"}, ("peft_type", "'IA3'", "LORA")),
+    "mlx-lm's": ({"peft_type": None, "lora_parameters": {"rank": 8}}, ("mlx", "fuse")),
     "no kind": ({"peft_type": None}, ("peft_type", "LORA")),
     "biases": ({"bias": "lora_only"}, ("bias", "lora_only")),
     "a bias of its own": ({"lora_bias": True}, ("lora_bias",)),
@@ -321,6 +322,9 @@ def test_what_an_adapter_lacks_is_said(models: TinyModels, tmp_path: Path) -> No
         with pytest.raises(CheckpointError) as caught:
             find(tiny.folder, given)
         check_raised(caught.value, 3, "adapter", given)
+    with pytest.raises(CheckpointError) as caught:  # as PEFT saves adapters with names
+        find(tiny.folder, str(tmp_path))
+    check_raised(caught.value, 3, repr(str(tmp_path / "adapter")))
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(
         tmp_path / "adapter" / "adapter_model.bin"
     )

@@ -74,6 +74,7 @@ SAME: dict[str, dict[str, Any]] = {
             "value": [each["value"] for each in SHAREGPT],
         }
     },
+    "messages as JSON within the JSON": {"messages": json.dumps(CHAT)},
     "LLaMA-Factory's history": {
         "instruction": TURNS[2],
         "input": "",
@@ -534,11 +535,18 @@ def test_a_config_file_may_say_all_linear_too(
     assert bytes_of[0] == bytes_of[1]
 
 
-def test_a_config_file_may_say_true_for_adapters_and_for_resuming(tmp_path: Path) -> None:
+def test_a_config_file_may_be_written_as_people_write_them(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("model: a\ndata: b\nout: c\nepochs: 1\nlora: true\nresume: true\n")
+    least = "model: a\ndata: b\nout: c\nepochs: 1\n"
+    file.write_text(f"{least}lora: true\nresume: true\n")
     settings = settings_of.read(file)
     assert settings.lora == LoraOptions() and settings.resume == "auto"
+    file.write_text(f"{least}lora.rank: 4\nlora.targets: all-linear\n")
+    assert settings_of.read(file).lora == LoraOptions(rank=4, targets=LORA_TARGETS)
+    file.write_text("model: a\ndata: 2024\nout: 7\nsteps: 1e3\nmesh: 8\nbatch_size: 8\n")
+    settings = settings_of.read(file)
+    assert (settings.data, settings.out, settings.steps) == ("2024", "7", 1000)
+    assert settings.mesh_shape.devices == 8
 
 
 def test_a_warm_up_below_one_is_a_share_of_the_steps() -> None:

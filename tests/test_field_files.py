@@ -37,6 +37,7 @@ from parallama.files.config_json import read_config
 from parallama.files.find import find
 from parallama.model.families import FAMILIES
 from parallama.model.spec import ModelSpec
+from parallama.notices import say_once
 from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import MeshShape
 from parallama.plan.overrides import read_overrides
@@ -117,7 +118,7 @@ def test_a_file_that_holds_something_else_is_called_what_it_is(tmp_path, name, c
     "prefix", ["_orig_mod.", "module.", "_forward_module.", "module._orig_mod.", "model."]
 )
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
-def test_a_prefix_that_all_names_share_is_left_out_and_said(tmp_path, prefix, sharded):
+def test_a_prefix_that_all_names_share_is_left_out_and_said(tmp_path, caplog, prefix, sharded):
     expected, _ = everything(make_good(tmp_path / "plain"))
     wrapped = {f"{prefix}{name}": tensor for name, tensor in good_tensors().items()}
     folder = make_good(tmp_path / "wrapped", tensors=wrapped)
@@ -129,6 +130,10 @@ def test_a_prefix_that_all_names_share_is_left_out_and_said(tmp_path, prefix, sh
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert "prefix" in find(str(folder)).ignored[prefix]
+    say_once.cache_clear()
+    caplog.clear()
+    find(str(folder))
+    assert [record.getMessage().split()[0] for record in caplog.records] == [prefix]
 
 
 def test_a_tied_model_that_was_saved_without_its_head_class_loads(tmp_path):

@@ -168,6 +168,23 @@ def test_with_a_constant_rate_a_run_may_be_as_long_as_it_likes(tmp_path: Path) -
     assert not said
 
 
+def test_a_run_or_its_checkpoints_may_be_named_for_the_newest_of_them(tmp_path: Path) -> None:
+    """And a run that is to go on, but is not there, says that it begins."""
+    saved = tmp_path / "run" / "checkpoints"
+    for step in (10, 12):
+        path = checkpoint(saved, step)
+    said: list[str] = []
+    for named in (path, saved, tmp_path / "run", saved / "latest"):
+        settings = settings_of.make(USUAL | {"resume": str(named), "out": str(tmp_path / "run")})
+        resumed = resume.find(settings, saved, said.append)
+        assert resumed is not None and resumed.manifest.step == 12
+    assert not said
+    other = settings_of.make(USUAL | {"resume": "auto", "out": str(tmp_path / "rum")})
+    assert resume.find(other, tmp_path / "rum" / "checkpoints", said.append) is None
+    (line,) = said
+    assert "rum" in line
+
+
 # -- runs
 
 GO_ON = {

@@ -144,6 +144,14 @@ def read(folder: Path) -> AdapterConfig:
 
 def _check_supported(document: Mapping[str, Any]) -> None:
     kind = document.get("peft_type")
+    if kind is None and "lora_parameters" in document:
+        raise CheckpointError(
+            lines(
+                f"{NAME}: it is of mlx-lm: it has lora_parameters, and no peft_type",
+                "expected one of PEFT's",
+                "let mlx_lm.fuse write the merged model",
+            )
+        )
     if kind != "LORA":
         raise _wrong("peft_type", kind, "LORA", _MERGE)
     for key, value in document.items():

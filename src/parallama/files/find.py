@@ -74,10 +74,12 @@ def _adapter_folder(adapter: str) -> Path:
         return _from_hub(located.hub_id, asked_for=adapter)
     if located.kind == "folder" and (located.path / ADAPTER).exists():
         return located.path
+    inside = sorted(located.path.glob(f"*/{ADAPTER}")) if located.kind == "folder" else []
     raise CheckpointError(
         lines(
             f"adapter {adapter!r} has no {ADAPTER}",
             "expected a folder as peft's save_pretrained writes it",
+            f"one is in {str(inside[-1].parent)!r}" if inside else "",
         )
     )
 

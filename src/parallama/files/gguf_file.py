@@ -15,8 +15,7 @@ import torch
 from ..errors import CheckpointError, cause, lines, listed
 from ..model.config_checks import check_generation
 from ..model.spec import ModelSpec
-from . import gguf_header, gguf_keys, gguf_rope
-from .bounded_tokenizer import bound
+from . import gguf_header, gguf_keys, gguf_rope, gguf_tokenizer
 from .checkpoint import Checkpoint, config_from_dict
 from .tensor_source import Slices, TensorSource
 from .weight_reader import WeightReader
@@ -139,26 +138,7 @@ class GgufFile(Checkpoint):
 
     def tokenizer(self) -> Any | None:
         """The tokenizer that the file describes, or None if it holds none."""
-        if not self._has_tokenizer:
-            return None
-        from transformers import PreTrainedTokenizerFast
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-            convert_gguf_tokenizer,
-            get_gguf_tokenizer,
-        )
-
-        with gguf_header.private_copy(self.location) as copy:
-            try:
-                architecture, described, config = get_gguf_tokenizer(str(copy))
-                backend, more = convert_gguf_tokenizer(architecture, described)
-                made = PreTrainedTokenizerFast(tokenizer_object=backend, **config, **more)
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # anything, and Rust's panics are no `Exception`
-                raise CheckpointError(
-                    lines(f"the tokenizer in {self.location.name} cannot be read: {cause(error)}")
-                ) from None
-        return bound(made, repr(self.location.name))
+        return gguf_tokenizer.read(self.location) if self._has_tokenizer else None
 
 
 class _GgufTensor(TensorSource):

@@ -18,7 +18,7 @@ _ADDRESS = re.compile(
     r"|(?:hf|hub|huggingface)://(?:models/)?(?P<scheme>[\w.-]+/[\w.-]+).*"
 )
 _WITH_MORE = re.compile(
-    r"(?P<id>[\w.-]+/[\w.-]+)(?:[:@].*|/(?:tree|blob|resolve)/.*|/.*\.(?:gguf|safetensors|json))"
+    r"(?P<id>[\w.-]+/[\w.-]+)(?:[:@].*|/|/(?:tree|blob|resolve)/.*|/.*\.(?:gguf|safetensors|json))"
 )
 
 

@@ -70,8 +70,8 @@ def option(
 class Declared:
     """Base of frozen dataclasses whose fields are `option`s.
 
-    Lists become tuples, a text where only a list is taken becomes a list of it, and whole numbers
-    become floats where a float is declared.
+    Lists become tuples, and a text where only a list is taken becomes a list of it. Whole numbers
+    become floats or texts where these are declared, and `1e3` becomes a whole number.
 
     Raises:
         UsageError: a value is not of its kind, or not in its range.
@@ -134,6 +134,10 @@ class Declaration:
         kinds = get_args(self.kind) or (self.kind,)
         if type(value) is int and float in kinds and int not in kinds:
             kept = float(value) if value in Range() else value
+        elif type(value) is float and int in kinds and float not in kinds and value.is_integer():
+            kept = int(value)
+        elif type(value) is int and str in kinds and int not in kinds:
+            kept = str(value)
         if not _takes(self.kind, self.range, kept):
             raise UsageError(
                 lines(f"{called} is {shown(value)}", f"expected {self.expected}", *more)

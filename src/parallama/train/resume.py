@@ -160,8 +160,10 @@ def find(settings: TrainSettings, folder: Path, say: Callable[[str], None]) -> R
     verified = checkpoints.Verified()
     if settings.resume == "auto":
         path = checkpoints.newest(folder, say, verified)
+        if path is None:
+            say(f"there is no checkpoint in {settings.out!r} yet: the run begins")
     else:
-        path = Path(settings.resume).expanduser().resolve()
+        path = _given(Path(settings.resume).expanduser().resolve(), say, verified)
     if path is None:
         return None
     manifest = verified.manifest(path)
@@ -177,6 +179,16 @@ def find(settings: TrainSettings, folder: Path, say: Callable[[str], None]) -> R
     resumed = Resumed(path=path, manifest=manifest, verified=verified)
     resumed.check(settings, steps=settings.steps)
     return resumed
+
+
+def _given(path: Path, say: Callable[[str], None], verified: Verified) -> Path:
+    """A checkpoint; of a run's folder, or of that of its checkpoints, the newest."""
+    from . import checkpoints
+
+    for folder in (path, path / "checkpoints"):
+        if checkpoints.steps_in(folder):
+            return checkpoints.newest(folder, say, verified) or path
+    return path
 
 
 def _check_adapters(

@@ -195,7 +195,12 @@ def _messages(given: Any, key: str, where: str) -> tuple[list[dict[str, Any]], l
 
 
 def _rows_of(given: Any) -> Any:
-    """A list of messages, where `datasets` has made an object of lists of it."""
+    """A list of messages, where a data set has made an object of lists or JSON of it."""
+    if isinstance(given, str) and given.lstrip().startswith("["):
+        try:
+            return json.loads(given)
+        except (ValueError, RecursionError):
+            return given
     if not isinstance(given, Mapping) or not all(isinstance(each, list) for each in given.values()):
         return given
     if len({len(each) for each in given.values()}) != 1:

@@ -165,8 +165,15 @@ def read(path: Path | None, options: Sequence[str] = ()) -> TrainSettings:
 
 
 def make(document: Mapping[str, Any]) -> TrainSettings:
-    """Settings from a mapping; see `read` for what it raises."""
-    settings = _build(TrainSettings, document)
+    """Settings from a mapping; see `read` for what it raises.
+
+    Keys within a key may stand below it, or after it as `lora.rank`.
+    """
+    within = [key for key in document if "." in key and key.partition(".")[0] in keys()]
+    nested = {key: document[key] for key in document if key not in within}
+    for key in within:
+        _set_within(nested, key, document[key])
+    settings = _build(TrainSettings, nested)
     _check(settings)
     return settings
 
@@ -222,16 +229,20 @@ def _set(document: dict[str, Any], key: str, text: str) -> None:
 
     Its text is read as in the file, but for keys that hold text.
     """
-    first, _, inner = key.partition(".")
-    if inner:
-        own = document.get(first)
-        document[first] = dict(own) if isinstance(own, dict) else {}
-        document[first][inner] = _value(key, text)
+    if "." in key:
+        _set_within(document, key, _value(key, text))
         return
     kind = next((each.kind for each in declarations(TrainSettings) if each.name == key), None)
     kinds = {kind, *get_args(kind)}
     is_text = kind is str or (str in kinds and text != "null" and not text.startswith("["))
     document[key] = text if is_text else _value(key, text)
+
+
+def _set_within(document: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value below the first part of its key."""
+    first, _, inner = key.partition(".")
+    own = document.get(first)
+    document[first] = (dict(own) if isinstance(own, dict) else {}) | {inner: value}
 
 
 def _value(key: str, text: str) -> Any:
