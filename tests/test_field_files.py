@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -481,3 +482,15 @@ def test_a_config_without_a_type_and_a_folder_of_another_format_say_what_to_do(t
     check_refused(folder, "model_type None", "set model_type to 'llama'", "LlamaForCausalLM")
     (folder / "config.json").rename(folder / "params.json")
     check_refused(folder, "no config.json", "params.json", "Mistral")
+
+
+def test_a_tokenizer_that_lacks_a_file_or_a_package_says_which(tmp_path):
+    folder = make_good(tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    check_refused(folder, str(folder), "no tokenizer.json")
+    if importlib.util.find_spec("sentencepiece") is None:
+        edited("tokenizer_config.json", tokenizer_class="LlamaTokenizer")(folder)
+        (folder / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\0\0\0\0\x18\2")
+        check_refused(folder, "tokenizer.model", "pip install sentencepiece")
+    (folder / "tokenizer.model").write_bytes(b"")
+    check_refused(folder, "tokenizer.model is empty")
