@@ -17,6 +17,17 @@ Names end with the unit: `_s` seconds, `_bytes`, `_per_s` a second. Times are wa
 `[]` stands for every entry of a list. "Object of integers" and the like are objects whose own
 keys are data. A value that a run does not have is null.
 
+An error, a wrong command line among them, prints `{"error": {"type", "message", "exit_code"}}`
+there, and its lines for people on standard error. A command that has printed its document prints
+nothing more: a plan that does not fit (`fits`), a model that is not sound (`passed`).
+
+| key | type | meaning |
+|---|---|---|
+| `error` | object | in place of the document |
+| `error.type` | string | `UsageError`, `CheckpointError`, ...; of a fault of ours, Python's name |
+| `error.message` | string | at most three lines: what is wrong, what was expected, what to do |
+| `error.exit_code` | integer | [its meaning](generate.md#exit-codes) |
+
 <!-- Made by `python tests/json_documents.py` from the result classes. Change those instead. -->
 """
 WORDS = {

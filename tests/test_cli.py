@@ -491,7 +491,7 @@ REFUSED: list[tuple[str, list[str], int, str]] = [
     ("chat with a bad temperature", ["chat", "{chatty}", "--temperature", "-1"], 2, "-1"),
     ("chat with a bad max-model-len", ["chat", "{chatty}", "--max-model-len", "0"], 2, "0"),
     ("unknown command", ["meditate"], 2, "meditate"),
-    ("no model", ["generate"], 2, "'model'"),
+    ("no model", ["generate"], 2, "MODEL"),
     ("two models", [*GENERATE, "another"], 2, "another"),
 ]
 

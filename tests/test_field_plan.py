@@ -58,6 +58,7 @@ def test_hardware_is_found_by_what_people_and_drivers_call_it(given: str, name: 
         ("wormhole", ("n150", "n300")),
         ("8xH100", ("'8xH100'", "--hardware h100-80gb", "--mesh 1x8")),
         ("8 x h100", ("h100-80gb", "1x8")),
+        ("4x24GB", ("'4x24GB'", "--hardware 24gb", "1x4")),
         ("v5p-8", ("tpu-v5p", "1x4")),  # its slices are named by cores, two a chip
         ("tpu-v5e-8", ("tpu-v5e", "1x8")),
         ("mi300", ("'mi300'", "mi300x")),
@@ -268,6 +269,7 @@ NAMES = [
     ("an address of a hub", "hf://org/name", "hub id org/name"),
     ("a quantization", "org/name:Q4_K_M", "hub id org/name"),
     ("a revision", "org/name@main", "hub id org/name"),
+    ("a slash too many", "org/name/", "hub id org/name"),
     ("a file of a hub id", "org/name/tiny-q4.gguf", "hub id org/name"),
     ("a gated hub id", "meta-llama/Llama-3.1-70B-Instruct", "llama-3.1-70b"),
     ("a copy of it", "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit", "llama-3.1-8b"),
@@ -363,3 +365,10 @@ def test_a_hub_out_of_reach_is_said_at_once_and_not_taken_for_a_wrong_name(tmp_p
     found = ask_hub(["org/tiny"], tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
     for message, _ in found.values():
         assert says(message, "'org/tiny'", "HF_HUB_OFFLINE"), message
+
+
+def test_a_cache_that_cannot_be_used_is_not_taken_for_a_network(tmp_path: Path):
+    (tmp_path / "file").touch()
+    found = ask_hub(["org/tiny"], tmp_path / "file", "http://127.0.0.1:9")
+    for message, _ in found.values():
+        assert says(message, "cache", "HF_HOME") and "network" not in message, message

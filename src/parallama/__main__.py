@@ -7,13 +7,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from itertools import pairwise
 from types import FrameType
 from typing import Any
 
 import typer
 
-from .errors import ParallamaError
+from .errors import FitError, ParallamaError, UsageError
 
 READER_GONE = 128 + signal.SIGPIPE
 """What a shell reports of a program that SIGPIPE ended, as it does `head`'s writers."""
@@ -49,55 +48,54 @@ def run(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
-        from .cli import app
+        from .cli import app, output
 
+        output.begin()
         result: Any = app(
             [argument for argument in arguments if argument != "--debug"], standalone_mode=False
         )
         return result if isinstance(result, int) else 0
     except ParallamaError as error:
+        _complain(arguments, type(error).__name__, str(error), error.exit_code)
         if debug:
             raise
-        _complain(str(error))
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return 130
     except typer.TyperException as error:
-        _complain(_wrong_usage(error, arguments))
-        return 2
+        from .cli.wrong_usage import explained
+
+        usage = UsageError(explained(error, arguments))
+        _complain(arguments, type(usage).__name__, str(usage), usage.exit_code)
+        return usage.exit_code
     except BrokenPipeError:
         raise
     except Exception as error:
         if _is_of_memory(error):
-            _complain("host memory ran out\nuse fewer or shorter prompts, or a smaller model")
-            return 4
+            full = FitError("host memory ran out\nuse fewer or shorter prompts, or a smaller model")
+            _complain(arguments, type(full).__name__, str(full), full.exit_code)
+            return full.exit_code
+        said = str(error).strip().splitlines()
+        what = f"{type(error).__name__}: {said[0][:300] if said else 'no message'}"
+        message = f"{what}\nthis is a fault of parallama; --debug shows where"
+        _complain(arguments, type(error).__name__, message, 1)
         if debug:
             raise
-        said = str(error).strip().splitlines()
-        what = said[0][:300] if said else "no message"
-        _complain(
-            f"{type(error).__name__}: {what}\nthis is a fault of parallama; --debug shows where"
-        )
         return 1
 
 
-def _wrong_usage(error: typer.TyperException, arguments: list[str]) -> str:
-    """What typer says of a wrong option or argument, with the value that was given."""
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "parallama"
-    message: str = getattr(error, "format_message", error.__str__)()
-    options = getattr(getattr(error, "param", None), "opts", [])
-    given = [f" (got {value!r})" for option, value in pairwise(arguments) if option in options]
-    return f"{' '.join(message.split())}{''.join(given[:1])}\nsee: {command} --help"
+def _complain(arguments: list[str], kind: str, message: str, exit_code: int) -> None:
+    """Say what went wrong: to people, and with `--json` to programs."""
+    print(f"parallama: {message}", file=sys.stderr)  # noqa: T201 - the command line's own voice
+    if "--json" in arguments:
+        from .cli import output
+
+        output.print_error(kind, message, exit_code)
 
 
 def _is_of_memory(error: Exception) -> bool:
     """Whether host memory ran out; torch has no kind of error for that."""
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-
-
-def _complain(message: str) -> None:
-    print(f"parallama: {message}", file=sys.stderr)  # noqa: T201 - the command line's own voice
 
 
 def _open_closed_streams() -> None:

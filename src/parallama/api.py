@@ -11,6 +11,7 @@ from typing import Any
 from .engine.interface import Engine, OptionValue, start
 from .errors import UsageError, lines
 from .files.find import find
+from .files.locate import locate
 from .inference.llm import LLM
 from .inference.sharded_model import Progress
 from .model.config_checks import eos_ids
@@ -66,8 +67,9 @@ def load(
         progress = ProgressBars() if progress and is_watched() else None
     overrides = read_overrides(plan) if isinstance(plan, (str, Path)) else plan
     shape = mesh.shape if isinstance(mesh, Engine) else MeshShape.parse(mesh)
+    locate(str(model))
     if not isinstance(mesh, Engine):
-        # First: a mesh that doesn't fit says so before anything is read.
+        # A mesh that doesn't fit says so before anything is read, a wrong name before that.
         mesh = start(
             shape,
             backend=backend,

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from ..engine.devices.plugins import OptionValue
 from ..errors import UsageError, lines
 from ..host import processor, usable_cores
+from ..model.dtype_names import unknown_dtype
 from ..plan.mesh_shape import MeshShape
 from ..sharded.loading import DTYPES
 from .profile import check_perf
@@ -50,9 +51,7 @@ class EngineOptions:
             )
         self.check_least("repeats", self.repeats, 1)
         if self.dtype not in DTYPES:
-            raise UsageError(
-                lines(f"dtype {self.dtype!r} is unknown", f"expected {' or '.join(DTYPES)}")
-            )
+            raise unknown_dtype(self.dtype, DTYPES)
         if not self.meshes:
             raise UsageError(lines("there is no mesh", "expected at least one, as 1x1,1x2"))
         if self.threads is not None and not 1 <= self.threads <= usable_cores():

@@ -12,6 +12,7 @@ from .eval import evaluate
 from .export import export
 from .generate import generate
 from .inspect import inspect
+from .model_command import ModelCommand
 from .option_groups import expanded
 from .plan import plan
 from .report import report
@@ -25,7 +26,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # As vLLM and litgpt do: --max_new_tokens is --max-new-tokens.
+        "token_normalize_func": lambda word: word.replace("_", "-"),
+    },
 )
 
 
@@ -55,16 +60,9 @@ def _root(
     pass
 
 
-app.command()(expanded(generate))
-app.command()(expanded(chat))
-app.command()(expanded(audit))
-app.command()(expanded(bench))
+for _command in (generate, chat, audit, bench, export, inspect, plan, validate, verify):
+    app.command(cls=ModelCommand)(expanded(_command))
+app.command("eval", cls=ModelCommand)(expanded(evaluate))
 app.command()(expanded(doctor))
-app.command("eval")(expanded(evaluate))
-app.command()(expanded(export))
-app.command()(expanded(inspect))
-app.command()(expanded(plan))
 app.command()(expanded(report))
 app.command(cls=TrainCommand, context_settings={"ignore_unknown_options": True})(expanded(train))
-app.command()(expanded(validate))
-app.command()(expanded(verify))

@@ -16,7 +16,7 @@ from ..plan.mesh_shape import MeshShape
 from . import options, output
 from .unused_options import refuse
 
-_ALWAYS = {"model", "as_json", "quiet"}
+_ALWAYS = {"model", "model_option", "as_json", "quiet"}
 _MEANT = {
     "make": {"make", *_ALWAYS},
     "load": {"load", "mesh", "dtype", "repeats", "backend", "allow_nonfinite", *_ALWAYS},

@@ -11,6 +11,7 @@ import typer
 from ..errors import UsageError
 from ..progress_bars import progress_bars
 from . import options, output
+from .chat_commands import HELP, command_of
 from .input import text_of
 
 CHAT_LENGTH = 2048
@@ -34,7 +35,9 @@ def chat(
     sampling: options.SamplingOptions,
     quiet: options.Quiet = False,
 ) -> None:
-    """Talk to a model, one line a turn. /new starts over, /exit or the end of input leaves."""
+    """Talk to a model, one line a turn. /help lists the commands; /new starts over, /exit or the
+    end of input leaves.
+    """
     chosen.check_lengths(max_model_len, max_new_tokens, default_len=CHAT_LENGTH)
     with progress_bars(quiet) as progress:
         llm = chosen.load(progress=progress, max_model_len=max_model_len)
@@ -42,10 +45,13 @@ def chat(
 
         talk = Chat(llm, system=system, max_model_len=max_model_len, **sampling.arguments)
     for line in _said():
-        if line == "/new":
-            talk.reset()
-            continue
         try:
+            asked = command_of(line)
+            if asked == "exit":
+                break
+            if asked is not None:
+                talk.reset() if asked == "new" else output.say(HELP)
+                continue
             for chunk in talk.send(line, max_new_tokens=max_new_tokens):
                 typer.echo(chunk.text, nl=False)
                 sys.stdout.flush()
@@ -62,13 +68,13 @@ def chat(
 
 
 def _said() -> Iterator[str]:
-    """The lines of standard input that hold something, until its end or /exit."""
+    """The lines of standard input that hold something, until its end."""
     terminal = sys.stdin.isatty()
     while True:
         if terminal:
             typer.echo("> ", nl=False, err=True)
         line = text_of(sys.stdin.readline)
-        if not line or line.strip() == "/exit":
+        if not line:
             return
         if line.strip():
             yield line.strip()

@@ -10,13 +10,27 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from . import model_command
+
+_MODEL_OPTION = Parameter(
+    model_command.OPTION,
+    Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None, typer.Option("--model", help="MODEL, where that isn't given as an argument.")
+    ],
+)
 
 
 def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
     """The command for typer: every parameter that is a group becomes one for each of its fields.
 
     The options stand where the group stood, in the order of the fields. Only keywords are passed.
+    A command with a MODEL takes `--model`, too, which `ModelCommand` reads.
     """
     hints = get_type_hints(command, include_extras=True)
     parameters: list[Parameter] = []
@@ -30,8 +44,12 @@ def expanded(command: Callable[..., Any]) -> Callable[..., Any]:
                 parameter.replace(annotation=hints[name], kind=Parameter.KEYWORD_ONLY)
             )
 
+    if any(parameter.name == "model" for parameter in parameters):
+        parameters.append(_MODEL_OPTION)
+
     @wraps(command)
     def packed(**given: Any) -> Any:
+        given.pop(model_command.OPTION, None)
         for name, kind in groups.items():
             given[name] = kind(**{field.name: given.pop(field.name) for field in fields(kind)})
         return command(**given)

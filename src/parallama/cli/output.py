@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _STDOUT, _STDERR = 1, 2
+_printed: list[bool] = []  # one for each document of `--json` that the command has printed
 
 
 def say(text: str) -> None:
@@ -31,6 +32,18 @@ def print_json(document: Mapping[str, Any], *, readable: bool = False) -> None:
         readable: keep letters that are not ASCII as they are, for documents that hold texts.
     """
     typer.echo(json.dumps(_finite(document), ensure_ascii=not readable, allow_nan=False))
+    _printed.append(True)
+
+
+def print_error(kind: str, message: str, exit_code: int) -> None:
+    """With `--json`, print why a command failed, if it has not printed its document before."""
+    if not _printed:
+        print_json({"error": {"type": kind, "message": message, "exit_code": exit_code}})
+
+
+def begin() -> None:
+    """Before a command: it has printed no document."""
+    _printed.clear()
 
 
 def _finite(value: Any) -> Any:

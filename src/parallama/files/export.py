@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import RunError, UsageError, cause, lines
+from ..model.dtype_names import unknown_dtype
 from ..model.spec import ModelSpec
 from . import export_configs, manifest, nonfinite
 from .checkpoint import Checkpoint
@@ -180,7 +181,7 @@ def resolve(name: str) -> torch.dtype:
         UsageError: there is no such dtype.
     """
     if name not in DTYPES:
-        raise UsageError(lines(f"dtype {name!r} is unknown", f"expected auto, {', '.join(DTYPES)}"))
+        raise unknown_dtype(name, ["auto", *DTYPES])
     return DTYPES[name]
 
 

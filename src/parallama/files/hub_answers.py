@@ -52,7 +52,9 @@ def refusal(
     from huggingface_hub import errors
 
     reason: BaseException = error
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+    incomplete = isinstance(error, errors.IncompleteSnapshotError)
+    missing = isinstance(error, errors.LocalEntryNotFoundError) and not incomplete
+    if missing and error.__cause__ is not None:
         reason = error.__cause__
     shipped = known_names(asked_for)
     near = near_name(asked_for, ())
@@ -78,7 +80,7 @@ def refusal(
                 "check the name" + (f"; {_SIGN_IN}" if private else ", or give a folder"),
                 near,
             )
-        case errors.EntryNotFoundError() if not isinstance(reason, FileNotFoundError):
+        case errors.RemoteEntryNotFoundError():
             found = (
                 f"model {asked_for!r} of the hub has no config.json",
                 "expected a model as transformers saves it; of a .gguf file, give its path",
@@ -93,6 +95,17 @@ def refusal(
         case errors.HfHubHTTPError():
             status = reason.response.status_code
             found = (f"the hub does not give {asked_for!r}: {_status(status)}", near)
+        case errors.IncompleteSnapshotError():
+            found = (
+                f"model {asked_for!r} is in the hub's cache in part only",
+                "download it again with a network, or give a folder",
+                near,
+            )
+        case OSError() if not isinstance(reason, (ConnectionError, TimeoutError)) and reason.errno:
+            found = (
+                f"the hub's cache cannot be used: {cause(reason, 120)}",
+                "check HF_HOME, and what is free there",
+            )
         case _:
             found = (
                 f"model {asked_for!r} is not in the hub's cache, and the hub cannot be reached: "

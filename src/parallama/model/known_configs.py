@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import CheckpointError, UsageError, lines
+from ..errors import CheckpointError, lines
 from .config_checks import check_config
+from .dtype_names import unknown_dtype
 from .spec import ModelSpec
 
 ITEMSIZES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2})
@@ -242,7 +243,5 @@ def loaded_dtype(asked: str, document: Mapping[str, Any]) -> str:
         own = stored_dtype(document)
         return own if own is not None and own in ITEMSIZES else "float32"
     if asked not in ITEMSIZES:
-        raise UsageError(
-            lines(f"dtype {asked!r} is unknown", f"expected auto, {' or '.join(ITEMSIZES)}")
-        )
+        raise unknown_dtype(asked, ["auto", *ITEMSIZES])
     return asked

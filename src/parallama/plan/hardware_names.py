@@ -120,8 +120,11 @@ def _refuse_number(given: str) -> None:
     """Say where a number of devices belongs."""
     for pattern in _COUNTED:
         found = re.fullmatch(pattern, given.strip().lower())
-        names = _named(found["kind"]) if found is not None else []
-        if found is None or not names:
+        if found is None:
+            continue
+        size = parse_bytes(found["kind"])
+        names = _named(found["kind"]) if size is None else [found["kind"].strip()]
+        if not names:
             continue
         count = int(found["count"])
         if pattern == _COUNTED[-1] and names[0] in _CORES:

@@ -182,7 +182,7 @@ class MeshShape(dict[str, int]):
         if isinstance(text, tuple) and 1 < len(text) <= len(AXES):
             return cls(zip(AXES[-len(text) :], text, strict=True))
         text = str(text).strip()
-        numbers = re.split(r"\s*[xX,]\s*", text)
+        numbers = re.split(r"\s*[xX×*,]\s*", text)
         if len(numbers) <= len(AXES) and all(re.fullmatch(r"\d{1,6}", each) for each in numbers):
             return cls(zip(AXES[-len(numbers) :], map(int, numbers), strict=True))
         if re.fullmatch(r"\w+=\d{1,6}(\s*,\s*\w+=\d{1,6})*", text):

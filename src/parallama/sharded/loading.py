@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..engine.interface import Engine, Steps
-from ..errors import UsageError, lines
 from ..files.checkpoint import Checkpoint
 from ..files.skeleton import make_skeleton
+from ..model.dtype_names import unknown_dtype
 from ..plan.placement import Plan
 from . import stream
 from .device_weights import DeviceWeights
@@ -59,9 +59,7 @@ def resolve_dtype(name: str, config: Any, backend: str) -> torch.dtype:
             else torch.float32
         )
     if name not in DTYPES:
-        raise UsageError(
-            lines(f"dtype {name!r} is unknown", f"expected auto, {' or '.join(DTYPES)}")
-        )
+        raise unknown_dtype(name, ["auto", *DTYPES])
     return DTYPES[name]
 
 

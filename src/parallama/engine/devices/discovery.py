@@ -25,6 +25,14 @@ _HINTS = {
         "install pjrt-plugin-tt, or give the path of pjrt_plugin_tt.so",
     ),
 }
+_MEANT = {
+    "cpu": "host x86 local virtual none",
+    "tpu": "google libtpu xla pjrt jax",
+    "tt": "tenstorrent wormhole blackhole ttnn tt-metal tt-xla n150 n300 p150",
+    "cuda": "cuda gpu nvidia cuda:0 rocm amd mps metal",
+}
+"""Backends -> what others call them."""
+_NO_CUDA = "there are no GPUs: torch-xla runs on CPU, TPU, Tenstorrent and other PJRT plugins"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +96,12 @@ def missing(name: str) -> BackendError:
             lines(f"backend {name!r} is not available: {_HINTS[name][0]}", _HINTS[name][1])
         )
     others = ", ".join((*NAMES, *plugins.installed()))
+    meant = next((ours for ours, words in _MEANT.items() if name.lower() in words.split()), "")
     return BackendError(
         lines(
             f"backend {name!r} is unknown",
             f"expected one of {others}, or the path of a PJRT plugin (.so)",
+            _NO_CUDA if meant == "cuda" else f"did you mean {meant}?" if meant else "",
         )
     )
 
