@@ -7,6 +7,7 @@ from typing import Any
 
 from parallama import Chat, SamplingParams, load
 from parallama.errors import ParallamaError
+from parallama.inference.run_stats import Choice
 
 
 def everything(folder: str) -> dict[str, Any]:
@@ -35,7 +36,15 @@ def everything(folder: str) -> dict[str, Any]:
         "groups": groups,
         "chat": chat,
         "wrong": wrong,
+        "special": _special(llm),
     }
+
+
+def _special(llm: Any) -> list[str | None]:
+    """How a token that starts a turn ends a text, without and with it as a stop string."""
+    token = llm.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    rows = [llm.row(9), llm.row(9, ["<|im_start|>"])]
+    return [row.take(Choice(0, token, -1.0), 0.0).finish_reason for row in rows]
 
 
 def _each(llm: Any) -> list[list[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ from parallama.files.config_json import read_config
 from parallama.files.find import find
 from parallama.model.families import FAMILIES
 from parallama.model.spec import ModelSpec
+from parallama.notices import say_once
 from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import MeshShape
 from parallama.plan.overrides import read_overrides
@@ -117,7 +119,7 @@ def test_a_file_that_holds_something_else_is_called_what_it_is(tmp_path, name, c
     "prefix", ["_orig_mod.", "module.", "_forward_module.", "module._orig_mod.", "model."]
 )
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
-def test_a_prefix_that_all_names_share_is_left_out_and_said(tmp_path, prefix, sharded):
+def test_a_prefix_that_all_names_share_is_left_out_and_said(tmp_path, caplog, prefix, sharded):
     expected, _ = everything(make_good(tmp_path / "plain"))
     wrapped = {f"{prefix}{name}": tensor for name, tensor in good_tensors().items()}
     folder = make_good(tmp_path / "wrapped", tensors=wrapped)
@@ -129,6 +131,10 @@ def test_a_prefix_that_all_names_share_is_left_out_and_said(tmp_path, prefix, sh
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert "prefix" in find(str(folder)).ignored[prefix]
+    say_once.cache_clear()
+    caplog.clear()
+    find(str(folder))
+    assert [record.getMessage().split()[0] for record in caplog.records] == [prefix]
 
 
 def test_a_tied_model_that_was_saved_without_its_head_class_loads(tmp_path):
@@ -467,3 +473,24 @@ def test_verify_finds_a_tokenizer_of_more_tokens_than_the_model_has(tmp_path):
 def test_a_config_that_was_edited_by_hand_says_where_it_broke(tmp_path, content, parts):
     (make_good(tmp_path / "model") / "config.json").write_text(content)
     check_refused(tmp_path / "model", "config.json", *parts)
+
+
+def test_a_config_without_a_type_and_a_folder_of_another_format_say_what_to_do(tmp_path):
+    folder = make_good(tmp_path / "model")
+    config = {key: value for key, value in CONFIG.items() if key != "model_type"}
+    write_json(folder / "config.json", config)
+    check_refused(folder, "model_type None", "set model_type to 'llama'", "LlamaForCausalLM")
+    (folder / "config.json").rename(folder / "params.json")
+    check_refused(folder, "no config.json", "params.json", "Mistral")
+
+
+def test_a_tokenizer_that_lacks_a_file_or_a_package_says_which(tmp_path):
+    folder = make_good(tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    check_refused(folder, str(folder), "no tokenizer.json")
+    if importlib.util.find_spec("sentencepiece") is None:
+        edited("tokenizer_config.json", tokenizer_class="LlamaTokenizer")(folder)
+        (folder / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\0\0\0\0\x18\2")
+        check_refused(folder, "tokenizer.model", "pip install sentencepiece")
+    (folder / "tokenizer.model").write_bytes(b"")
+    check_refused(folder, "tokenizer.model is empty")

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from forks import command
 from messages import check_raised
 from reference import greedy, logits, make_model, random_ids
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from parallama.errors import CheckpointError
 from parallama.files.find import find
@@ -304,3 +306,80 @@ def test_biases_and_heads_of_any_length_are_as_the_file_has_them(tmp_path, archi
     model = tiny(family=architecture, **sizes)
     path = write(tmp_path / "model.gguf", model, architecture=architecture)
     same_logits(path, model)
+
+
+# Texts.
+
+
+def bpe(way: str | None, *, add_bos: bool | None = None) -> Edit:
+    """A byte-level vocabulary in which `12` and ` a` are tokens of their own."""
+
+    def edit(writer: gguf.GGUFWriter) -> None:
+        specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
+        letters = list(bytes_to_unicode().values())
+        writer.add_tokenizer_model("gpt2")
+        if way is not None:
+            writer.add_tokenizer_pre(way)
+        writer.add_token_list([*letters, *specials, "12", "Ġa"])
+        writer.add_token_types([1] * 256 + [3] * 3 + [1] * 2)
+        writer.add_token_merges(["1 2", "Ġ a"])
+        writer.add_bos_token_id(256)
+        writer.add_eos_token_id(257)
+        if add_bos is not None:
+            writer.add_add_bos_token(add_bos)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("way", "add_bos", "ids"),
+    [
+        ("llama-bpe", None, [256, 64, 220, 259, 260]),
+        ("llama-bpe", False, [64, 220, 259, 260]),
+        ("tekken", None, [256, 64, 220, 16, 17, 260]),
+        ("qwen2", None, [64, 220, 16, 17, 260]),
+        ("smollm", None, [64, 220, 16, 17, 260]),
+        ("gpt-2", None, [64, 220, 259, 260]),
+        ("default", None, [64, 220, 259, 260]),
+        (None, True, [256, 64, 220, 259, 260]),
+    ],
+)
+def test_texts_begin_and_are_split_as_llama_cpp_does_it(tmp_path, caplog, way, add_bos, ids):
+    path = write(tmp_path / f"{way}-{add_bos}.gguf", tiny(vocab=261), bpe(way, add_bos=add_bos))
+    tokenizer = find(str(path)).tokenizer()
+    assert tokenizer is not None
+    assert tokenizer("a 12 a")["input_ids"] == ids
+    assert ("tokenizer.ggml.pre" in caplog.text) == (way in (None, "default"))
+
+
+def test_a_way_of_splitting_texts_that_nobody_knows_is_refused(tmp_path):
+    found = find(str(write(tmp_path / "model.gguf", tiny(vocab=261), bpe("deepseek-coder"))))
+    with pytest.raises(CheckpointError) as caught:
+        found.tokenizer()
+    check_raised(caught.value, 3, "model.gguf", "tokenizer.ggml.pre is 'deepseek-coder'")
+
+
+def test_a_type_of_numbers_that_cannot_be_read_is_called_by_its_name(tmp_path):
+    path = write(
+        tmp_path / "model.gguf",
+        tiny(),
+        lambda w: w.add_tensor(
+            "output_norm.bias",
+            np.zeros((1, 22), np.uint8),
+            raw_dtype=gguf.GGMLQuantizationType.Q5_0,
+        ),
+    )
+    with pytest.raises(CheckpointError) as caught:
+        find(str(path))
+    check_raised(caught.value, 3, "model.gguf", "Q5_0", "Q4_K", "another quantization")
+
+
+def test_a_big_endian_file_is_called_so(tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError) as caught:
+        find(str(path))
+    check_raised(caught.value, 3, "model.gguf", "big-endian")

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from forks import Done, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ from messages import check_raised, check_refusal
 from parallama.cli.asked import Asked, from_options, from_prompts_file
 from parallama.errors import UsageError
 from parallama.inference.messages import checked
-from parallama.inference.prompts import list_of
+from parallama.inference.prompts import Prompts, list_of
 from parallama.inference.requests import Request, params_of, requests_of
 from parallama.inference.sampling_params import SamplingParams, by_our_names
 from parallama.inference.seeds import row_seed
@@ -113,12 +115,14 @@ def test_names_of_vllm_and_transformers_are_taken(given: Any, name: str, value: 
         ({"temprature": 1}, ("temprature", "temperature")),
         ({"do_sample": True}, ("do_sample", "temperature")),
         ({"num_beams": 4}, ("num_beams", "beam")),
+        ({"presence_penalty": 1}, ("presence_penalty", "not supported")),
+        ({"min_tokens": 1}, ("min_tokens", "not supported")),
         ({"max_tokens": 5, "max_new_tokens": 6}, ("max_new_tokens", "two names")),
         ({"max_new_tokens": 0}, ("max_new_tokens is 0", "at least 1")),
         ({"max_new_tokens": 2.0}, ("max_new_tokens is 2.0",)),
         ({"n": 0}, ("n is 0", "at least 1")),
         ({"n": None}, ("n is None",)),
-        ({"seed": -1}, ("seed is -1", "2^64")),
+        ({"seed": -1}, ("seed is -1", "2^64", "none")),
         ({"stop": [""]}, ("stop", "empty")),
         ({"stop": 5}, ("stop is 5",)),
         ({"ignore_eos": "no"}, ("ignore_eos is 'no'",)),
@@ -157,6 +161,64 @@ def test_one_prompt_need_not_be_in_a_list() -> None:
         list_of([])
 
 
+def encoded(prompts: Any) -> list[list[int]]:
+    made = Prompts("tiny", None, vocab=64)
+    return [made.encoded(prompt)[1] for prompt in list_of(prompts)]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [1, 2],
+        (1, 2),
+        torch.tensor([1, 2]),
+        torch.tensor([[1, 2]]),
+        np.array([1, 2]),
+        [np.int64(1), np.int32(2)],
+        [torch.tensor([1, 2])],
+        {"prompt_token_ids": [1, 2]},
+        [{"input_ids": np.array([1, 2])}],
+    ],
+    ids=repr,
+)
+def test_token_ids_may_come_in_any_array(prompts: Any) -> None:
+    assert encoded(prompts) == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        (b"abc", "b'abc'"),
+        (None, "None"),
+        (iter(["a"]), "iterator"),
+        ([None], "None"),
+        ([[True, False]], "True"),
+        ([[1.0]], "1.0"),
+        ({"input_ids": [[1], [2]]}, "[[1], [2]]"),
+        ({"text": "a"}, "'text'"),
+        ([[1, 64]], "64"),
+    ],
+)
+def test_what_is_no_prompt_is_shown(prompts: Any, says: str) -> None:
+    with refused(says):
+        encoded(prompts)
+
+
+def test_half_a_character_is_no_text() -> None:
+    for give in (
+        lambda: Prompts("tiny", object(), vocab=64).encode("a\ud800b"),
+        lambda: checked([{"role": "user", "content": "a\ud800b"}]),
+    ):
+        with refused("\\ud800"):
+            give()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    params = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint64(2**63))
+    assert params == SamplingParams(temperature=0.5, top_k=3, seed=2**63)
+    assert type(params.top_k) is int
+
+
 def test_contents_may_be_text_parts() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert checked([{"role": "user", "content": parts}]) == [{"role": "user", "content": "ab"}]
@@ -169,6 +231,8 @@ def test_contents_may_be_text_parts() -> None:
     [
         ([], ("empty",)),
         ("Hello", ("messages", "Hello")),
+        (HELLO[0], ("messages", "role")),
+        (None, ("messages", "None")),
         ([{"content": "a"}], ("message 0", "role")),
         ([*HELLO, {"role": "user"}], ("message 1", "None")),
         ([{"role": "user", "content": [{"type": "image_url"}]}], ("message 0", "image_url")),
@@ -294,6 +358,10 @@ def test_each_prompt_has_parameters_of_its_own(found: Any) -> None:
     assert len(greedy[0]) == 12 and greedy[1] == "length"
     assert short == [greedy[0][:3], "length", greedy[2][: len(short[2])]]
     assert stopped[1] == "stop" and stopped[2] == greedy[2][: len(stopped[2])] != greedy[2]
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_text_with_it(found: Any) -> None:
+    assert found["special"] == [None, "stop"]
 
 
 def test_groups_of_rows_give_what_one_batch_gives(found: Any) -> None:

@@ -12,7 +12,7 @@ _TOP_K = "a whole number of at least 0 (0: all)"
 _TOP_P = "a number above 0 and at most 1"
 _MIN_P = "a number from 0 to 1"
 _PENALTY = "a number above 0"
-_SEED = "a whole number from 0 to 2^64 - 1"
+_SEED = "a whole number from 0 to 2^64 - 1, or none to have one drawn"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import torch
 from ..errors import CheckpointError, cause, lines, shown
 from ..model.config_checks import check_config, check_generation, declared
 from ..model.spec import ModelSpec
+from ..notices import say_once
 from . import model_files, tokenizer_files
 from .tensor_source import TensorSource, safetensors_sources
 from .weight_files import WeightFiles, check_second_head, survey
@@ -104,6 +105,9 @@ class SafetensorsFolder(Checkpoint):
         check_generation(self.generation, "generation_config.json", self.spec.vocab)
         self.weights: WeightFiles = survey(folder, self.spec)
         self.ignored: Mapping[str, str] = self.weights.ignored
+        for name, why in self.ignored.items():
+            if name.endswith("."):
+                say_once(f"{name} of every tensor's name is left out: {why}")
 
     def file_of(self, name: str) -> str:
         return self.weights.parameters[name].file.name

@@ -5,6 +5,7 @@ transformers' GGUF reader parses the header, and turns blocks into numbers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,14 +16,14 @@ import torch
 from ..errors import CheckpointError, cause, lines, listed
 from ..model.config_checks import check_generation
 from ..model.spec import ModelSpec
-from . import gguf_header, gguf_keys, gguf_rope
-from .bounded_tokenizer import bound
+from . import gguf_header, gguf_keys, gguf_rope, gguf_tokenizer
 from .checkpoint import Checkpoint, config_from_dict
 from .tensor_source import Slices, TensorSource
 from .weight_reader import WeightReader
 
 _INTERLEAVED = ("llama", "mistral")
 """Those whose converter interleaves the two halves of each query and key head."""
+_UNKNOWN_TYPE = re.compile(r"holds tensors of ggml type (\d+)")
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """GGML's numbers of the types that hold plain values."""
 
@@ -43,13 +44,7 @@ class GgufFile(Checkpoint):
                 metadata, _ = read_gguf_metadata(str(copy), (gguf_keys.TOKENS,))
                 header = GgufHeader.from_file(str(copy))
             except Exception as error:  # a damaged header leads the reader anywhere
-                text = cause(error).replace(str(copy), str(path))
-                raise CheckpointError(
-                    lines(
-                        f"{path.name} is not a GGUF file that can be read: {text}",
-                        "expected GGUF version 2 or 3",
-                    )
-                ) from None
+                raise _unread(path, cause(error, 1000).replace(str(copy), str(path))) from None
         self._tensors = {info.name: info for info in header.tensors}
         self._data_start: int = header.data_start
         self._reader = WeightReader(path)
@@ -139,26 +134,7 @@ class GgufFile(Checkpoint):
 
     def tokenizer(self) -> Any | None:
         """The tokenizer that the file describes, or None if it holds none."""
-        if not self._has_tokenizer:
-            return None
-        from transformers import PreTrainedTokenizerFast
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-            convert_gguf_tokenizer,
-            get_gguf_tokenizer,
-        )
-
-        with gguf_header.private_copy(self.location) as copy:
-            try:
-                architecture, described, config = get_gguf_tokenizer(str(copy))
-                backend, more = convert_gguf_tokenizer(architecture, described)
-                made = PreTrainedTokenizerFast(tokenizer_object=backend, **config, **more)
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # anything, and Rust's panics are no `Exception`
-                raise CheckpointError(
-                    lines(f"the tokenizer in {self.location.name} cannot be read: {cause(error)}")
-                ) from None
-        return bound(made, repr(self.location.name))
+        return gguf_tokenizer.read(self.location) if self._has_tokenizer else None
 
 
 class _GgufTensor(TensorSource):
@@ -223,6 +199,26 @@ def _split_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """
     pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
     return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def _unread(path: Path, text: str) -> CheckpointError:
+    """What transformers' reader refused a file for."""
+    kind = _UNKNOWN_TYPE.search(text)
+    if kind is None:
+        first = f"{path.name} is not a GGUF file that can be read: {text[:200]}"
+        return CheckpointError(lines(first, "expected GGUF version 2 or 3"))
+    import gguf
+    from transformers.integrations.gguf.dequant import GGML_NAME
+
+    known = {int(each): each.name for each in gguf.GGMLQuantizationType}
+    name = known.get(int(kind[1]), f"number {kind[1]}")
+    return CheckpointError(
+        lines(
+            f"{path.name} holds tensors of the type {name}, which is not supported",
+            f"expected F32, F16, BF16, {', '.join(GGML_NAME.values())}",
+            "take the file with another quantization, or the safetensors checkpoint",
+        )
+    )
 
 
 def _check_whole(path: Path, end: int) -> None:

@@ -93,6 +93,8 @@ class _Walk:
         if self._file.read(4) != b"GGUF":
             _refuse(self._path, "it does not start with GGUF")
         (version,) = self._unpack("<I")
+        if version in (2 << 24, 3 << 24):
+            _refuse(self._path, "it is big-endian")
         if version not in (2, 3):
             _refuse(self._path, f"it is of version {version}")
         tensors, entries = self._unpack("<QQ")

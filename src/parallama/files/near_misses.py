@@ -72,6 +72,8 @@ def near_folder(folder: Path) -> str:
     files = [inner for inner in _entries(folder) if inner.suffix == ".gguf"]
     if files:
         return f"it holds a .gguf file: {shown(str(files[0]))}"
+    if _exists(folder / "params.json"):
+        return "it holds params.json, of Meta's or Mistral's own format: take transformers' files"
     return ""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ _PLAIN = (
 _CONFIG, _TEMPLATES = "tokenizer_config.json", model_files.TEMPLATES
 NAMES = (*_PLAIN, _CONFIG)
 """Every file that a tokenizer is read from, and the default chat template."""
+_SENTENCES = "tokenizer.model"
+_VOCABULARIES = [name for name in _PLAIN if name.endswith(".model") or name.startswith("vocab.")]
 _LIMIT_BYTES = 256 << 20
 _TEXTS = (".json", ".txt", ".jinja")
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -81,6 +84,8 @@ def files(folder: Path) -> dict[str, Path]:
     found = {name: path for name in NAMES if (path := model_files.find(folder, name)) is not None}
     found |= _templates(folder)
     for name, path in found.items():
+        if name in _VOCABULARIES and path.stat().st_size == 0:
+            raise CheckpointError(lines(f"{name} is empty", "expected a vocabulary"))
         if path.stat().st_size > _LIMIT_BYTES:
             raise CheckpointError(
                 lines(
@@ -118,16 +123,21 @@ def load(stage: Path, folder: Path) -> Any:
         raise CheckpointError(
             lines(
                 f"the tokenizer in {str(folder)!r} cannot be read: {text}",
-                _fault_of_fast(stage / _FAST),
+                _fault(stage),
             )
         ) from None
 
 
-def _fault_of_fast(path: Path) -> str:
-    """Where tokenizer.json alone cannot be read: that it is so."""
+def _fault(stage: Path) -> str:
+    """What is wrong with the files, where that can be told."""
     from tokenizers import Tokenizer
 
+    path = stage / _FAST
     if not path.exists():
+        if (stage / _SENTENCES).exists() and find_spec("sentencepiece") is None:
+            return f"{_SENTENCES} takes a package more: pip install sentencepiece"
+        if not any((stage / name).exists() for name in _VOCABULARIES):
+            return f"there is no {path.name}: copy it from the model that this one was made of"
         return ""
     try:
         Tokenizer.from_file(str(path))

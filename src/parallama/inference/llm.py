@@ -21,7 +21,7 @@ from ..sharded.stream import StreamStats
 from . import state
 from .completion import Chunk, Completion, Row
 from .messages import Message, checked, is_conversation
-from .prompts import Prompt, Prompts, list_of
+from .prompts import Prompt, Prompts, list_of, members
 from .requests import Asked, Request, params_of, requests_of
 from .run_stats import RunStats
 from .sampling_defaults import with_defaults
@@ -167,7 +167,8 @@ class LLM(ShardedModel):
         Raises:
             UsageError: the template refuses a conversation, or as for `generate`.
         """
-        conversations = [messages] if is_conversation(messages) else list(messages)
+        many = isinstance(messages, (list, tuple)) and not is_conversation(messages)
+        conversations: list[Any] = list(messages) if many else [messages]
         params = params_of(sampling_params, sampling, len(conversations))
         encoded: list[tuple[str | None, list[int]]] = [
             (None, self.render_chat(checked(each), continue_final_message=continue_final_message))
@@ -230,8 +231,11 @@ class LLM(ShardedModel):
 
     def row(self, limit: int, stop: Sequence[str] = (), *, ignore_eos: bool = False) -> Row:
         """A row of a batch that has not begun."""
-        ends = () if ignore_eos else self.eos_ids
-        return Row(TextStream(self.tokenizer, stop), limit, frozenset(ends))
+        ends = set() if ignore_eos else set(self.eos_ids)
+        # A special token is never part of the text: the token itself ends it.
+        special = self.tokenizer.get_added_vocab() if self.tokenizer and stop else {}
+        ends |= {special[string] for string in stop if string in special}
+        return Row(TextStream(self.tokenizer, stop), limit, ends)
 
     def _chunks(
         self, requests: Sequence[Request], rows: Sequence[Row], size: int
@@ -281,9 +285,10 @@ class LLM(ShardedModel):
             UsageError: there are no tokens, an id is out of range, or the sequences are of unequal
                 length or over the limit.
         """
-        listed: list[Any] = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
-        many = bool(listed) and not isinstance(listed[0], int)
-        batch = [self.encode(row) for row in (listed if many else [listed])]
+        given: Any = ids
+        listed: list[Any] = list_of(given)
+        many = listed != [members(ids)]
+        batch = [self.encode(row) for row in listed]
         length = len(batch[0])
         if any(len(row) != length for row in batch):
             raise UsageError(

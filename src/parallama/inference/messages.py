@@ -51,6 +51,7 @@ def _checked(number: int, message: Any) -> dict[str, Any]:
         raise UsageError(
             lines(f"the content of message {number} is {shown(content)}", "expected a text")
         )
+    check_text(content, f"the content of message {number}")
     return {**message, "content": content}
 
 
@@ -66,3 +67,14 @@ def _text(number: int, part: Any) -> str:
             'expected parts {"type": "text", "text": "..."}: these models read text alone',
         )
     )
+
+
+def check_text(text: str, what: str) -> None:
+    """Refuse a text that no file could hold: half of a pair of UTF-16 surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise UsageError(
+            lines(f"{what} holds {half!r}, half a character", "expected a text in Unicode")
+        ) from None

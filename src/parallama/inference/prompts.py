@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from ..errors import UsageError, lines, shown
 from ..files.chat_template import Renderer, renderer_of
 from ..model.token_ids import check_ids
 from ..notices import say_once
-from .messages import Message
+from .messages import Message, check_text
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""A text, token ids, or a mapping with `prompt` or `prompt_token_ids`."""
+"""A text, token ids, or a mapping with one of `prompt`, `prompt_token_ids` and `input_ids`.
+
+Ids may be in an array or a tensor, too.
+"""
+_KEYS = ("prompt", "prompt_token_ids", "input_ids")
 
 
 def list_of(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -23,17 +28,27 @@ def list_of(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    given = members(prompts)
+    if given is None:
         raise UsageError(
             lines(
                 f"prompts is {shown(prompts)}",
                 "expected a text, a list of token ids, or a list of either",
             )
         )
-    if not prompts:
+    if not given:
         raise UsageError(lines("there are no prompts", "expected at least one"))
-    given: Any = prompts
-    return [given] if isinstance(given[0], int) else list(given)
+    return [given] if isinstance(given[0], Integral) else given
+
+
+def members(given: Any) -> list[Any] | None:
+    """The members of a sequence, an array or a tensor; None of anything else."""
+    if isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
+        return list(given)
+    # Arrays of every library have it, and are no sequences to Python.
+    listed = getattr(given, "tolist", None)
+    members = listed() if callable(listed) else None
+    return members if isinstance(members, list) else None
 
 
 class Prompts:
@@ -53,12 +68,12 @@ class Prompts:
         """A prompt's text, or None if it was given as token ids, and its ids; see `encode`."""
         given: Any = prompt
         if isinstance(prompt, Mapping):
-            keys = [key for key in ("prompt", "prompt_token_ids") if key in prompt]
+            keys = [key for key in _KEYS if key in prompt]
             if len(keys) != 1:
                 raise UsageError(
                     lines(
                         f"the prompt has the keys {shown(list(prompt))}",
-                        "expected one of prompt and prompt_token_ids",
+                        f"expected one of {', '.join(_KEYS)}",
                     )
                 )
             given = prompt[keys[0]]
@@ -77,14 +92,15 @@ class Prompts:
                 raise UsageError(
                     lines(f"model {self.name!r} has no tokenizer", "give the prompt as token ids")
                 )
+            check_text(prompt, "the prompt")
             ids = self._begun_once(list(self.tokenizer(prompt)["input_ids"]))
         else:
-            given: Any = prompt
-            ids = list(given) if isinstance(given, Sequence) else []
-            if not isinstance(given, Sequence) or not all(type(token) is int for token in ids):
+            listed = members(prompt)
+            if listed is None or not all(map(_is_id, listed)):
                 raise UsageError(
                     lines(f"the prompt {shown(prompt)} is neither text nor a list of token ids")
                 )
+            ids = [int(token) for token in listed]
         if not ids:
             raise UsageError(lines("the prompt has no tokens", "expected at least one"))
         check_ids(ids, self.vocab)
@@ -134,3 +150,7 @@ class Prompts:
             f"a prompt begins with {tokenizer.bos_token!r} itself, so the tokenizer's is left out"
         )
         return ids[1:]
+
+
+def _is_id(token: object) -> bool:
+    return isinstance(token, Integral) and not isinstance(token, bool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 from ..engine.row_sampling import RowSampling, check_seed
@@ -28,6 +29,12 @@ _OTHERWISE = {
     "verbose": "stream gives the text as it comes",
 }
 """Names that others know, and what to say instead."""
+_UNSUPPORTED = {
+    *("presence_penalty", "frequency_penalty", "length_penalty", "logit_bias", "typical_p"),
+    *("min_tokens", "min_new_tokens", "stop_token_ids", "bad_words", "allowed_token_ids"),
+    *("best_of", "logprobs", "prompt_logprobs", "include_stop_str_in_output"),
+    *("skip_special_tokens", "structured_outputs", "guided_decoding", "response_format"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
@@ -97,12 +104,12 @@ class SamplingParams:
             given[name] = value
         given["stop"] = _strings(given["stop"])
         for name, value in given.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, _plain(value))
         RowSampling(**self.sampler())
-        if seed is not None:
-            check_seed(seed)
+        if self.seed is not None:
+            check_seed(self.seed)
         for name in ("n", "max_new_tokens"):
-            value = given[name]
+            value = getattr(self, name)
             if not (value is None and name != "n") and (type(value) is not int or value < 1):
                 expected = "expected a whole number of at least 1"
                 raise UsageError(lines(f"{name} is {shown(value)}", expected))
@@ -112,6 +119,13 @@ class SamplingParams:
     def sampler(self) -> dict[str, Any]:
         """The parameters of a row's sampler that were given."""
         return {name: value for name in SAMPLERS if (value := getattr(self, name)) is not None}
+
+
+def _plain(value: Any) -> Any:
+    """A number of another library, as numpy's, as Python's own."""
+    if isinstance(value, (bool, int, float)) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def by_our_names(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,6 +148,8 @@ def by_our_names(given: Mapping[str, Any]) -> dict[str, Any]:
 def _hint(name: str) -> str:
     if name in _OTHERWISE:
         return _OTHERWISE[name]
+    if name in _UNSUPPORTED:
+        return f"it is not supported; known: {', '.join(_NAMES)}"
     near = difflib.get_close_matches(name, [*_NAMES, *_ALIASES], 1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(_NAMES)}"
 

@@ -54,6 +54,7 @@ def read_family(values: Mapping[str, Any], origin: str) -> Family:
             lines(
                 f"model_type {shown(model_type)} is not supported{why}",
                 f"expected one of {', '.join(sorted(FAMILIES))}",
+                _meant_family(values),
             )
         )
     for key in ("quantization_config", "quantization", "compression_config"):
@@ -76,6 +77,16 @@ def read_family(values: Mapping[str, Any], origin: str) -> Family:
             )
         )
     return family
+
+
+def _meant_family(values: Mapping[str, Any]) -> str:
+    """Where only `architectures` says what a model is: the type that it stands for."""
+    named = values.get("architectures")
+    if values.get("model_type") is None and isinstance(named, list):
+        for model_type, family in FAMILIES.items():
+            if family.architecture in named:
+                return f"set model_type to {model_type!r}: architectures is {shown(named)}"
+    return ""
 
 
 def unsupported_feature(values: Mapping[str, Any]) -> str | None:
