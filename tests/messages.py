@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from forks import Done
 
 from parallama.errors import ParallamaError
@@ -18,8 +20,16 @@ def check_raised(error: ParallamaError, code: int, *parts: object) -> None:
     assert error.exit_code == code and says(error, *parts), repr(error)
 
 
-def check_refusal(done: Done, code: int, *parts: object) -> None:
-    """A command ended with this code and such a message, and printed nothing else."""
-    assert (done.code, done.out) == (code, ""), done
+def check_refusal(done: Done, code: int, *parts: object, as_json: bool = False) -> None:
+    """A command ended with this code and such a message, and printed nothing else.
+
+    Args:
+        as_json: it was asked for JSON, so the error is a document, too.
+    """
+    if as_json:
+        error = json.loads(done.out)["error"]
+        assert (done.code, error["exit_code"], says(error["message"], *parts)) == (code, code, True)
+    else:
+        assert (done.code, done.out) == (code, ""), done
     assert done.err.startswith("parallama: ") and says(done.err, *parts), done.err
     assert "Traceback" not in done.err and "fault of parallama" not in done.err

@@ -352,7 +352,7 @@ def with_nan(tiny: str, tmp_path: Path) -> list[str]:
 
 def test_a_model_that_holds_nan_is_not_measured(with_nan: list[str]) -> None:
     parts = ("model.layers.0.mlp.down_proj.weight", "NaN", "1 of 11264 ", "--allow-nonfinite")
-    check_refusal(bench(*with_nan), 3, *parts)
+    check_refusal(bench(*with_nan), 3, *parts, as_json=True)
 
 
 @pytest.mark.slow

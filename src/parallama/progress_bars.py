@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,10 @@ class ProgressBars:
         if bar is None:
             from tqdm.auto import tqdm
 
-            size = {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
-            options = size if what in _IN_BYTES else {}
+            options: dict[str, Any] = {"unit": "B", "unit_scale": True} if what in _IN_BYTES else {}
+            if sys.stderr.isatty():  # it may not know its size: then tqdm would show nothing
+                columns, lines = shutil.get_terminal_size()
+                options |= {"ncols": columns, "nrows": lines}
             bar = tqdm(desc=what, total=total, leave=False, file=sys.stderr, **options)
             self._running[what] = bar
         bar.total, bar.n = total, done

@@ -18,8 +18,9 @@ def decode(content: bytes) -> str:
     Raises:
         UnicodeDecodeError: it is neither UTF-8, nor UTF-16 that begins with a byte order mark.
     """
-    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    return content.removeprefix(codecs.BOM_UTF8).decode()
 
 
 def read(path: Path) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import text_files
 from ..errors import UsageError, cause, lines, shown
 from .hardware import GB, HARDWARE, Hardware
 
@@ -149,7 +150,7 @@ def _read(path: Path) -> Hardware:
     import yaml
 
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        document = yaml.safe_load(text_files.read(path))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(
             lines(

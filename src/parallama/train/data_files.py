@@ -86,7 +86,7 @@ def find_files(source: str) -> list[Path]:
             known, hub = ", ".join(SHIPPED), _HUB.fullmatch(source)
             raise DataError(
                 lines(
-                    f"data {shown(source)} is not there",
+                    f"data {shown(source, 300)} is not there",
                     f"expected a {endings} file, a folder of them, {known}, or hf:NAME",
                     f"'hf:{hub[2]}' reads a data set of the hub" if hub is not None else "",
                 )
@@ -103,7 +103,7 @@ def find_files(source: str) -> list[Path]:
     if not _is_ours(path):
         raise DataError(
             lines(
-                f"data file {shown(source)} is of no known kind",
+                f"data file {shown(source, 300)} is of no known kind",
                 f"expected a name ending in {endings}",
                 _remedy(str(path.parent), [path]),
             )
