@@ -68,6 +68,25 @@ def test_devices_do_not_start_once_torch_xla_runs_with_others() -> None:
     assert says(started("torch.ones(1).to('xla')"), "2 CPU device(s)", TWO_DEVICES)
 
 
+ALONE = """
+import os
+import torch
+from parallama.engine.torch_xla import backends
+backends.start("cpu", 1)
+print(int(torch.ones(3).to("xla").sum()), flush=True)
+os._exit(0)
+"""
+
+
+def test_one_device_starts_below_a_process_that_has_several() -> None:
+    """As a command does that a notebook with a model on several devices runs."""
+    inherited = os.environ | {"XLA_USE_SPMD": "1", "CPU_NUM_DEVICES": "2", "PJRT_DEVICE": "CPU"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120, env=inherited
+    )
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
+
+
 LATER = """
 import os, sys
 from pathlib import Path

@@ -90,6 +90,10 @@ def start(
     versions.check_torch_xla()
     if keep_hlo:
         keep_programs()
+    if not runtime_runs():
+        # torch-xla leaves it behind in a process with several devices. Whoever is started from
+        # there, as a command from a notebook, inherits it, and fails with one device.
+        os.environ.pop("XLA_USE_SPMD", None)
     if name == "cpu":
         _set_flags("cpu")
         _started = _start_cpu(1 if devices is None else devices)
