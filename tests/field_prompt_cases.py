@@ -25,7 +25,7 @@ def everything(folder: str) -> dict[str, Any]:
     n = [(each.index, each.token_ids) for each in llm.generate(prompts[:2], n=2, **seeded)]
     chat = _chats(llm, seeded)
     each = _each(llm)
-    groups = _groups(llm)
+    groups, mixed = _groups(llm), _mixed(llm)
     wrong = _wrong(llm)
     llm.reshard("2x1")
     return {
@@ -34,6 +34,7 @@ def everything(folder: str) -> dict[str, Any]:
         "n": n,
         "each": each,
         "groups": groups,
+        "mixed": mixed,
         "chat": chat,
         "wrong": wrong,
         "special": _special(llm),
@@ -72,6 +73,17 @@ def _groups(llm: Any) -> tuple[Any, Any, int]:
     for _ in llm.run(requests, max_num_seqs=2):
         pass
     return in_groups, together, llm.stats.programs_compiled + llm.stats.programs_after_warmup
+
+
+def _mixed(llm: Any) -> tuple[int, int]:
+    """Programs compiled when the first group has ended, and all in all; samplers differ."""
+    params = [
+        SamplingParams(max_new_tokens=40, ignore_eos=True, **names)
+        for names in ({"temperature": 0}, {"temperature": 1, "top_k": 5}, {"top_p": 0.5})
+    ]
+    requests = llm.requests([(None, llm.encode("word"))] * 3, params)
+    counts = [llm.stats.programs_compiled for _ in llm.run(requests, max_num_seqs=1)]
+    return counts[0], counts[-1]
 
 
 def _chats(llm: Any, seeded: dict[str, Any]) -> dict[str, Any]:

@@ -367,6 +367,11 @@ def test_groups_of_rows_give_what_one_batch_gives(found: Any) -> None:
     assert in_groups == together and compiled == 0
 
 
+def test_groups_whose_samplers_differ_share_their_programs(found: Any) -> None:
+    first, all_in_all = found["mixed"]
+    assert first == all_in_all > 0
+
+
 def test_a_conversation_is_answered_as_its_rendered_prompt_is_continued(found: Any) -> None:
     assert found["chat"]["one"] == found["chat"]["list"][0] == found["chat"]["rendered"]
     assert found["chat"]["list"][1] != found["chat"]["list"][0]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 
 from ..errors import UsageError, lines
 
@@ -85,9 +87,14 @@ class Mode:
 GREEDY = Mode()
 
 
+def mode_of(rows: Iterable[RowSampling], beside: Mode = GREEDY) -> Mode:
+    """The parts of the sampler that some rows need together, and those of `beside`."""
+    return reduce(Mode.__or__, (row.mode for row in rows), beside)
+
+
 def check_seed(seed: object) -> None:
     """Raise `UsageError` unless this is a seed."""
-    if not (isinstance(seed, int) and _is_whole(seed) and 0 <= seed < 1 << 64):
+    if type(seed) is not int or not 0 <= seed < 1 << 64:
         raise UsageError(lines(f"seed is {seed!r}", f"expected {_SEED}"))
 
 

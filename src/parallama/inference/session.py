@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from ..engine.interface import DeviceTensor, Engine, Steps
-from ..engine.row_sampling import GREEDY, RowSampling
+from ..engine.row_sampling import GREEDY, Mode, RowSampling, mode_of
 from ..engine.steps import STATE_AXES, StepKey, cache_names
 from ..errors import UsageError, lines
 from ..model.token_ids import check_ids
@@ -47,6 +47,7 @@ class Session:
             is new.
         scored: decode with `feed`, which gives logits, and not with `decode`.
         batch: fill up to so many rows, so that a batch that is not full needs no other programs.
+        mode: parts of the sampler that other batches of the run need.
         stats: goes on counting here.
         progress: called with programs compiled and their number.
     """
@@ -63,6 +64,7 @@ class Session:
         continued: bool = False,
         scored: bool = False,
         batch: int = 1,
+        mode: Mode = GREEDY,
         stats: RunStats | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -71,9 +73,7 @@ class Session:
         self._programs = programs
         self._count = len(rows)
         self._batch = _filled(max(len(rows), batch), self.mesh)
-        self._mode = GREEDY
-        for row in rows:
-            self._mode = self._mode | row.mode
+        self._mode = mode_of(rows, mode)
         self.shapes = SessionShapes.of(
             batch=self._batch,
             capacity=capacity,
