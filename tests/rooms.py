@@ -32,7 +32,9 @@ class Room:
 
 # From the bottom up. docs/design.md has the same table; a test holds the two together.
 ROOMS: dict[str, Room] = {
-    "root": Room("what everyone needs: errors, the machine, the environment", "", pure=True),
+    "root": Room(
+        "what everyone needs: errors, notices, texts, the machine, the environment", "", pure=True
+    ),
     "model": Room("what a config means", "root", pure=True),
     "plan": Room("where tensors are placed, and what that costs", "root model", pure=True),
     "files": Room("untrusted files in and out", "root model plan"),

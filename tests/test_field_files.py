@@ -403,8 +403,10 @@ def test_a_config_that_contradicts_itself_is_refused_with_both_keys(tmp_path, va
 )
 def test_a_config_that_says_the_same_twice_is_taken(tmp_path, values):
     folder = make_good(tmp_path / "model")
+    plain, _ = everything(folder)
     write_json(folder / "config.json", CONFIG | values)
-    everything(folder)
+    tensors, _ = everything(folder)
+    assert tensors.keys() == plain.keys()
 
 
 def test_rotary_settings_of_both_spellings_are_put_together(tmp_path):

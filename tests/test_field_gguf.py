@@ -87,7 +87,7 @@ def of_freqs(model: Any) -> Edit:
     return lambda writer: writer.add_tensor("rope_freqs.weight", factors.numpy())
 
 
-def same_logits(path: Path, model: Any) -> None:
+def check_same_logits(path: Path, model: Any) -> None:
     """The file's model says what the model itself says, in transformers, to the bit."""
     ids = random_ids(1, 96, model.config.vocab_size)
     found = logits(to_host(find(str(path)), torch.float32), ids)
@@ -100,7 +100,7 @@ def same_logits(path: Path, model: Any) -> None:
 def test_rope_freqs_are_llama3s_factors_and_give_the_same_logits(tmp_path):
     model = tiny(rope_parameters=LLAMA3 | {"rope_theta": 5e5})
     path = write(tmp_path / "model.gguf", model, of_freqs(model))
-    same_logits(path, model)
+    check_same_logits(path, model)
     assert find(str(path)).config.rope_parameters["rope_type"] == "llama3"
 
 
@@ -145,7 +145,7 @@ def test_factors_that_llama3_does_not_make_are_used_as_they_are(tmp_path):
     }
     model = tiny(rope_parameters=longrope | {"rope_theta": 1e4, "attention_factor": 1.0})
     factors = torch.tensor(longrope["short_factor"])
-    same_logits(
+    check_same_logits(
         write(
             tmp_path / "model.gguf",
             model,
@@ -184,7 +184,7 @@ def test_factors_that_llama3_does_not_make_are_used_as_they_are(tmp_path):
 )
 def test_the_converters_keys_of_a_scaling_give_the_same_logits(tmp_path, rope, edit):
     model = tiny(rope_parameters=rope | {"rope_theta": 1e4})
-    same_logits(write(tmp_path / "model.gguf", model, edit), model)
+    check_same_logits(write(tmp_path / "model.gguf", model, edit), model)
 
 
 # Ends of turns, and sampling.
@@ -305,7 +305,7 @@ def test_a_key_that_asks_for_more_is_refused_by_its_name(tmp_path, edit, parts):
 def test_biases_and_heads_of_any_length_are_as_the_file_has_them(tmp_path, architecture, sizes):
     model = tiny(family=architecture, **sizes)
     path = write(tmp_path / "model.gguf", model, architecture=architecture)
-    same_logits(path, model)
+    check_same_logits(path, model)
 
 
 # Texts.
