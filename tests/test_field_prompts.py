@@ -18,6 +18,7 @@ from forks import Done, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from messages import check_raised, check_refusal
+from terminals import all_of
 
 from parallama.cli.asked import Asked, from_options, from_prompts_file
 from parallama.errors import UsageError
@@ -311,9 +312,7 @@ def test_progress_is_shown_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) 
         bars("compiling", 3, 7)
         bars("loading", 3_000_000, 7_000_000)
         bars.close()
-        terminal.flush()
-        shown = os.read(ours, 1 << 16).decode()
-    os.close(ours)
+    shown = all_of(ours)
     assert "compiling" in shown and "3/7" in shown and "3.00M/7.00M" in shown
     with Path(os.devnull).open("w") as nowhere:
         monkeypatch.setattr(sys, "stderr", nowhere)

@@ -9,11 +9,11 @@ import pty
 import re
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import forks
 import pytest
+from terminals import all_of
 
 from parallama.prove.verification import verify
 
@@ -89,17 +89,13 @@ def test_a_model_of_the_hubs_cache_loads_by_its_id_with_a_bar_and_bytes_per_seco
         env=environment(home) | {"TERM": "xterm", "COLUMNS": "120"},
     ) as process:
         os.close(theirs)
-        shown = b""
-        with suppress(OSError):  # the terminal's other end is closed
-            while piece := os.read(ours, 1 << 16):
-                shown += piece
-        os.close(ours)
+        shown = all_of(ours)
         assert process.stdout is not None
         out = process.stdout.read()
         assert process.wait(60) == 0, shown
     told = json.loads(out)
     assert len(told["outputs"][0]["token_ids"]) == 2
-    text = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode(errors="replace")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     loading = [line for line in re.split(r"[\r\n]", text) if line.strip().startswith("loading")]
     assert loading, text
     size = told["stats"]["load_bytes_read"] / 1000
