@@ -53,6 +53,14 @@ class ProgramError(RunError):
     """A step that is not one of the programs known before the run."""
 
 
+class QueueFullError(RunError):
+    """More requests or tokens wait than a server takes."""
+
+
+class EngineStoppedError(RunError):
+    """A server takes no more requests: it is stopping, or its engine has failed."""
+
+
 def lines(*parts: str) -> str:
     """Join the (at most three) lines of a message, without empty ones.
 
