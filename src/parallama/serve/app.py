@@ -1,0 +1,127 @@
+"""The routes, and what every answer goes through."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from .. import __version__
+from .access import Access, AccessRules
+from .answers import Models
+from .calls import Door, door_of
+from .chat_completions import chat_completions
+from .completions import completions
+from .errors import ApiError
+from .running import Mailbox
+
+LOGGER = logging.getLogger("parallama")
+
+
+async def models(request: Request) -> Response:
+    """The models that are served."""
+    served = door_of(request).ready()
+    answer: Models = {
+        "object": "list",
+        "data": [
+            {
+                "id": name,
+                "object": "model",
+                "created": served.created,
+                "owned_by": "parallama",
+                "root": served.serving.llm.name,
+                "max_model_len": served.serving.llm.max_model_len,
+            }
+            for name in served.names
+        ],
+    }
+    return JSONResponse(answer)
+
+
+async def model(request: Request) -> Response:
+    """One of the models."""
+    served, name = door_of(request).ready(), request.path_params["name"]
+    served.check_name(name)
+    answer = {
+        "id": name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "parallama",
+        "root": served.serving.llm.name,
+        "max_model_len": served.serving.llm.max_model_len,
+    }
+    return JSONResponse(answer)
+
+
+async def health(request: Request) -> Response:
+    """Whether requests are taken: 200, or 503 with the reason."""
+    door_of(request).ready()
+    return JSONResponse({"status": "ready"})
+
+
+async def live(_request: Request) -> Response:
+    """Whether the process answers."""
+    return JSONResponse({"status": "live"})
+
+
+async def version(_request: Request) -> Response:
+    """Our version."""
+    return JSONResponse({"version": __version__})
+
+
+async def on_api_error(_request: Request, error: Exception) -> Response:
+    """An error that we mean to answer with."""
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def on_http_error(_request: Request, error: Exception) -> Response:
+    """An error of the router's: no such path or method."""
+    assert isinstance(error, HTTPException)
+    made = ApiError(error.detail, status=error.status_code).response()
+    made.headers.update(error.headers or {})
+    return made
+
+
+async def on_fault(request: Request, error: Exception) -> Response:
+    """A fault of ours."""
+    LOGGER.error("a request to %s failed", request.url.path, exc_info=error)
+    return ApiError("the server failed: its log says why", status=500).response()
+
+
+def make_app(door: Door, rules: AccessRules) -> Starlette:
+    """The application."""
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncGenerator[None, None]:
+        door.mailbox = Mailbox(asyncio.get_running_loop())
+        yield
+
+    app = Starlette(
+        routes=[
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route("/health", health),
+            Route("/live", live),
+            Route("/version", version),
+        ],
+        middleware=[Middleware(Access, rules=rules)],
+        exception_handlers={
+            ApiError: on_api_error,
+            HTTPException: on_http_error,
+            Exception: on_fault,
+        },
+        lifespan=lifespan,
+    )
+    app.state.door = door
+    return app
