@@ -13,6 +13,7 @@ from ..progress_bars import progress_bars
 from . import options, output
 from .chat_commands import HELP, command_of
 from .input import text_of
+from .template_args import TemplateArgs, template_kwargs
 
 CHAT_LENGTH = 2048
 """`inference.chat.DEFAULT_CHAT_LENGTH`; to import that takes torch."""
@@ -21,6 +22,7 @@ CHAT_LENGTH = 2048
 def chat(
     *,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    chat_template_arg: TemplateArgs = None,
     chosen: options.ModelOptions,
     max_model_len: options.MaxModelLen = None,
     max_new_tokens: Annotated[
@@ -38,12 +40,19 @@ def chat(
     """Talk to a model, one line a turn. /help lists the commands; /new starts over, /exit or the
     end of input leaves.
     """
+    variables = template_kwargs(chat_template_arg)
     chosen.check_lengths(max_model_len, max_new_tokens, default_len=CHAT_LENGTH)
     with progress_bars(quiet) as progress:
         llm = chosen.load(progress=progress, max_model_len=max_model_len)
         from ..inference.chat import Chat
 
-        talk = Chat(llm, system=system, max_model_len=max_model_len, **sampling.arguments)
+        talk = Chat(
+            llm,
+            system=system,
+            max_model_len=max_model_len,
+            chat_template_kwargs=variables,
+            **sampling.arguments,
+        )
     for line in _said():
         try:
             asked = command_of(line)

@@ -93,11 +93,9 @@ class LLM(ShardedModel):
         """Token ids of a prompt; see `prompts.Prompts.encode`."""
         return self._prompts.encode(prompt)
 
-    def render_chat(
-        self, messages: Sequence[Message], *, continue_final_message: bool = False
-    ) -> list[int]:
+    def render_chat(self, messages: Sequence[Message], **how: Any) -> list[int]:
         """Token ids of a conversation, ready for an answer; see `prompts.Prompts.render_chat`."""
-        return self._prompts.render_chat(messages, continue_final_message=continue_final_message)
+        return self._prompts.render_chat(messages, **how)
 
     def requests(
         self,
@@ -151,6 +149,7 @@ class LLM(ShardedModel):
         sampling_params: Asked = None,
         *,
         continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Answer conversations, all in one batch.
@@ -159,6 +158,7 @@ class LLM(ShardedModel):
             messages: one conversation, as `[{"role": "user", "content": "..."}]`, or a list of
                 them. Roles are the chat template's: `system`, `user`, `assistant` ...
             continue_final_message: go on with the last message, in place of a new answer.
+            chat_template_kwargs: variables for the template, as `{"enable_thinking": False}`.
             sampling_params, sampling: as for `generate`.
 
         Returns:
@@ -170,9 +170,12 @@ class LLM(ShardedModel):
         many = isinstance(messages, (list, tuple)) and not is_conversation(messages)
         conversations: list[Any] = list(messages) if many else [messages]
         params = params_of(sampling_params, sampling, len(conversations))
+        how = {
+            "continue_final_message": continue_final_message,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
         encoded: list[tuple[str | None, list[int]]] = [
-            (None, self.render_chat(checked(each), continue_final_message=continue_final_message))
-            for each in conversations
+            (None, self.render_chat(checked(each), **how)) for each in conversations
         ]
         if not encoded:
             raise UsageError(lines("there are no conversations", "expected at least one"))
