@@ -16,6 +16,7 @@ from .model_command import ModelCommand
 from .option_groups import expanded
 from .plan import plan
 from .report import report
+from .serve import serve
 from .train import TrainCommand, train
 from .validate import validate
 from .verify import verify
@@ -60,7 +61,7 @@ def _root(
     pass
 
 
-for _command in (generate, chat, audit, bench, export, inspect, plan, validate, verify):
+for _command in (generate, chat, serve, audit, bench, export, inspect, plan, validate, verify):
     app.command(cls=ModelCommand)(expanded(_command))
 app.command("eval", cls=ModelCommand)(expanded(evaluate))
 app.command()(expanded(doctor))

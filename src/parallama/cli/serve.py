@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UsageError, lines, shown
+from ..errors import UsageError, cause, lines, shown
 from ..progress_bars import progress_bars
-from ..text_files import read_text
+from ..text_files import read
 from . import options, output
 
 if TYPE_CHECKING:
+    from socket import socket as Socket
+
     from ..inference.llm import LLM
     from ..inference.serving import Serving
+    from ..serve.access import AccessRules
 
 PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 
@@ -106,7 +110,8 @@ def serve(
     served_model_name: Annotated[
         list[str] | None,
         typer.Option(
-            "--served-model-name", help="What requests call the model; several times.",
+            "--served-model-name",
+            help="What requests call the model; several times.",
             show_default="MODEL",
         ),
     ] = None,
@@ -125,9 +130,7 @@ def serve(
     ] = None,
     default_chat_template_kwargs: Annotated[
         str | None,
-        typer.Option(
-            "--default-chat-template-kwargs", help='JSON, as {"enable_thinking": false}.'
-        ),
+        typer.Option("--default-chat-template-kwargs", help='JSON, as {"enable_thinking": false}.'),
     ] = None,
     shutdown_timeout: Annotated[
         float,
@@ -151,12 +154,14 @@ def serve(
             lines(f"--generation-config is {generation_config!r}", "expected auto or none")
         )
     arguments = _arguments(default_chat_template_kwargs)
-    template = None if chat_template is None else read_text(chat_template, "--chat-template")
+    template = _template(chat_template)
     chosen.check_lengths(max_model_len)
+    from .. import __version__
     from ..serve import server
 
-    socket, rules = _listen(listening)
+    listens, rules = _listen(listening)
     asked = server.ServerOptions(
+        version=__version__,
         names=served_model_name or (),
         rules=rules,
         shutdown_s=shutdown_timeout,
@@ -165,7 +170,7 @@ def serve(
         template_arguments=arguments,
         metrics=metrics,
     )
-    with socket, progress_bars(quiet) as progress:
+    with listens, progress_bars(quiet) as progress:
 
         def load() -> LLM:
             llm = chosen.load(progress=progress, max_model_len=max_model_len)
@@ -173,7 +178,7 @@ def serve(
                 _use_template(llm, template)
             return llm
 
-        server.serve(socket, asked, load, _engine(queue), output.say)
+        server.serve(listens, asked, load, _engine(queue), output.say)
 
 
 def _check_packages() -> None:
@@ -182,3 +187,64 @@ def _check_packages() -> None:
         raise UsageError(
             lines(f"{', '.join(missing)} is not installed", "pip install 'parallama[serve]'")
         )
+
+
+def _arguments(given: str | None) -> dict[str, Any]:
+    """`--default-chat-template-kwargs`, read."""
+    if given is None:
+        return {}
+    try:
+        found = json.loads(given)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(
+            lines(
+                f"--default-chat-template-kwargs is {shown(given)}",
+                'expected a JSON object, as {"enable_thinking": false}',
+            )
+        )
+    return found
+
+
+def _template(file: Path | None) -> str | None:
+    """`--chat-template`, read."""
+    if file is None:
+        return None
+    try:
+        return read(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            lines(f"--chat-template {file} cannot be read: {cause(error)}", "expected a text")
+        ) from None
+
+
+def _listen(asked: Listening) -> tuple[Socket, AccessRules]:
+    """A socket, and who may ask there."""
+    from ..serve.access import LOOPBACK, AccessRules
+    from ..serve.keys import hide_arguments, read_keys
+    from ..serve.sockets import bound, bound_file, check_exposed, is_loopback
+
+    keys = read_keys(asked.api_key or (), asked.api_key_file)
+    hide_arguments(asked.api_key or ())
+    more = asked.allowed_host or []
+    if asked.uds is not None:
+        return bound_file(asked.uds), AccessRules(keys=keys, hosts=more or None)
+    check_exposed(asked.host, keys=bool(keys), no_auth=asked.no_auth)
+    local = is_loopback(asked.host)
+    hosts = {*more, *LOOPBACK, asked.host} if local else set(more)
+    return bound(asked.host, asked.port), AccessRules(keys=keys, hosts=hosts or None)
+
+
+def _engine(queue: Queue) -> Callable[[LLM], Serving]:
+    """Makes the engine that answers requests."""
+    continuous = import_module("parallama.inference.continuous")
+    return lambda llm: continuous.ContinuousEngine(llm, **asdict(queue))
+
+
+def _use_template(llm: LLM, template: str) -> None:
+    if llm.tokenizer is None:
+        raise UsageError(
+            lines(f"model {llm.name!r} has no tokenizer", "expected no --chat-template")
+        )
+    llm.tokenizer.chat_template = template

@@ -49,7 +49,9 @@ class Access:
         headers = Headers(scope=scope)
         if self._hosts is not None and _name_of(headers.get("host", "")) not in self._hosts:
             # A page of another name that resolves to this machine (DNS rebinding).
-            text = f"the Host header is {headers.get('host', '')[:200]!r}: --allowed-host adds names"
+            text = (
+                f"the Host header is {headers.get('host', '')[:200]!r}: --allowed-host adds names"
+            )
             return ApiError(text, code="host_not_allowed")
         path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
         if not self._keys or path in OPEN or path.startswith(OPEN_FOLDER):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from ..inference.serving import TokenLogprob
 from .token_texts import TokenTexts
@@ -255,8 +255,8 @@ def completion_logprobs(
     """
     return {
         "tokens": [texts.text(token, as_id=as_ids) for token, _ in tokens],
-        "token_logprobs": [each and finite(each.logprob) for _, each in tokens],
-        "top_logprobs": [each and _top(texts, each, as_ids) for _, each in tokens],
+        "token_logprobs": [None if each is None else finite(each.logprob) for _, each in tokens],
+        "top_logprobs": [None if each is None else _top(texts, each, as_ids) for _, each in tokens],
         "text_offset": texts.offsets([token for token, _ in tokens], start),
     }
 
@@ -269,9 +269,7 @@ def _top(texts: TokenTexts, each: TokenLogprob, as_ids: bool) -> dict[str, float
     return found
 
 
-def prompt_logprobs(
-    texts: TokenTexts, given: tuple[TokenLogprob | None, ...]
-) -> PromptLogprobs:
+def prompt_logprobs(texts: TokenTexts, given: tuple[TokenLogprob | None, ...]) -> PromptLogprobs:
     """Tokens of a prompt, as vLLM writes them."""
 
     def one(token: int, logprob: float, rank: int | None) -> PromptLogprob:

@@ -14,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .. import __version__
 from .access import Access, AccessRules
 from .answers import Models
 from .calls import Door, door_of
@@ -72,9 +71,9 @@ async def live(_request: Request) -> Response:
     return JSONResponse({"status": "live"})
 
 
-async def version(_request: Request) -> Response:
+async def version(request: Request) -> Response:
     """Our version."""
-    return JSONResponse({"version": __version__})
+    return JSONResponse({"version": door_of(request).version})
 
 
 async def on_api_error(_request: Request, error: Exception) -> Response:

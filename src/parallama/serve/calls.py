@@ -36,11 +36,15 @@ class Door:
     """What the routes have in common.
 
     Attributes:
+        version: ours.
+        body: limits of a request's body.
         served: None until the model is loaded.
         stopping: no new requests are taken.
         mailbox: of the event loop, from its start.
+        unknown: fields that were logged.
     """
 
+    version: str = ""
     body: BodyLimits = field(default_factory=BodyLimits)
     served: ServedModel | None = None
     stopping: bool = False
@@ -81,7 +85,7 @@ async def body_of(request: Request, kind: type[B]) -> tuple[B, ServedModel]:
     try:
         body = kind.model_validate(given)
     except ValidationError as error:
-        raise of_validation(error) from None
+        raise of_validation(error, given) from None
     served.check_name(getattr(body, "model", None))
     _check_fields(body, door)
     return body, served
@@ -92,9 +96,7 @@ def _check_fields(body: Body, door: Door) -> None:
     for name, value in (body.model_extra or {}).items():
         if name in body.NOT_SUPPORTED:
             if value not in body.NOT_SUPPORTED[name]:
-                raise ApiError(
-                    f"{name} is not supported", param=name, code="unsupported_parameter"
-                )
+                raise ApiError(f"{name} is not supported", param=name, code="unsupported_parameter")
         elif name not in body.NO_EFFECT and len(door.unknown) < _NAMES and name not in door.unknown:
             door.unknown.add(name)
             LOGGER.warning("a request has a field that isn't known, and is ignored: %.80r", name)

@@ -69,25 +69,38 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, headers)
 
 
-def of_validation(error: ValidationError) -> ApiError:
-    """What is wrong with a body, in its first ten places."""
+def of_validation(error: ValidationError, given: Any) -> ApiError:
+    """What is wrong with a body, in its first ten places.
+
+    Args:
+        given: the body.
+    """
     problems = error.errors(include_url=False, include_context=False)
-    said = [f"{_place(each['loc'])} is {shown(each['input'])}: {_expected(each)}" for each in problems]
+    said = [f"{_place(each, given)}: {_expected(each)}" for each in problems]
+    said = list(dict.fromkeys(said))
     more = f"\nand {len(said) - PLACES} more" if len(said) > PLACES else ""
     first = problems[0]["loc"]
-    return ApiError(
-        "\n".join(dict.fromkeys(said[:PLACES])) + more,
-        param=str(first[0]) if first else None,
-    )
+    return ApiError("\n".join(said[:PLACES]) + more, param=str(first[0]) if first else None)
 
 
-def _place(loc: tuple[int | str, ...]) -> str:
-    """`messages.0.content`, without what pydantic adds about the members of a union."""
-    return ".".join(str(part)[:80] for part in loc if _is_of_body(part))
+def _place(problem: Mapping[str, Any], given: Any) -> str:
+    """`messages.0.content is 5`, without what pydantic adds about the kinds of a value."""
+    found: list[str] = []
+    value, missing = given, problem["type"] == "missing"
+    for part in problem["loc"]:
+        if _holds(value, part):
+            value = value[part]
+        elif not (missing and isinstance(value, dict)):
+            continue
+        found.append(str(part)[:80])
+    place = ".".join(found) or "the body"
+    return f"{place} is missing" if missing else f"{place} is {shown(problem['input'])}"
 
 
-def _is_of_body(part: int | str) -> bool:
-    return isinstance(part, int) or part.replace("_", "").isalnum()
+def _holds(value: Any, part: int | str) -> bool:
+    if isinstance(value, list):
+        return isinstance(part, int) and part < len(value)
+    return isinstance(value, dict) and part in value
 
 
 def _expected(problem: Mapping[str, Any]) -> str:

@@ -88,7 +88,7 @@ class Sampled(Body):
 class CompletionRequest(Sampled):
     """POST /v1/completions."""
 
-    NOT_SUPPORTED = {  # noqa: RUF012 - a ClassVar of `Body`
+    NOT_SUPPORTED = {
         "suffix": (None, ""),
         "response_format": (None, {"type": "text"}),
         "structured_outputs": (None,),
@@ -150,7 +150,7 @@ class Conversation(Body):
 class ChatRequest(Sampled, Conversation):
     """POST /v1/chat/completions."""
 
-    NOT_SUPPORTED = {  # noqa: RUF012
+    NOT_SUPPORTED = {
         "response_format": (None, {"type": "text"}),
         "structured_outputs": (None,),
         "functions": (None, []),

@@ -110,13 +110,17 @@ class ServedModel:
                     {"type": "text", "text": part.get("text", part.get("refusal"))}
                     for part in message["content"]
                 ]
-        arguments = {**self.template_arguments, **(asked.chat_template_kwargs or {})}
-        if tools := getattr(asked, "tools", None):
-            arguments["tools"] = tools
         try:
             return self.serving.llm.render_chat(
                 checked(messages),
+                tools=getattr(asked, "tools", None),
+                add_generation_prompt=asked.add_generation_prompt
+                and not asked.continue_final_message,
                 continue_final_message=asked.continue_final_message,
+                chat_template_kwargs={
+                    **self.template_arguments,
+                    **(asked.chat_template_kwargs or {}),
+                },
             )
         except UsageError as error:
             raise of_ours(error, "messages") from None
@@ -190,7 +194,9 @@ class ServedModel:
 
     @property
     def _defaults(self) -> dict[str, Any]:
-        own = {name: self.sampling[name] for name in _DEFAULTS if self.sampling.get(name) is not None}
+        own = {
+            name: self.sampling[name] for name in _DEFAULTS if self.sampling.get(name) is not None
+        }
         return _DEFAULTS | own
 
     def _passed(self, asked: Sampled) -> dict[str, Any]:

@@ -37,20 +37,24 @@ class ServerOptions:
     """What a server is asked to be.
 
     Attributes:
+        version: ours.
         names: of the model; its own if empty.
         rules: who may ask.
         shutdown_s: how long running requests may go on after SIGTERM.
         root_path: that a proxy takes off.
         own_defaults: whether the sampling defaults of the generation config hold.
         template_arguments: for the chat template.
+        metrics: whether /metrics is answered.
     """
 
+    version: str
     names: Sequence[str] = ()
-    rules: AccessRules = AccessRules()
+    rules: AccessRules = field(default_factory=AccessRules)
     shutdown_s: float = 30.0
     root_path: str = ""
     own_defaults: bool = True
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    metrics: bool = True
 
 
 def serve(
@@ -71,12 +75,12 @@ def serve(
         RunError: the engine has failed.
     """
     allow_connections()
-    door = Door()
+    door = Door(version=options.version)
     http = _Http(listening, door, options)
     with _Signals() as signals:
         http.start()
         try:
-            say(f"listening on {url_of(listening)}; the model is loaded")
+            say(f"listening on {url_of(listening)}; loading the model")
             llm = load()
             serving = engine(llm)
             names = options.names or (llm.name,)
