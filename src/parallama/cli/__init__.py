@@ -6,7 +6,7 @@ import typer
 
 from .audit import audit
 from .bench import bench
-from .chat import chat
+from .chat import ChatCommand, chat
 from .doctor import doctor
 from .eval import evaluate
 from .export import export
@@ -62,7 +62,7 @@ def _root(
 
 
 for _command in (generate, chat, serve, audit, bench, export, inspect, plan, validate, verify):
-    app.command(cls=ModelCommand)(expanded(_command))
+    app.command(cls=ChatCommand if _command is chat else ModelCommand)(expanded(_command))
 app.command("eval", cls=ModelCommand)(expanded(evaluate))
 app.command()(expanded(doctor))
 app.command()(expanded(report))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..engine.interface import DeviceTensor, Steps
 from ..engine.row_sampling import Mode, RowSampling
-from ..engine.steps import CACHE_AXES, SPAN, STATE_AXES, cache_names
+from ..engine.steps import CACHE_AXES, SLOT_STATE, SPAN, STATE_AXES, StepKey, cache_names
 from ..errors import UsageError, lines
 from ..plan.placement import Plan
 from ..sharded.layout import Layout
@@ -81,13 +82,82 @@ def constants(
     """
     if len(eos) > MOST_EOS:
         raise UsageError(lines(f"{len(eos)} end-of-text ids", f"expected at most {MOST_EOS}"))
+    host = sampling_params(rows, mode)
+    ends = torch.tensor([*eos, *[-1] * (MOST_EOS - len(eos))], dtype=torch.long)
+    return put(steps, host | {"eos": ends})
+
+
+def slot_arguments(steps: Steps, key: StepKey) -> dict[str, DeviceTensor]:
+    """Arguments of a step on slots beside the cache, when nothing runs yet."""
+    given = blank_slots(steps, key.batch, key.mode)
+    shards = steps.mesh.shape.data
+    if key.kind == "slot_copy":
+        none = torch.zeros(shards, dtype=torch.int32)
+        return given | put(steps, {"source": none, "target": none})
+    params = sampling_params([RowSampling()] * key.batch, key.mode)
+    if key.kind == "slot_decode":
+        return given | put(steps, params | {"live": torch.zeros(key.batch, dtype=torch.bool)})
+    empty = [SlotChunk()] * shards
+    return given | put(steps, params) | put_slot_chunks(steps, empty, key.new)
+
+
+def blank_slots(steps: Steps, slots: int, mode: Mode) -> dict[str, DeviceTensor]:
+    """The state of slots that hold nothing."""
+    state = blank_state(steps, slots, slots, mode)
+    return {name: tensor for name, tensor in state.items() if name in SLOT_STATE}
+
+
+@dataclass(frozen=True)
+class SlotChunk:
+    """A chunk of a prompt for a slot of one data shard; nothing for any slot by default.
+
+    Attributes:
+        slot: its number on its shard.
+        ids: the chunk's tokens.
+        start: position of the first of them.
+        final: the prompt ends with it.
+        span: positions of the whole prompt.
+    """
+
+    slot: int = 0
+    ids: Sequence[int] = ()
+    start: int = 0
+    final: bool = False
+    span: int = 1
+
+
+def put_slot_chunks(
+    steps: Steps, chunks: Sequence[SlotChunk], size: int
+) -> dict[str, DeviceTensor]:
+    """Arguments of `slot_prefill`, of one chunk for each data shard."""
+    ids = torch.zeros(len(chunks), size, dtype=torch.long)
+    for row, chunk in enumerate(chunks):
+        ids[row, : len(chunk.ids)] = torch.tensor(chunk.ids, dtype=torch.long)
+
+    def column(name: str) -> torch.Tensor:
+        return torch.tensor([getattr(chunk, name) for chunk in chunks], dtype=torch.int32)
+
+    host = {
+        "ids": ids,
+        "slot": column("slot"),
+        "start": column("start"),
+        "count": torch.tensor([len(chunk.ids) for chunk in chunks], dtype=torch.int32),
+        "final": column("final").bool(),
+    }
+    given = put(steps, host)
+    if steps.follows_span:
+        given[SPAN] = steps.mesh.put(column("span"), STATE_AXES["slot"])
+    return given
+
+
+def sampling_params(rows: Sequence[RowSampling], mode: Mode) -> dict[str, torch.Tensor]:
+    """Those of `host_params` that the parts of the sampler take."""
     host = host_params(rows)
     if not mode.sample:
         host = {name: value for name, value in host.items() if name == "penalty"}
     if not mode.penalty:
         del host["penalty"]
-    ends = torch.tensor([*eos, *[-1] * (MOST_EOS - len(eos))], dtype=torch.long)
-    return put(steps, host | {"eos": ends})
+    return host
 
 
 def host_params(rows: Sequence[RowSampling]) -> dict[str, torch.Tensor]:
