@@ -238,8 +238,12 @@ def _listen(asked: Listening) -> tuple[Socket, AccessRules]:
 
 def _engine(queue: Queue) -> Callable[[LLM], Serving]:
     """Makes the engine that answers requests."""
-    continuous = import_module("parallama.inference.continuous")
-    return lambda llm: continuous.ContinuousEngine(llm, **asdict(queue))
+
+    def made(llm: LLM) -> Serving:
+        continuous = import_module("parallama.inference.continuous")
+        return continuous.ContinuousEngine(llm, **asdict(queue))
+
+    return made
 
 
 def _use_template(llm: LLM, template: str) -> None:

@@ -196,6 +196,31 @@ class Version(TypedDict):
     version: str
 
 
+class Status(TypedDict):
+    """The answer of /health and /live."""
+
+    status: str
+
+
+class PlacedTensor(TypedDict):
+    """How a tensor is split."""
+
+    name: str
+    shape: list[str]
+    axes: list[str | None]
+    style: str
+
+
+class Mesh(TypedDict):
+    """The answer of /mesh: which device holds what."""
+
+    mesh: dict[str, int]
+    backend: str
+    title: str
+    svg: str
+    tensors: list[PlacedTensor]
+
+
 class ErrorDetails(TypedDict):
     """Why a request failed."""
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -20,7 +21,9 @@ from .calls import Door, door_of
 from .chat_completions import chat_completions
 from .completions import completions
 from .errors import ApiError
+from .page_routes import asset, docs, mesh, openapi, page
 from .running import Mailbox
+from .tokens import detokenize, tokenize
 
 LOGGER = logging.getLogger("parallama")
 
@@ -76,6 +79,15 @@ async def version(request: Request) -> Response:
     return JSONResponse({"version": door_of(request).version})
 
 
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    found = door_of(request).metrics
+    if found is None:
+        door_of(request).ready()
+        raise ApiError("the server was started with --no-metrics", status=404)
+    return Response(found.text(), media_type=CONTENT_TYPE_LATEST)
+
+
 async def on_api_error(_request: Request, error: Exception) -> Response:
     """An error that we mean to answer with."""
     assert isinstance(error, ApiError)
@@ -113,6 +125,14 @@ def make_app(door: Door, rules: AccessRules) -> Starlette:
             Route("/health", health),
             Route("/live", live),
             Route("/version", version),
+            Route("/metrics", metrics),
+            Route("/tokenize", tokenize, methods=["POST"]),
+            Route("/detokenize", detokenize, methods=["POST"]),
+            Route("/openapi.json", openapi),
+            Route("/docs", docs),
+            Route("/mesh", mesh),
+            Route("/page/{name}", asset),
+            Route("/", page),
         ],
         middleware=[Middleware(Access, rules=rules)],
         exception_handlers={

@@ -15,11 +15,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from ..errors import ParallamaError
+from ..errors import ParallamaError, QueueFullError
 from ..inference.requests import Request as EngineRequest
 from .answers import Usage, usage_of
 from .errors import ApiError, of_ours, of_validation
 from .limits import BodyLimits, read_json
+from .metrics import Metrics
 from .protocol import Body, StreamOptions
 from .running import Mailbox, Running
 from .served_model import ServedModel
@@ -41,6 +42,7 @@ class Door:
         served: None until the model is loaded.
         stopping: no new requests are taken.
         mailbox: of the event loop, from its start.
+        metrics: None without them.
         unknown: fields that were logged.
     """
 
@@ -49,6 +51,7 @@ class Door:
     served: ServedModel | None = None
     stopping: bool = False
     mailbox: Mailbox | None = None
+    metrics: Metrics | None = None
     unknown: set[str] = field(default_factory=set)
 
     def ready(self) -> ServedModel:
@@ -120,11 +123,13 @@ def started(request: Request, served: ServedModel, requests: Sequence[EngineRequ
     Raises:
         ApiError: it doesn't take them.
     """
-    mailbox = door_of(request).mailbox
-    assert mailbox is not None
+    door = door_of(request)
+    assert door.mailbox is not None
     try:
-        return Running(served.serving, mailbox, requests)
+        return Running(served.serving, door.mailbox, requests)
     except ParallamaError as error:
+        if isinstance(error, QueueFullError) and door.metrics is not None:
+            door.metrics.rejected()
         raise of_ours(error) from None
 
 

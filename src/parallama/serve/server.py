@@ -22,6 +22,7 @@ from .access import AccessRules
 from .app import make_app
 from .calls import Door
 from .connections import BoundedConnection
+from .metrics import Metrics
 from .served_model import ServedModel
 from .sockets import BACKLOG, allow_connections, url_of
 
@@ -84,6 +85,8 @@ def serve(
             llm = load()
             serving = engine(llm)
             names = options.names or (llm.name,)
+            if options.metrics:
+                door.metrics = Metrics(serving, names[0])
             door.served = ServedModel(
                 serving=serving,
                 names=names,
