@@ -97,9 +97,7 @@ OWN: dict[str, list[tuple[str, Any]]] = {
         ("audio", {"voice": "x"}),
     ],
 }
-CASES = [
-    (path, {**GOOD[path], name: bad}) for path in GOOD for name, bad in [*COMMON, *OWN[path]]
-]
+CASES = [(path, {**GOOD[path], name: bad}) for path in GOOD for name, bad in [*COMMON, *OWN[path]]]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import typer
 
 from .audit import audit
 from .bench import bench
+from .bench_serve import BenchCommand
 from .chat import ChatCommand, chat
 from .doctor import doctor
 from .eval import evaluate
@@ -61,8 +62,9 @@ def _root(
     pass
 
 
+_CLASSES = {chat: ChatCommand, bench: BenchCommand}
 for _command in (generate, chat, serve, audit, bench, export, inspect, plan, validate, verify):
-    app.command(cls=ChatCommand if _command is chat else ModelCommand)(expanded(_command))
+    app.command(cls=_CLASSES.get(_command, ModelCommand))(expanded(_command))
 app.command("eval", cls=ModelCommand)(expanded(evaluate))
 app.command()(expanded(doctor))
 app.command()(expanded(report))
