@@ -29,7 +29,7 @@ class _Call:
             [(None, ids)],
             asked,
             copies=self.n,
-            limits=[served.limit(ids, limit, None)],
+            limits=[served.limit(ids, limit, None, of="messages")],
             logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
             prompt_logprobs=asked.prompt_logprobs,
         )

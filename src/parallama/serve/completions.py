@@ -34,7 +34,9 @@ class _Call:
         self.asked, self.served = asked, served
         self.n = asked.n or 1
         self.copies = max(self.n, asked.best_of or 1)
-        limits = [served.limit(ids, asked.max_tokens, DEFAULT_TOKENS) for _, ids in prompts]
+        limits = [
+            served.limit(ids, asked.max_tokens, DEFAULT_TOKENS, of="prompt") for _, ids in prompts
+        ]
         compared = 0 if self.copies > self.n else None
         self.requests = served.requests(
             prompts,

@@ -127,12 +127,13 @@ class ServedModel:
 
     # -- requests
 
-    def limit(self, ids: Sequence[int], asked: int | None, default: int | None) -> int:
+    def limit(self, ids: Sequence[int], asked: int | None, default: int | None, *, of: str) -> int:
         """Most new tokens behind a prompt.
 
         Args:
             asked: by the request.
             default: where it asks for none; None is all that is left of the context.
+            of: the field that the prompt is from.
 
         Raises:
             ApiError: they are over the context's length.
@@ -144,7 +145,7 @@ class ServedModel:
         wanted = f"and {asked} new ones are" if asked else "is"
         raise ApiError(
             f"the prompt of {len(ids)} tokens {wanted} over the context of {most} tokens",
-            param="max_tokens" if room >= 1 else "prompt",
+            param="max_tokens" if room >= 1 else of,
             code="context_length_exceeded",
         )
 
