@@ -1,0 +1,158 @@
+"""A server's beginning and end: what is said before loading, signals, and clients that go."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import train_models
+from forks import environment
+from messages import check_refusal
+from servers import Server
+
+KEY = "a-key-that-nobody-guesses"
+LONG: dict[str, Any] = {"prompt": "Hi", "max_tokens": 1500, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return train_models.make(tmp_path_factory.mktemp("served") / "model")
+
+
+@pytest.fixture
+def server(model: str, tmp_path: Path) -> Iterator[Server]:
+    made = Server(model, "--shutdown-timeout", "20", log=tmp_path / "log")
+    yield made
+    made.child.kill()
+
+
+def refused(*words: str, cwd: Path, **env: str | None) -> Any:
+    from forks import command
+
+    return command(["serve", "nowhere", *words], cwd=cwd, env=env)
+
+
+def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        check_refusal(refused("--port", port, cwd=tmp_path), 2, port, "127.0.0.1")
+    (tmp_path / "file").write_text("")
+    for words, parts in (
+        (["--host", "0.0.0.0"], ("--host 0.0.0.0", "--no-auth")),
+        (["--api-key-file", "none"], ("--api-key-file none",)),
+        (["--api-key-file", "file"], ("--api-key-file file",)),
+        (["--api-key", "short"], ("--api-key", "5 letters")),
+        (["--uds", "file"], ("--uds file",)),
+        (["--generation-config", "some"], ("--generation-config", "some")),
+        (["--chat-template", "none"], ("--chat-template none",)),
+        (["--default-chat-template-kwargs", "[]"], ("--default-chat-template-kwargs",)),
+        (["--port", "65536"], ("--port", "65536")),
+        (["--host", "no.such.name.invalid"], ("no.such.name.invalid",)),
+    ):
+        check_refusal(refused(*words, "--port", "0", cwd=tmp_path) if "--port" not in words
+                      else refused(*words, cwd=tmp_path), 2, *parts)
+
+
+def test_sigterm_lets_running_requests_end_and_takes_no_more(server: Server):
+    found: list[Any] = []
+
+    def ask() -> None:
+        with server.client() as client:
+            found.append(client.post("/v1/completions", json=LONG).json())
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.5)
+    server.signal()
+    time.sleep(0.3)
+    with server.client() as client:
+        for answer in (client.get("/health"), client.post("/v1/completions", json=LONG)):
+            assert answer.status_code == 503, answer.text
+            assert answer.json()["error"]["code"] == "engine_stopping"
+            assert "retry-after" in answer.headers
+        assert client.get("/live").status_code == 200
+    asking.join(60)
+    assert found[0]["usage"]["completion_tokens"] == 1500
+    assert server.child.wait(30) == 0
+
+
+def test_a_second_signal_ends_at_once(server: Server):
+    with server.client() as client, client.stream(
+        "POST", "/v1/completions", json=LONG | {"stream": True}
+    ) as answer:
+        next(answer.iter_lines())
+        server.signal()
+        time.sleep(0.3)
+        server.signal()
+        assert server.child.wait(5) == 128 + signal.SIGTERM
+
+
+def test_clients_that_go_leave_nothing_behind(server: Server):
+    with server.client() as client:
+        for _ in range(5):
+            with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
+                next(answer.iter_lines())
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/completions", json=LONG, timeout=0.1)
+        began = time.monotonic()
+        short = {"prompt": "Hi", "max_tokens": 1}
+        assert client.post("/v1/completions", json=short).status_code == 200
+        assert time.monotonic() - began < 5
+        text = client.get("/metrics").text
+    assert metric(text, "num_requests_running") == metric(text, "num_requests_waiting") == 0
+    assert 'finished_reason="abort"' in text and "Traceback" not in server.log()
+
+
+def metric(text: str, name: str) -> float:
+    (line,) = [each for each in text.splitlines() if each.startswith(f"parallama:{name}{{")]
+    return float(line.split()[-1])
+
+
+def test_a_socket_file_and_a_key_from_the_environment(model: str, tmp_path: Path):
+    path = tmp_path / "socket"
+    made = Server(
+        *(model, "--uds", str(path)), log=tmp_path / "log", env={"PARALLAMA_API_KEY": KEY}
+    )
+    try:
+        with httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(path)), base_url="http://any.name"
+        ) as client:
+            assert client.get("/health").status_code == 200
+            assert client.get("/v1/models").status_code == 401
+            headers = {"authorization": f"Bearer {KEY}"}
+            assert client.get("/v1/models", headers=headers).status_code == 200
+        check_refusal(refused("--uds", str(path), cwd=tmp_path), 2, str(path))
+        assert KEY not in made.log()
+    finally:
+        assert made.stop() == 0
+    assert path.exists()  # a dead server's file doesn't hinder the next one
+    check_refusal(refused("--uds", str(path), cwd=tmp_path), 2, "nowhere")
+
+
+def test_a_key_of_the_command_line_is_not_in_the_list_of_processes(tmp_path: Path):
+    text = (
+        "import sys; from parallama.serve.keys import hide_arguments, read_keys;"
+        "keys = read_keys(sys.argv[1:], None); hide_arguments(keys);"
+        "print(keys[0], flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", text, KEY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as process:
+        assert process.stdin and process.stdout
+        assert process.stdout.readline().strip() == KEY
+        shown = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        assert KEY.encode() not in shown and b"x" * len(KEY) in shown
+        process.stdin.close()
