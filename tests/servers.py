@@ -71,10 +71,7 @@ class Server:
 
 def run(words: list[str]) -> int:
     """The child's side."""
-    import one_at_a_time
-
     from parallama import __main__
 
-    sys.modules["parallama.inference.continuous"] = one_at_a_time
     sys.argv = ["parallama", *words]
     return __main__.run(words)

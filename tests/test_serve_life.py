@@ -58,8 +58,13 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path: Path):
         (["--port", "65536"], ("--port", "65536")),
         (["--host", "no.such.name.invalid"], ("no.such.name.invalid",)),
     ):
-        check_refusal(refused(*words, "--port", "0", cwd=tmp_path) if "--port" not in words
-                      else refused(*words, cwd=tmp_path), 2, *parts)
+        check_refusal(
+            refused(*words, "--port", "0", cwd=tmp_path)
+            if "--port" not in words
+            else refused(*words, cwd=tmp_path),
+            2,
+            *parts,
+        )
 
 
 def test_sigterm_lets_running_requests_end_and_takes_no_more(server: Server):
@@ -86,9 +91,10 @@ def test_sigterm_lets_running_requests_end_and_takes_no_more(server: Server):
 
 
 def test_a_second_signal_ends_at_once(server: Server):
-    with server.client() as client, client.stream(
-        "POST", "/v1/completions", json=LONG | {"stream": True}
-    ) as answer:
+    with (
+        server.client() as client,
+        client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer,
+    ):
         next(answer.iter_lines())
         server.signal()
         time.sleep(0.3)
@@ -135,7 +141,8 @@ def test_a_socket_file_and_a_key_from_the_environment(model: str, tmp_path: Path
     finally:
         assert made.stop() == 0
     assert path.exists()  # a dead server's file doesn't hinder the next one
-    check_refusal(refused("--uds", str(path), cwd=tmp_path), 2, "nowhere")
+    again = refused("--uds", str(path), cwd=tmp_path)
+    assert again.code == 3 and "'nowhere'" in again.err
 
 
 def test_a_key_of_the_command_line_is_not_in_the_list_of_processes(tmp_path: Path):

@@ -74,8 +74,9 @@ def test_the_page(browser: Any, server: Server):
     first = lines()
     assert len(first) == 2 and "Hello there" in first[0] and len(first[1]) > 5, first
     # stop
-    one("limit").clear()
-    one("limit").send_keys("1500")
+    for name, value in (("limit", "1900"), ("temperature", "0")):
+        one(name).clear()
+        one(name).send_keys(value)
     one("text").send_keys("On and on", Keys.ENTER)
     until(lambda: len(lines()) == 4 and len(lines()[3]) > 20)
     one("stop").click()
@@ -94,7 +95,10 @@ def test_the_page(browser: Any, server: Server):
     names = "return performance.getEntriesByType('resource').map((each) => each.name)"
     found = browser.execute_script(names)
     assert all(name.startswith((server.url, "blob:", "data:")) for name in found), found
-    for field in browser.find_elements(By.CSS_SELECTOR, "input, textarea, button"):
+    browser.find_elements(By.TAG_NAME, "summary")[0].click()
+    for field in browser.find_elements(
+        By.CSS_SELECTOR, "main input, main textarea, main button, header button"
+    ):
         assert field.accessible_name, field.get_attribute("id")
     browser.get(f"{server.url}/docs")
     until(lambda: "/v1/chat/completions" in browser.find_element(By.ID, "routes").text)
