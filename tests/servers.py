@@ -28,19 +28,25 @@ class Server:
         *arguments: str,
         log: Path,
         env: Mapping[str, str | None] | None = None,
-        port: bool = True,
-        wait: bool = True,
+        fails_at: Path | None = None,
     ) -> None:
+        """Start it, and wait until it serves.
+
+        Args:
+            fails_at: the engine fails as soon as there is this file.
+        """
         self._log = log
-        words = ["serve", *arguments, *(["--port", "0"] if port else [])]
+        given = {
+            "words": ["serve", *arguments, "--port", "0"],
+            "fails_at": None if fails_at is None else str(fails_at),
+        }
         with log.open("wb") as stream:
             self.child = Child(
-                "servers:run", {"words": words}, out=stream, err=stream, env=env, optimize=False
+                "servers:run", given, out=stream, err=stream, env=env, optimize=False
             )
         try:
             self.url = self._until(r"listening on ([^;\s]+);")
-            if wait:
-                self._until(r"serving ")
+            self._until(r"serving ")
         except BaseException:
             self.child.kill()
             raise
@@ -69,9 +75,24 @@ class Server:
         return self.child.wait(60)
 
 
-def run(words: list[str]) -> int:
+def run(words: list[str], fails_at: str | None) -> int:
     """The child's side."""
     from parallama import __main__
 
+    if fails_at is not None:
+        _fail_at(Path(fails_at))
     sys.argv = ["parallama", *words]
     return __main__.run(words)
+
+
+def _fail_at(file: Path) -> None:
+    from parallama.inference.slot_runner import SlotRunner
+
+    round_of = SlotRunner.round
+
+    def failing(runner: SlotRunner) -> object:
+        if file.exists():
+            raise RuntimeError("a device is lost")
+        return round_of(runner)
+
+    SlotRunner.round = failing  # type: ignore[method-assign,assignment]

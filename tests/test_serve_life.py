@@ -21,6 +21,7 @@ from servers import Server
 
 KEY = "a-key-that-nobody-guesses"
 LONG: dict[str, Any] = {"prompt": "Hi", "max_tokens": 1500, "ignore_eos": True}
+MANY = LONG | {"prompt": ["Hi"] * 64}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,25 @@ def test_a_second_signal_ends_at_once(server: Server):
         time.sleep(0.3)
         server.signal()
         assert server.child.wait(5) == 128 + signal.SIGTERM
+
+
+def test_a_failed_engine_ends_its_requests_and_the_process(model: str, tmp_path: Path):
+    server = Server(model, log=tmp_path / "log", fails_at=tmp_path / "fail")
+    try:
+        with (
+            server.client() as client,
+            client.stream("POST", "/v1/completions", json=MANY | {"stream": True}) as answer,
+        ):
+            lines = answer.iter_lines()
+            next(lines)
+            began = time.monotonic()
+            (tmp_path / "fail").touch()
+            rest = [line for line in lines if line]
+        assert '"error"' in rest[-2] and rest[-1] == "data: [DONE]"
+        assert server.child.wait(10) == 1 and time.monotonic() - began < 10
+        assert "a device is lost" in server.log()
+    finally:
+        server.child.kill()
 
 
 def test_clients_that_go_leave_nothing_behind(server: Server):
