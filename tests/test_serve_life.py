@@ -15,13 +15,13 @@ from typing import Any
 import httpx
 import pytest
 import train_models
-from forks import environment
+from forks import command, environment, script
 from messages import check_refusal
 from servers import Server
 
 KEY = "a-key-that-nobody-guesses"
 LONG: dict[str, Any] = {"prompt": "Hi", "max_tokens": 1500, "ignore_eos": True}
-MANY = LONG | {"prompt": ["Hi"] * 64}
+MANY = LONG | {"prompt": ["Hi"] * 64, "max_tokens": 200}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,6 @@ def server(model: str, tmp_path: Path) -> Iterator[Server]:
 
 
 def refused(*words: str, cwd: Path, **env: str | None) -> Any:
-    from forks import command
-
     return command(["serve", "nowhere", *words], cwd=cwd, env=env)
 
 
@@ -68,37 +66,46 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path: Path):
         )
 
 
+def test_a_missing_extra_is_named(tmp_path: Path):
+    text = (
+        "import sys; sys.modules['uvicorn'] = None; from parallama.__main__ import run;"
+        "sys.exit(run(['serve', 'nowhere']))"
+    )
+    check_refusal(script(text, cwd=tmp_path), 2, "uvicorn", "pip install 'parallama[serve]'")
+
+
 def test_sigterm_lets_running_requests_end_and_takes_no_more(server: Server):
     found: list[Any] = []
 
     def ask() -> None:
         with server.client() as client:
-            found.append(client.post("/v1/completions", json=LONG).json())
+            found.append(client.post("/v1/completions", json=MANY).json())
 
     asking = threading.Thread(target=ask)
     asking.start()
-    time.sleep(0.5)
-    server.signal()
-    time.sleep(0.3)
     with server.client() as client:
+        while metric(client.get("/metrics").text, "num_requests_running") < 1:
+            time.sleep(0.01)
+        server.signal()
+        server.until("stopping")
         for answer in (client.get("/health"), client.post("/v1/completions", json=LONG)):
             assert answer.status_code == 503, answer.text
             assert answer.json()["error"]["code"] == "engine_stopping"
             assert "retry-after" in answer.headers
         assert client.get("/live").status_code == 200
     asking.join(60)
-    assert found[0]["usage"]["completion_tokens"] == 1500
+    assert found[0]["usage"]["completion_tokens"] == 64 * 200
     assert server.child.wait(30) == 0
 
 
 def test_a_second_signal_ends_at_once(server: Server):
     with (
         server.client() as client,
-        client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer,
+        client.stream("POST", "/v1/completions", json=MANY | {"stream": True}) as answer,
     ):
         next(answer.iter_lines())
         server.signal()
-        time.sleep(0.3)
+        server.until("stopping")
         server.signal()
         assert server.child.wait(5) == 128 + signal.SIGTERM
 
@@ -128,7 +135,7 @@ def test_clients_that_go_leave_nothing_behind(server: Server):
             with client.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
                 next(answer.iter_lines())
             with pytest.raises(httpx.ReadTimeout):
-                client.post("/v1/completions", json=LONG, timeout=0.1)
+                client.post("/v1/completions", json=MANY, timeout=0.1)
         began = time.monotonic()
         short = {"prompt": "Hi", "max_tokens": 1}
         assert client.post("/v1/completions", json=short).status_code == 200
