@@ -21,6 +21,7 @@ from servers import Server
 
 KEY = "a-key-that-nobody-guesses"
 LONG: dict[str, Any] = {"prompt": "Hi", "max_tokens": 1500, "ignore_eos": True}
+SOME = LONG | {"prompt": ["Hi"] * 16, "max_tokens": 300}
 MANY = LONG | {"prompt": ["Hi"] * 64, "max_tokens": 200}
 
 
@@ -31,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def server(model: str, tmp_path: Path) -> Iterator[Server]:
-    made = Server(model, "--shutdown-timeout", "20", log=tmp_path / "log")
+    made = Server(model, "--shutdown-timeout", "120", log=tmp_path / "log")
     yield made
     made.child.kill()
 
@@ -79,7 +80,7 @@ def test_sigterm_lets_running_requests_end_and_takes_no_more(server: Server):
 
     def ask() -> None:
         with server.client() as client:
-            found.append(client.post("/v1/completions", json=MANY).json())
+            found.append(client.post("/v1/completions", json=SOME).json())
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -93,8 +94,8 @@ def test_sigterm_lets_running_requests_end_and_takes_no_more(server: Server):
             assert answer.json()["error"]["code"] == "engine_stopping"
             assert "retry-after" in answer.headers
         assert client.get("/live").status_code == 200
-    asking.join(60)
-    assert found[0]["usage"]["completion_tokens"] == 64 * 200
+    asking.join(150)
+    assert found[0]["usage"]["completion_tokens"] == 16 * 300
     assert server.child.wait(30) == 0
 
 
