@@ -70,13 +70,9 @@ class Chat:
             )
         self.max_model_len = max_model_len or min(DEFAULT_CHAT_LENGTH, llm.max_model_len)
         self._rendered([{"role": "user", "content": "?"}])
-        self._session = llm.session(
-            [llm.row_sampling(self._params, self._drawn)],
-            capacity=self.max_model_len,
-            eos=[] if self._params.ignore_eos else llm.eos_ids,
-            continued=True,
-        )
-        self.stats = self._session.stats
+        mode = llm.row_sampling(self._params, self._drawn).mode
+        self._runner = llm.alone(self.max_model_len, mode)
+        self.stats = self._runner.session.stats
 
     def send(self, content: str, *, max_new_tokens: int | None = None) -> Iterator[Chunk]:
         """Say something; yields the answer as it comes and remembers both.
@@ -123,8 +119,9 @@ class Chat:
         self._check(turn)
         seed = row_seed(self._drawn, ids, self._asked[tuple(ids)])
         self._asked[tuple(ids)] += 1
-        self._session.sample([self._llm.row_sampling(self._params, seed)])
-        for _, chunk in self._llm.drive(self._session, [ids], [row]):
+        self._runner.end(0)
+        self._runner.add(0, ids, self._llm.row_sampling(self._params, seed))
+        for _, chunk, _ in self._llm.driven(self._runner, [row]):
             yield chunk
             self._check(turn)
         self.messages = [*asked, {"role": "assistant", "content": row.text}]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,7 +26,7 @@ _WORTH_A_COPY = 32
 class Admitted:
     """A request gets a slot, of whose contents the first `cached` tokens are its prompt's."""
 
-    request: Hashable
+    request: int
     slot: int
     cached: int
 
@@ -40,7 +40,7 @@ class Copy:
 
     source: int
     target: int
-    request: Hashable | None = None
+    request: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Round:
 
     moves: tuple[Copy | Admitted, ...]
     decode: bool
-    prefill: tuple[Hashable, ...]
+    prefill: tuple[int, ...]
 
 
 class SlotsView(Protocol):
@@ -75,7 +75,7 @@ class SlotsView(Protocol):
 
 @dataclass
 class _Request:
-    name: Hashable
+    name: int
     ids: Sequence[int]
     order: tuple[int, int]
     slot: int | None = None
@@ -88,6 +88,7 @@ class Scheduler:
 
     Args:
         view: the session's shapes, and what its slots hold now.
+        at_once: most requests that run at a time, if fewer than there are slots.
         prefix_caching: prompts may go on from what slots hold.
         copying: slots may be copied.
         max_queued_requests, max_queued_tokens: most that may wait, if there is a limit.
@@ -97,20 +98,21 @@ class Scheduler:
     """
 
     view: SlotsView
+    at_once: int | None = None
     prefix_caching: bool = True
     copying: bool = True
     max_queued_requests: int | None = None
     max_queued_tokens: int | None = None
     cached_tokens: int = 0
     _queue: list[tuple[tuple[int, int], _Request]] = field(default_factory=list)
-    _known: dict[Hashable, _Request] = field(default_factory=dict)
+    _known: dict[int, _Request] = field(default_factory=dict)
     _in_slot: dict[int, _Request] = field(default_factory=dict)
     _used: dict[int, int] = field(default_factory=dict)
     _clock: itertools.count[int] = field(default_factory=itertools.count)
 
     # -- what happens
 
-    def add(self, request: Hashable, ids: Sequence[int], priority: int = 0) -> None:
+    def add(self, request: int, ids: Sequence[int], priority: int = 0) -> None:
         """Queue a request.
 
         Args:
@@ -138,7 +140,7 @@ class Scheduler:
                 lines(f"{queued} tokens wait, {limit} are the most there may", "try later")
             )
 
-    def end(self, request: Hashable) -> int | None:
+    def end(self, request: int) -> int | None:
         """A request is over, wherever it is; the slot that it had."""
         ended = self._known.pop(request, None)
         if ended is None:
@@ -151,7 +153,7 @@ class Scheduler:
         self._used[ended.slot] = next(self._clock)
         return ended.slot
 
-    def began(self, request: Hashable) -> None:
+    def began(self, request: int) -> None:
         """A request has its first token: from now on it decodes."""
         self._known[request].decoding = True
 
@@ -169,8 +171,9 @@ class Scheduler:
 
     @property
     def free(self) -> int:
-        """Slots without a request."""
-        return self.view.shapes.slots - self.running
+        """Slots that requests can have now."""
+        slots = self.view.shapes.slots
+        return min(slots, self.at_once or slots) - self.running
 
     @property
     def usage(self) -> float:
@@ -178,7 +181,7 @@ class Scheduler:
         held = sum(len(self.view.contents[slot]) for slot in self._in_slot)
         return held / (self.view.shapes.slots * self.view.shapes.length)
 
-    def slot_of(self, request: Hashable) -> int | None:
+    def slot_of(self, request: int) -> int | None:
         """The slot of a request, if it has one."""
         known = self._known.get(request)
         return None if known is None else known.slot

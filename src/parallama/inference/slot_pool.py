@@ -76,7 +76,9 @@ class SlotPool:
             session = self._make(shapes, mode)
         session.stats = RunStats()
         session.prepare(session.shapes.covering(at_once, prompts, copies=copies), progress)
-        scheduler = Scheduler(session, prefix_caching=copies, copying=session.shapes.copies)
+        scheduler = Scheduler(
+            session, at_once=at_once, prefix_caching=copies, copying=session.shapes.copies
+        )
         return SlotRunner(session, scheduler)
 
     def give_back(self, runner: SlotRunner) -> None:

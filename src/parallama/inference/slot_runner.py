@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import threading
+from collections.abc import Sequence
 
 from ..engine.row_sampling import RowSampling
 from .run_stats import Choice
@@ -11,7 +12,7 @@ from .slots import SlotSession
 
 
 class SlotRunner:
-    """Requests that share a session. For one thread.
+    """Requests that share a session. For one thread, but that any may `add` a request.
 
     Args:
         session: which nobody else uses meanwhile.
@@ -20,38 +21,42 @@ class SlotRunner:
 
     def __init__(self, session: SlotSession, scheduler: Scheduler) -> None:
         self.session, self.scheduler = session, scheduler
-        self._asked: dict[Hashable, tuple[Sequence[int], RowSampling]] = {}
-        self._by_slot: dict[int, Hashable] = {}
+        self._lock = threading.Lock()
+        self._asked: dict[int, tuple[Sequence[int], RowSampling]] = {}
+        self._by_slot: dict[int, int] = {}
         self.admitted: list[Admitted] = []
         """Of the last round."""
 
     def add(
-        self, request: Hashable, ids: Sequence[int], sampling: RowSampling, priority: int = 0
+        self, request: int, ids: Sequence[int], sampling: RowSampling, priority: int = 0
     ) -> None:
         """Queue a request; see `Scheduler.add`."""
-        self.scheduler.add(request, ids, priority)
-        self._asked[request] = ids, sampling
+        with self._lock:
+            self.scheduler.add(request, ids, priority)
+            self._asked[request] = ids, sampling
 
-    def end(self, request: Hashable) -> None:
+    def end(self, request: int) -> None:
         """Choose nothing more for a request, whether it waits or runs."""
-        self._asked.pop(request, None)
-        slot = self.scheduler.end(request)
+        with self._lock:
+            self._asked.pop(request, None)
+            slot = self.scheduler.end(request)
         if slot is not None:
             self._by_slot.pop(slot, None)
             self.session.evict(slot)
 
-    def round(self) -> list[tuple[Hashable, Choice]]:
+    def round(self) -> list[tuple[int, Choice]]:
         """Do what is next: a decode step, then at most one chunk of a prompt a data shard.
 
         Returns:
             The token that each request has got. There may be none while a prompt goes on.
         """
-        todo = self.scheduler.next_round()
+        with self._lock:
+            todo = self.scheduler.next_round()
         self.admitted = []
         if todo is None:
             return []
         self._move(todo)
-        chosen: list[tuple[Hashable, Choice]] = []
+        chosen: list[tuple[int, Choice]] = []
         if todo.decode:
             found = self.session.decode()
             chosen += [(self._by_slot[slot], choice) for slot, choice in found.items()]
@@ -75,7 +80,7 @@ class SlotRunner:
                     self._by_slot[move.target] = move.request
                     self.session.evict(move.source)
 
-    def _slot(self, request: Hashable) -> int:
+    def _slot(self, request: int) -> int:
         slot = self.scheduler.slot_of(request)
         assert slot is not None
         return slot
