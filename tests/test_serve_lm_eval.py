@@ -35,7 +35,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     tokenizer = find("smollm2").tokenizer()
     assert tokenizer is not None
     tokenizer.save_pretrained(root / "tokenizer")
-    server = Server("smollm2", "--max-model-len", "256", "--quiet", log=root / "log")
+    server = Server("smollm2", "--max-model-len", str(LIMIT), "--quiet", log=root / "log")
     yield Served(server.url, str(root / "tokenizer"))
     server.stop()
 
