@@ -73,24 +73,22 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
         self.cut = self.requests = 0
         self._seed = seed
         self._scorer = Scorer(llm, batch)
-        self._generations: list[TaskGeneration] = []
+        self._generated = self._compiled = self._compiled_late = 0
         self._renderer: Renderer | None = None
 
     # -- what was run
 
     @property
     def tokens(self) -> int:
-        return self._scorer.tokens + sum(each.tokens for each in self._generations)
+        return self._scorer.tokens + self._generated
 
     @property
     def programs_compiled(self) -> int:
-        made = sum(each.programs_compiled for each in self._generations)
-        return self._scorer.programs_compiled + made
+        return self._scorer.programs_compiled + self._compiled
 
     @property
     def programs_after_warmup(self) -> int:
-        made = sum(each.programs_after_warmup for each in self._generations)
-        return self._scorer.programs_after_warmup + made
+        return self._scorer.programs_after_warmup + self._compiled_late
 
     # -- what the harness asks for
 
@@ -220,45 +218,29 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue texts, each until a stop string of its task or an end-of-text token."""
-        tasks: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            tasks.setdefault(repr(request.args[1]), []).append(index)
-        batches = []
-        for members in tasks.values():
-            generation = self._generation(requests[members[0]].args[1])
-            prompts = {
-                index: self._prompt(requests[index].args[0], generation.room) for index in members
-            }
-            order = sorted(members, key=lambda index: -len(prompts[index]))
-            for first in range(0, len(order), self.batch_size):
-                rows = order[first : first + self.batch_size]
-                batches.append((generation, [prompts[row] for row in rows], rows))
-        ready = set()
-        for generation, prompts_of_rows, rows in batches:
-            shape = (id(generation), generation.longest(prompts_of_rows))
-            if shape not in ready:
-                generation.warm_up(prompts_of_rows, rows)
-                ready.add(shape)
-        texts: dict[int, str] = {}
-        progress = self.llm.report("generating")
-        for generation, prompts_of_rows, rows in batches:
-            texts.update(zip(rows, generation.run(prompts_of_rows, rows), strict=True))
-            if progress is not None:
-                progress(len(texts), len(requests))
+        tasks: dict[str, TaskGeneration] = {}
+        made, asked, rows = [], [], []
+        for index, (context, settings) in enumerate(request.args for request in requests):
+            name = repr(settings)
+            if name not in tasks:
+                eos_text = self.tokenizer.decode(self.eot_token_id)
+                tasks[name] = TaskGeneration(self.llm, self.tokenizer, settings, eos_text=eos_text)
+            made.append(tasks[name])
+            ids = self._prompt(context, tasks[name].room)
+            request, row = tasks[name].request(ids, self._seed_of(index))
+            asked.append(request)
+            rows.append(row)
+        progress, done = self.llm.report("generating"), 0
+        for _, chunk, _ in self.llm.continued(asked, rows, self.batch_size):
+            done += chunk.finish_reason is not None
+            if progress is not None and chunk.finish_reason is not None:
+                progress(done, len(requests))
+        stats = self.llm.stats
+        self._compiled += stats.programs_compiled
+        self._compiled_late += stats.programs_after_warmup
+        self._generated += sum(len(row.token_ids) for row in rows)
         self.requests += len(requests)
-        return [texts[index] for index in range(len(requests))]
-
-    def _generation(self, settings: dict[str, Any]) -> TaskGeneration:
-        made = TaskGeneration(
-            self.llm,
-            self.tokenizer,
-            settings,
-            batch=self.batch_size,
-            eos_text=self.tokenizer.decode(self.eot_token_id),
-            seed_of=self._seed_of,
-        )
-        self._generations.append(made)
-        return made
+        return [each.text(row) for each, row in zip(made, rows, strict=True)]
 
     def _prompt(self, context: str, room: int) -> list[int]:
         """Token ids of a context to continue, of which the last `room` are kept."""

@@ -235,7 +235,7 @@ class LLM(ShardedModel):
             self.row(request.limit, request.params.stop, ignore_eos=request.params.ignore_eos)
             for request in requests
         ]
-        return self._chunks(requests, rows, max_num_seqs)
+        return self.continued(requests, rows, max_num_seqs)
 
     def row(self, limit: int, stop: Sequence[str] = (), *, ignore_eos: bool = False) -> Row:
         """A row of a batch that has not begun."""
@@ -245,7 +245,7 @@ class LLM(ShardedModel):
         ends |= {special[string] for string in stop if string in special}
         return Row(TextStream(self.tokenizer, stop), limit, ends)
 
-    def _chunks(
+    def continued(
         self, requests: Sequence[Request], rows: Sequence[Row], max_num_seqs: int | None
     ) -> Iterator[tuple[int, Chunk, Row]]:
         """Run requests on slots, which others take over as texts end."""
