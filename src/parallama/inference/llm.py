@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..engine.row_sampling import RowSampling, mode_of
+from ..engine.row_sampling import RowSampling
 from ..engine.steps import LOGITS_AXES, StepKey
 from ..errors import UsageError, lines
 from ..files.checkpoint import Checkpoint
@@ -241,7 +241,7 @@ class LLM(ShardedModel):
         self, requests: Sequence[Request], rows: Sequence[Row], size: int
     ) -> Iterator[tuple[int, Chunk, Row]]:
         """Run requests in groups of the same shapes, so that the groups share their programs."""
-        stats, mode = RunStats(), mode_of(request.sampling for request in requests)
+        stats = RunStats()
         for first in range(0, len(requests), size):
             group, group_rows = requests[first : first + size], rows[first : first + size]
             session = self.session(
@@ -250,7 +250,6 @@ class LLM(ShardedModel):
                 longest_prompt=max(len(request.ids) for request in requests),
                 eos=[] if any(request.params.ignore_eos for request in group) else self.eos_ids,
                 batch=min(size, len(requests)),
-                mode=mode,
                 stats=stats,
             )
             for row, chunk in self.drive(session, [request.ids for request in group], group_rows):

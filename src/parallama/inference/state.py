@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..engine.interface import DeviceTensor, Steps
-from ..engine.row_sampling import Mode, RowSampling
+from ..engine.row_sampling import RowSampling
 from ..engine.steps import CACHE_AXES, SPAN, STATE_AXES, cache_names
 from ..errors import UsageError, lines
 from ..plan.placement import Plan
@@ -58,7 +58,7 @@ def empty_cache(steps: Steps, batch: int, length: int) -> dict[str, DeviceTensor
     }
 
 
-def blank_state(steps: Steps, batch: int, live: int, mode: Mode) -> dict[str, DeviceTensor]:
+def blank_state(steps: Steps, batch: int, live: int) -> dict[str, DeviceTensor]:
     """The state of a batch before its prefill; rows from `live` on are idle, and done."""
     host = {
         "token": torch.zeros(batch, dtype=torch.long),
@@ -66,13 +66,12 @@ def blank_state(steps: Steps, batch: int, live: int, mode: Mode) -> dict[str, De
         "position": torch.zeros(batch, dtype=torch.int32),
         "done": torch.arange(batch) >= live,
     }
-    if mode.penalty:
-        host["seen"] = torch.zeros(batch, steps.plan.vocab, dtype=torch.bool)
+    host["counts"] = torch.zeros(batch, steps.plan.vocab, dtype=torch.int32)
     return put(steps, host) | put_span(steps, 1)
 
 
 def constants(
-    steps: Steps, rows: Sequence[RowSampling], mode: Mode, eos: Sequence[int]
+    steps: Steps, rows: Sequence[RowSampling], eos: Sequence[int]
 ) -> dict[str, DeviceTensor]:
     """What stays the same for a whole run: sampling parameters, and the ids that end a row.
 
@@ -81,13 +80,8 @@ def constants(
     """
     if len(eos) > MOST_EOS:
         raise UsageError(lines(f"{len(eos)} end-of-text ids", f"expected at most {MOST_EOS}"))
-    host = host_params(rows)
-    if not mode.sample:
-        host = {name: value for name, value in host.items() if name == "penalty"}
-    if not mode.penalty:
-        del host["penalty"]
     ends = torch.tensor([*eos, *[-1] * (MOST_EOS - len(eos))], dtype=torch.long)
-    return put(steps, host | {"eos": ends})
+    return put(steps, host_params(rows) | {"eos": ends})
 
 
 def host_params(rows: Sequence[RowSampling]) -> dict[str, torch.Tensor]:
@@ -143,7 +137,7 @@ def layout_of(name: str, shape: tuple[int, ...], plan: Plan) -> Layout:
     blocks = None
     if name.startswith("cache."):
         blocks = plan.cache_blocks()
-    elif name in ("seen", "logits"):
+    elif name in ("counts", "logits"):
         blocks = plan.vocab_blocks()
     if blocks is not None:
         shape = (shape[0], blocks.size, *shape[2:])

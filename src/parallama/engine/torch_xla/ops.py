@@ -30,6 +30,15 @@ def row_update(buffer: torch.Tensor, new: torch.Tensor, starts: torch.Tensor) ->
     return _registered(_lower_row_update)(buffer, new, starts)
 
 
+def add_at(counts: torch.Tensor, places: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """`counts` `[B, W]` with `added[r]` more at `places[r]` of each row `r`.
+
+    Args:
+        places, added: `[B]` int32.
+    """
+    return _registered(_lower_add_at)(counts, places, added)
+
+
 def stretch(buffer: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
     """`buffer[:, :, first : first + length]` of `[B, K, T, D]`; only the device knows `first`.
 
@@ -104,6 +113,20 @@ def _lower_row_update(buffer: Any, new: Any, starts: Any) -> Any:
         new_row = new.slice_in_dim(row, row + 1, 0)
         buffer = buffer.dynamic_update_slice(new_row, [place, zero, start, zero])
     return buffer
+
+
+def _lower_add_at(counts: Any, places: Any, added: Any) -> Any:
+    from torch_xla.core import xla_builder as xb
+
+    builder = counts.builder()
+    for row in range(counts.shape().sizes[0]):
+        place = [
+            xb.Op.scalar(builder, row, xb.Type.S32),
+            places.slice_in_dim(row, row + 1, 0).reshape([]),
+        ]
+        more = added.slice_in_dim(row, row + 1, 0).reshape([1, 1])
+        counts = counts.dynamic_update_slice(counts.dynamic_slice(place, (1, 1)) + more, place)
+    return counts
 
 
 def _lower_stretch(buffer: Any, first: Any, *, length: int) -> Any:
