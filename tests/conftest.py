@@ -29,7 +29,8 @@ def starts_processes(item: pytest.Item) -> bool:
     fixtures = set(getattr(item, "fixturenames", ()))
     names = set(vars(getattr(item, "module", None) or object))
     return bool(
-        fixtures & {"workers", "auditors"} or names & {"subprocess", "command", "script", "forked"}
+        fixtures & {"workers", "auditors"}
+        or names & {"subprocess", "command", "script", "forked", "Server"}
     )
 
 

@@ -179,6 +179,63 @@ class HostSteps(Steps):
             yield "logits", self._padded(logits)[:, 0], STATE_AXES["logits"]
         yield from self._cached(written)
 
+    def _slot_prefill(self, key: StepKey, given: Mapping[str, torch.Tensor]) -> Results:
+        per_shard = key.batch // self.mesh.shape.data
+        rows = torch.arange(self.mesh.shape.data) * per_shard + given["slot"]
+        count, final = given["count"], given["final"]
+        cache = {name: tensor[rows] for name, tensor in self._cache(given).items()}
+        logits, written = self._forward(given["ids"], given["start"], cache)
+        last = logits[torch.arange(len(rows)), (count - 1).clamp(min=0)]
+        yield from self._in_slots(given, rows, written)
+        yield from self._best(given, rows, last, given["start"] + count, final, count > 0)
+
+    def _slot_decode(self, key: StepKey, given: Mapping[str, torch.Tensor]) -> Results:
+        shards = self.mesh.shape.data
+        rows = torch.arange(key.batch).reshape(shards, -1)[:, : key.rows // shards].flatten()
+        live, position = given["live"][rows], given["position"][rows]
+        cache = {name: tensor[rows] for name, tensor in self._cache(given).items()}
+        logits, written = self._forward(given["token"][rows][:, None], position, cache)
+        yield from self._in_slots(given, rows, written)
+        yield from self._best(given, rows, logits[:, 0], position + 1, live, live)
+
+    def _slot_copy(self, key: StepKey, given: Mapping[str, torch.Tensor]) -> Results:
+        first = torch.arange(self.mesh.shape.data) * (key.batch // self.mesh.shape.data)
+        for name, tensor in given.items():
+            if name not in ("source", "target"):
+                copied = tensor.clone()
+                copied[first + given["target"]] = tensor[first + given["source"]]
+                yield name, copied, STATE_AXES.get(name, CACHE_AXES)
+
+    def _in_slots(
+        self, given: Mapping[str, torch.Tensor], rows: torch.Tensor, written: Mapping[str, Any]
+    ) -> Results:
+        cache = {name: tensor.clone() for name, tensor in self._cache(given).items()}
+        for name, tensor in cache.items():
+            tensor[rows] = written[name]
+        yield from self._cached(cache)
+
+    def _best(
+        self,
+        given: Mapping[str, torch.Tensor],
+        rows: torch.Tensor,
+        logits: torch.Tensor,
+        position: torch.Tensor,
+        chooses: torch.Tensor,
+        moves: torch.Tensor,
+    ) -> Results:
+        """The best token of each slot in `rows` that chooses."""
+        assert "temperature" not in given and "seen" not in given, "this engine is greedy"
+        token = logits.argmax(-1)
+        logprob = torch.log_softmax(logits, -1).gather(1, token[:, None])[:, 0]
+        for name, new, taken in (
+            ("token", token, chooses),
+            ("logprob", logprob, chooses),
+            ("position", position, moves),
+        ):
+            whole = given[name].clone()
+            whole[rows] = torch.where(taken, new.to(whole.dtype), whole[rows])
+            yield name, whole, STATE_AXES[name]
+
     def _chosen(
         self,
         given: Mapping[str, torch.Tensor],

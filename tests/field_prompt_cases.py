@@ -68,8 +68,8 @@ def _groups(llm: Any) -> tuple[Any, Any, int]:
     ]
     prompts = [(None, llm.encode("word " * (1 + place))) for place in range(5)]
     requests = llm.requests(prompts, params)
-    in_groups = sorted((place, each.token_ids) for place, each in llm.run(requests, max_num_seqs=2))
     together = [(place, each.token_ids) for place, each in enumerate(llm.completed(requests))]
+    in_groups = sorted((place, each.token_ids) for place, each in llm.run(requests, max_num_seqs=2))
     for _ in llm.run(requests, max_num_seqs=2):
         pass
     return in_groups, together, llm.stats.programs_compiled + llm.stats.programs_after_warmup

@@ -453,8 +453,89 @@ def bench_load(make: Maker) -> Document:
     )
 
 
+def bench_serve(_make: Maker) -> Document:
+    number, size = "number", "integer"
+    latencies = {
+        "ttft": "time to the first token",
+        "tpot": "time per output token behind the first",
+        "itl": "time from a chunk to the next",
+        "e2el": "time to the last token",
+    }
+
+    spread = {
+        f"{name}_{metric}_ms": meaning if name == "mean" else "the same"
+        for metric, meaning in latencies.items()
+        for name in ("mean", "median", "std", "p50", "p95", "p99")
+    }
+    lists = {
+        "input_lens": "tokens of each prompt",
+        "output_lens": "tokens of each answer",
+        "ttfts": "seconds to the first token",
+        "itls": "lists of seconds from each chunk to the next",
+        "latencies": "seconds to the last token",
+        "start_times": "seconds after the first request was due",
+        "queue_times": "seconds that each waited for its turn",
+        "generated_texts": "the answers",
+        "errors": "why each failed, or nothing",
+    }
+    goodput = "requests a second within `--goodput`; null without it"
+    ratios = (
+        "label -> the keys from `model_id` on, and `ratios`: the first server's figures over its"
+    )
+    return Document(
+        title="parallama bench --serve",
+        about="The keys of `vllm bench serve`, and what it has none for. Which latencies and "
+        "percentiles there are, options say.",
+        keys=flat(
+            key("date", "string", "when it ended, as `20261128-071500`"),
+            key("command", "string", WORDS["command"]),
+            key("endpoint_type", "string", "`openai` or `openai-chat`"),
+            key("backend", "string", "the same"),
+            key("tokenizer_id", "string", "whose tokenizer made the prompts"),
+            key("dataset_name", "string", "as it was given"),
+            key("seed", size, "of prompts and arrivals"),
+            key("num_prompts", size, "requests"),
+            key("request_rate", "number or string", "requests a second, or `inf`"),
+            key("burstiness", "number or string", "of the arrivals, or `inf`"),
+            key("max_concurrency", "integer or null", "most requests at a time"),
+            key("ramp_up_strategy", "string", "`linear` or `exponential`", optional=True),
+            key("ramp_up_start_rps", number, "the ramp's first rate", optional=True),
+            key("ramp_up_end_rps", number, "its last", optional=True),
+            key("machine", "object", "that the client and servers of its own ran on"),
+            key("machine.cpu", "string", WORDS["cpu"]),
+            key("machine.cores", size, "cores that a server may use"),
+            key("label", "string", "`parallama` or the server's address"),
+            key("model_id", "string", "what requests called the model"),
+            key("duration", number, "seconds from the first request to the last answer"),
+            key("completed", size, "requests that succeeded"),
+            key("failed", size, "requests that failed"),
+            key("failures", "list of objects", "why, the most frequent first"),
+            key("failures[].error", "string", "what the server or the connection said"),
+            key("failures[].count", size, "requests that failed so"),
+            key("total_input_tokens", size, "of the requests that succeeded"),
+            key("total_output_tokens", size, "of the requests that succeeded"),
+            key("token_counts", "string", "`usage`, as the server counts, or `chunks` with text"),
+            key("request_throughput", number, "requests a second"),
+            key("request_goodput", "number or null", goodput),
+            key("output_throughput", number, "output tokens a second"),
+            key("total_token_throughput", number, "input and output tokens a second"),
+            key("max_output_tokens_per_s", number, "chunks in the busiest second"),
+            key("max_concurrent_requests", size, "requests at a time, at most"),
+            key("steady_decoding_requests", size, "requests that decoded at a time, at most"),
+            key("steady_decoding_s", number, "how long so many did"),
+            key("steady_output_throughput", number, "chunks a second in that time"),
+            *(key(name, number, meaning) for name, meaning in spread.items()),
+            *(
+                key(name, "list", f"{meaning}, with `--save-detailed`", optional=True)
+                for name, meaning in lists.items()
+            ),
+            key("peers", "object of objects", ratios),
+        ),
+    )
+
+
 COMMANDS = (generate, plan, audit, inspect, validate, verify, doctor, export, train, log, report)
-MAKERS = (*COMMANDS, evaluate, bench, bench_train, bench_load)
+MAKERS = (*COMMANDS, evaluate, bench, bench_train, bench_load, bench_serve)
 
 
 def documents() -> dict[str, Document]:

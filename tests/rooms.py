@@ -59,9 +59,14 @@ ROOMS: dict[str, Room] = {
         "measuring, beside peers",
         "root model plan files engine engine/devices sharded inference train face",
     ),
+    "serve": Room(
+        "an OpenAI-compatible server",
+        "root model plan files engine engine/devices sharded inference train prove",
+    ),
     "cli": Room(
         "one file a command",
-        "root model plan files engine engine/devices inference evaluate train prove bench face",
+        "root model plan files engine engine/devices inference evaluate train prove bench serve"
+        " face",
     ),
     "face": Room(
         "what users call first", "root model plan files engine sharded inference prove cli"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from reference import TinyModels
 
-from parallama.cli.chat import CHAT_LENGTH
+from parallama.cli.chat import ANSWER_TOKENS, CHAT_LENGTH
 from parallama.files.find import find
 from parallama.inference.chat import DEFAULT_ANSWER_TOKENS, DEFAULT_CHAT_LENGTH
 from parallama.inference.requests import DEFAULT_NEW_TOKENS
@@ -177,7 +177,7 @@ def test_every_command_says_its_own_default_of_new_tokens() -> None:
     for command, default in (("generate", DEFAULT_NEW_TOKENS), ("chat", DEFAULT_ANSWER_TOKENS)):
         shown = " ".join(parallama(command, "--help").stdout.replace("│", " ").split())
         assert f"default: ({default})" in shown
-    assert CHAT_LENGTH == DEFAULT_CHAT_LENGTH
+    assert (CHAT_LENGTH, ANSWER_TOKENS) == (DEFAULT_CHAT_LENGTH, DEFAULT_ANSWER_TOKENS)
 
 
 def test_inspects_help_says_what_is_taken_if_nothing_is_given() -> None:

@@ -52,9 +52,7 @@ def test_generates_the_tokens_of_transformers(tiny: Tiny, mesh: str) -> None:
         assert completion.token_ids == tokens
         assert completion.logprobs == pytest.approx(logprobs, abs=1e-4)
     assert llm.stats.programs_compiled == 2 and llm.stats.programs_after_warmup == 0
-    assert llm.kv_bytes_per_device == llm.plan.cache_bytes(
-        4 if llm.mesh.shape.data == 2 else 3, 256, 4
-    )
+    assert llm.kv_bytes_per_device == llm.plan.cache_bytes(4, 512, 4)
 
 
 def test_tied_embeddings_and_a_vocabulary_that_is_padded_make_no_difference(

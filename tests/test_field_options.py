@@ -167,7 +167,7 @@ MEANT = [
     ("lm_eval tiny", "eval"),
     ("genrate tiny", "generate"),
     ("smollm2 -p x", "parallama generate smollm2 -p x"),
-    ("serve tiny", "generate"),
+    ("api-server tiny", "serve"),
 ]
 
 

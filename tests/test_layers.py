@@ -44,6 +44,8 @@ PURE_FILES = {
     *("inference/seeds", "inference/messages", "inference/requests"),
     *("bench/keeper", "bench/profile", "bench/rows", "bench/train_rows", "bench/markdown_table"),
     *("bench/report_text", "bench/report_markdown", "cli/option_groups", "cli/input"),
+    *("bench/serve_options", "bench/serve_arrivals", "bench/serve_client", "bench/serve_load"),
+    *("bench/serve_metrics", "bench/serve_report"),
     "cli/output",
 }
 XLA_FILES = {"engine/torch_xla/*", "bench/recipe"}  # the last is what torch-xla's users write

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine.interface import Engine, OptionValue, start
-from .errors import UsageError, lines
+from .errors import UsageError, lines, shown
 from .files.find import find
 from .files.locate import locate
 from .inference.llm import LLM
@@ -34,6 +34,7 @@ def load(
     plan: str | Path | Mapping[str, Any] | None = None,
     dtype: str = "auto",
     max_model_len: int | None = None,
+    max_num_seqs: int = 16,
     allow_nonfinite: bool = False,
     progress: Progress | bool | None = True,
     keep_hlo: bool = False,
@@ -54,6 +55,7 @@ def load(
         dtype: `auto`, `float32` or `bfloat16`; `auto` is the checkpoint's, but float32 on the CPU
             backend.
         max_model_len: most tokens of prompt and answer together; the model's own maximum if None.
+        max_num_seqs: most texts that a run continues at a time; others wait for their turn.
         allow_nonfinite: load weights that hold NaN or infinity, too.
         progress: whether loading and compiling show bars on standard error, where that is a
             terminal or a notebook; or a function that is called in their place.
@@ -87,6 +89,10 @@ def load(
                 f"expected 1 to {spec.max_positions}, the model's maximum",
             )
         )
+    if type(max_num_seqs) is not int or max_num_seqs < 1:
+        raise UsageError(
+            lines(f"max_num_seqs is {shown(max_num_seqs)}", "expected a whole number of at least 1")
+        )
     made = make_plan(spec, shape, overrides)
     to = loading.resolve_dtype(dtype, source.config, mesh.backend.name)
     tokenizer = source.tokenizer()
@@ -103,6 +109,7 @@ def load(
         tokenizer=tokenizer,
         generation=generation,
         max_model_len=max_model_len or spec.max_positions,
+        max_num_seqs=max_num_seqs,
         ignored=source.ignored,
         load_s=time.perf_counter() - began,
         load_stats=loaded.stats,

@@ -31,3 +31,8 @@ def name_kernels() -> None:
     Linux's perf looks for them there.
     """
     os.environ["ONEDNN_JIT_PROFILE"] = "2"
+
+
+def api_key() -> str | None:
+    """The key that a server asks its clients for, if it is given so."""
+    return os.environ.get("PARALLAMA_API_KEY")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +15,7 @@ from .rows import Report, Row, What
 
 # Okabe and Ito's palette, which colour-blind people can tell apart. It is without its faint yellow,
 # and grey is for its black, on which no error bar shows.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 _HATCHES = ("", "///", "...", "xxx")
 # The user's matplotlibrc must not change the picture, and a `$` in a name is no formula.
 _STYLE: list[Any] = ["default", {"text.parse_math": False, "font.size": 9.0}]
@@ -53,52 +53,75 @@ def plot(report: Report, path: Path) -> None:
                 "see the report's notes for why",
             )
         )
-    picture = _drawn(report, panels)
+    groups = max(len(rows) for rows in panels.values())
+    places = 1 + max(len(row.peers) for rows in panels.values() for row in rows)
+    inches = min(40.0, max(8.0, 1.0 + 0.45 * (places + 1) * groups))
+
+    def draw(figure: Any) -> None:
+        each = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for axes, (what, rows) in zip(each, panels.items(), strict=True):
+            _draw_bars(axes, rows, places, _looks(report))
+            _draw_frame(axes, what, rows)
+        _draw_legend(figure)
+
+    title = [
+        f"{clean(report.model)}, {report.dtype}: tokens/s, median, min to max",
+        machine(report),
+    ]
+    write(path, picture(draw, (inches, 1.6 + 3.2 * len(panels)), title))
+
+
+def write(path: Path, contents: bytes) -> None:
+    """Write the file of `--plot`.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
     try:
-        path.write_bytes(picture)
+        path.write_bytes(contents)
     except OSError as error:
         raise UsageError(
             lines(f"--plot {path} cannot be written: {error.strerror}", _WRITABLE)
         ) from error
 
 
-def _drawn(report: Report, panels: Mapping[str, Sequence[Row]]) -> bytes:
-    """The PNG file's contents."""
+def picture(
+    draw: Callable[[Any], None], inches: tuple[float, float], title: Sequence[str]
+) -> bytes:
+    """The contents of a PNG file.
+
+    Args:
+        draw: draws into a figure of matplotlib's.
+        inches: width and height.
+        title: lines above it.
+
+    Raises:
+        UsageError: matplotlib isn't installed.
+    """
     try:
         import matplotlib.style
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise _no_matplotlib() from None
-    groups = max(len(rows) for rows in panels.values())
-    places = 1 + max(len(row.peers) for rows in panels.values() for row in rows)
-    inches = min(40.0, max(8.0, 1.0 + 0.45 * (places + 1) * groups))
-    picture = io.BytesIO()
+    contents = io.BytesIO()
     with matplotlib.style.context(_STYLE, after_reset=True):
-        figure: Any = Figure(figsize=(inches, 1.6 + 3.2 * len(panels)), layout="constrained")
+        figure: Any = Figure(figsize=inches, layout="constrained")
         FigureCanvasAgg(figure)
-        each = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-        for axes, (what, rows) in zip(each, panels.items(), strict=True):
-            _draw_bars(axes, rows, places, _looks(report))
-            _draw_frame(axes, what, rows)
-        _draw_legend(figure)
-        title = [
-            f"{clean(report.model)}, {report.dtype}: tokens/s, median, min to max",
-            machine(report),
-        ]
+        draw(figure)
         # Not matplotlib's own wrapping: that reads formulas after all.
-        wrapped = [textwrap.fill(line, int(12 * inches)) for line in title]
+        wrapped = [textwrap.fill(line, int(12 * inches[0])) for line in title]
         figure.suptitle("\n".join(wrapped), fontsize=10)
-        figure.savefig(picture, format="png", dpi=150)
-    return picture.getvalue()
+        figure.savefig(contents, format="png", dpi=150)
+    return contents.getvalue()
 
 
 def _looks(report: Report) -> dict[str, Look]:
     """Colour and hatch of each engine: hatches tell those apart that share a colour."""
     looks = {}
     for index, name in enumerate((OURS, *peers(report))):
-        lap, colour = divmod(index, len(_COLOURS))
-        looks[name] = (_COLOURS[colour], _HATCHES[lap % len(_HATCHES)])
+        lap, colour = divmod(index, len(COLOURS))
+        looks[name] = (COLOURS[colour], _HATCHES[lap % len(_HATCHES)])
     return looks
 
 

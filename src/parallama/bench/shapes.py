@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from ..errors import CheckpointError, UsageError, lines
 
@@ -62,8 +63,35 @@ float32 and in bfloat16.
 _BFLOAT16_SHARD_BYTES = 550_000_000  # makes five files of l1b-bf16, for loading several is measured
 
 
+def tokenizer_files(vocab: int) -> dict[str, str]:
+    """A tokenizer with a word for each id, `w0 w1 w2 ...`, and a chat template.
+
+    Servers need one. Every text of these words has as many tokens as words.
+    """
+    tokenizer: dict[str, Any] = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "WordLevel",
+            "vocab": {f"w{number}": number for number in range(vocab)},
+            "unk_token": "w0",
+        },
+    }
+    return {
+        "tokenizer.json": json.dumps(tokenizer) + "\n",
+        "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}\n',
+        "chat_template.jinja": (
+            "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+        ),
+    }
+
+
 def make(name: str, folder: Path, seed: int = 0) -> int:
-    """Write a checkpoint of a named shape: config.json and safetensors, no tokenizer.
+    """Write a checkpoint of a named shape: config.json, safetensors, a tokenizer of made-up words.
 
     Args:
         folder: made if it isn't there; must be empty.
@@ -109,6 +137,8 @@ def make(name: str, folder: Path, seed: int = 0) -> int:
         write(folder, tensors, kinds, shard_bytes)
         config = json.dumps(SHAPES[name], indent=1) + "\n"
         (folder / "config.json").write_text(config, encoding="utf-8")
+        for file, text in tokenizer_files(spec.vocab).items():
+            (folder / file).write_text(text, encoding="utf-8")
     except OSError as error:
         raise CheckpointError(
             lines(f"folder {str(folder)!r} cannot be written: {error.strerror}", "give another one")

@@ -6,7 +6,8 @@ import typer
 
 from .audit import audit
 from .bench import bench
-from .chat import chat
+from .bench_serve import BenchCommand
+from .chat import ChatCommand, chat
 from .doctor import doctor
 from .eval import evaluate
 from .export import export
@@ -16,6 +17,7 @@ from .model_command import ModelCommand
 from .option_groups import expanded
 from .plan import plan
 from .report import report
+from .serve import serve
 from .train import TrainCommand, train
 from .validate import validate
 from .verify import verify
@@ -60,8 +62,9 @@ def _root(
     pass
 
 
-for _command in (generate, chat, audit, bench, export, inspect, plan, validate, verify):
-    app.command(cls=ModelCommand)(expanded(_command))
+_CLASSES = {chat: ChatCommand, bench: BenchCommand}
+for _command in (generate, chat, serve, audit, bench, export, inspect, plan, validate, verify):
+    app.command(cls=_CLASSES.get(_command, ModelCommand))(expanded(_command))
 app.command("eval", cls=ModelCommand)(expanded(evaluate))
 app.command()(expanded(doctor))
 app.command()(expanded(report))

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..bench.serve_options import OwnServer
 from ..engine.devices.plugins import parse_options
 from ..errors import UsageError, lines
 from ..plan.mesh_shape import MeshShape
-from . import options, output
+from . import bench_serve, options, output
 from .unused_options import refuse
 
 _ALWAYS = {"model", "model_option", "as_json", "quiet"}
@@ -23,6 +24,10 @@ _MEANT = {
     "train": {
         *("train", "mesh", "peers", "batch", "prompt", "repeats", "threads", "dtype"),
         *("backend", "backend_option", "allow_nonfinite", "profile", *_ALWAYS),
+    },
+    "serve": {
+        *("serve", "mesh", "dtype", "backend", "backend_option", "allow_nonfinite", "threads"),
+        *("plot", *bench_serve.NAMES, *_ALWAYS),
     },
 }
 """The parameters that mean something in each mode."""
@@ -35,7 +40,7 @@ def bench(
         str,
         typer.Argument(
             help="A folder, a .gguf file, a hub id or a shipped name;"
-            " with --make the folder to write."
+            " with --make the folder to write, with --serve also a server's address."
         ),
     ],
     make: Annotated[
@@ -57,6 +62,14 @@ def bench(
             help="Measure whole optimizer steps instead, of --batch sequences of --prompt-tokens.",
         ),
     ] = False,
+    serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve",
+            help="Measure an OpenAI-compatible server: at an address, or started for a model.",
+        ),
+    ] = False,
+    serving: bench_serve.ServeOptions,
     mesh: Annotated[
         str,
         typer.Option(
@@ -120,6 +133,31 @@ def bench(
         _check_mode(context, "make")
         _make(make, model, as_json)
         return
+    if serve:
+        _check_mode(context, "serve")
+        if len(shapes := _meshes(mesh)) != 1:
+            raise UsageError(lines(f"--mesh {mesh} with --serve", "expected one mesh"))
+        own = OwnServer(
+            mesh=str(shapes[0]),
+            dtype=dtype,
+            backend=backend,
+            backend_option=backend_option or (),
+            allow_nonfinite=allow_nonfinite,
+            threads=threads,
+            more=serving.of_our_server(),
+        )
+        bench_serve.serve(
+            context,
+            model,
+            serving,
+            own,
+            command=_command(),
+            picture=plot,
+            as_json=as_json,
+            quiet=quiet,
+        )
+        return
+    refuse(context, bench_serve.NAMES, "was given without --serve", "expected both, or neither")
     if load:
         _check_mode(context, "load")
         if backend != "cpu":

@@ -16,6 +16,7 @@ from ..errors import UsageError, lines
 from ..progress_bars import progress_bars
 from . import options, output
 from .asked import Asked, from_options, from_prompts_file
+from .template_args import TemplateArgs, template_kwargs
 
 if TYPE_CHECKING:
     from ..inference.completion import Completion
@@ -65,6 +66,11 @@ def generate(
     system: Annotated[
         str | None, typer.Option("--system", help="System message, with --chat.")
     ] = None,
+    chat_template_arg: TemplateArgs = None,
+    continue_final_message: Annotated[
+        bool,
+        typer.Option("--continue-final-message", help="Go on with a conversation's last message."),
+    ] = False,
     n: Annotated[
         int, typer.Option("--n", help="Completions of each prompt.", callback=options.within(1))
     ] = 1,
@@ -101,12 +107,24 @@ def generate(
         )
     if system is not None and not chat:
         raise UsageError(lines("--system was given without --chat", "expected both, or neither"))
+    how = {
+        "chat_template_kwargs": template_kwargs(chat_template_arg),
+        "continue_final_message": continue_final_message,
+    }
     if prompts_file is None:
         asked = from_options(prompt, prompt_ids, prompt_file, messages)
     else:
         asked = from_prompts_file(prompts_file)
     if chat:
         asked = [_in_conversation(each, system) for each in asked]
+    for option, given in (
+        ("--chat-template-arg", chat_template_arg),
+        ("--continue-final-message", continue_final_message),
+    ):
+        if given and not any(each.messages for each in asked):
+            raise UsageError(
+                lines(f"{option} was given without a conversation", "expected messages, or --chat")
+            )
     chosen.check_lengths(max_model_len, max_new_tokens)
     settings: dict[str, Any] = sampling.arguments | {
         "max_new_tokens": max_new_tokens,
@@ -117,7 +135,7 @@ def generate(
     with progress_bars(quiet) as progress:
         with output.only_json(as_json or prompts_file is not None):
             llm = chosen.load(progress=progress, max_model_len=max_model_len)
-            requests = _requests(llm, asked, settings)
+            requests = _requests(llm, asked, settings, how)
             outputs = llm.completed(requests) if as_json else []
         if as_json:
             output.print_json(_document(llm, outputs), readable=True)
@@ -147,14 +165,21 @@ def _in_conversation(asked: Asked, system: str | None) -> Asked:
     return replace(asked, prompt=None, messages=messages)
 
 
-def _requests(llm: LLM, asked: Sequence[Asked], settings: Mapping[str, Any]) -> list[Request]:
-    """What the model is asked for: a request for each completion."""
+def _requests(
+    llm: LLM, asked: Sequence[Asked], settings: Mapping[str, Any], how: Mapping[str, Any]
+) -> list[Request]:
+    """What the model is asked for: a request for each completion.
+
+    Args:
+        settings: for `SamplingParams`, where a prompt has none of its own.
+        how: conversations are rendered, see `LLM.chat`.
+    """
     from ..inference.sampling_params import SamplingParams
 
     prompts: list[tuple[str | None, list[int]]] = []
     for each in asked:
         if each.messages is not None:
-            prompts.append((None, llm.render_chat(each.messages)))
+            prompts.append((None, llm.render_chat(each.messages, **how)))
         elif each.prompt is not None:
             text = each.prompt if isinstance(each.prompt, str) else None
             prompts.append((text, llm.encode(each.prompt)))

@@ -142,6 +142,14 @@ MaxModelLen = Annotated[
         "--max-model-len", help="Most tokens of prompt and answer together.", callback=within(1)
     ),
 ]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key",
+        help="The server's key; in the environment it stays out of the list of processes.",
+        envvar="OPENAI_API_KEY",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", help="No progress and no figures on standard error.")

@@ -105,7 +105,7 @@ _ANSWERS: Mapping[str, str] = {
     "n-gpu-layers ngl -ngl gpu-layers num-gpu-layers": "all layers are put on the devices",
     "threads -t num-threads": "XLA takes the cores that it may use: taskset limits them",
     "enforce-eager eager compile torch-compile": "every step is compiled, once",
-    "host port served-model-name api-key": "there is no server",
+    "host port served-model-name api-key": "that is an option of 'parallama serve'",
     "attn-implementation flash-attn attention-backend use-flash-attention": (
         "there is one attention, and it is chosen"
     ),
@@ -116,6 +116,7 @@ _ANSWERS: Mapping[str, str] = {
 """What others have -> why there is no such option, or what to do instead."""
 _COMMANDS: Mapping[str, str] = {
     "generate": "run complete completion infer inference predict sample text prompt gen llm",
+    "serve": "server api api-server openai-server http start up",
     "chat": "talk converse interactive repl conversation",
     "train": "finetune fine-tune sft tune lora fit pretrain",
     "eval": "evaluate lm-eval lm_eval test-model harness score",
@@ -153,8 +154,6 @@ def meant_command(given: str, arguments: Sequence[str]) -> str:
     found = [ours for ours, theirs in _COMMANDS.items() if given.lower() in theirs.split()]
     if found:
         return f"did you mean {found[0]}?"
-    if given == "serve":
-        return "there is no server; 'parallama generate' and 'parallama chat' run a model"
     if re.search(r"[/.\d]", given):  # a folder, a hub id, a name such as smollm2
         return f"a model stands behind a command: parallama generate {' '.join(arguments)}"
     return ""

@@ -18,6 +18,12 @@ The steps:
 - `decode` runs every row's last token and chooses another; rows that are done keep their state. It
   takes `eos` and `PARAMS`, and gives `logits` `[B, V]` fp32 where they are asked for.
 - `grow` gives the cache with more positions. It takes nothing else.
+- `slot_prefill`, `slot_decode` and `slot_copy` run on a cache whose rows are slots. The state has
+  no `done`. `slot_decode` runs the first `R` slots, of every data shard as many, and those that are
+  `live` `[B]` bool choose a token. `slot_prefill` writes a chunk into the slot `slot` `[P]` int32
+  of each of the `P` data shards: its arguments are those of `prefill`, of `P` rows; a `count` of 0
+  leaves a shard's slots as they are, but for what is behind a slot's position. `slot_copy` copies
+  the slot `source` `[P]` int32 of each shard to `target` `[P]`. Slots are counted on their shard.
 - `logits` runs texts at once, without a state: `ids` from `start` to `logits` `[B, S, V]` fp32,
   split over `LOGITS_AXES`.
 - `score` does, too: with `targets` `[B, S]` int64, the token that is to follow at each position, to
@@ -59,7 +65,14 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "min_p": (DATA,),
     "penalty": (DATA,),
     "seed": (DATA,),
+    "prompted": (DATA, MODEL),
+    "live": (DATA,),
+    "slot": (DATA,),
+    "source": (DATA,),
+    "target": (DATA,),
 }
+SLOT_STATE = ("token", "logprob", "position", "counts")
+"""What each slot has besides its row of the cache."""
 PARAMS = ("temperature", "top_k", "top_p", "min_p", "penalty", "seed")
 """Sampling parameters, `[B]` each: `top_k` and `seed` int32, the others fp32."""
 
@@ -77,14 +90,18 @@ class StepKey:
         kind: the step.
         batch: `B`, rows over all devices.
         length: `T`, positions of the cache.
+        rows: slots that a `slot_decode` runs; 0 for other steps.
         new: `S`, positions of a prefill; 1 for decode; for grow the cache length it ends with.
         fresh: a prefill into an empty cache.
         scored: a decode that also gives the logits it chose from, as `logits` `[B, V]` fp32.
     """
 
-    kind: Literal["prefill", "decode", "grow", "logits", "score"]
+    kind: Literal[
+        "prefill", "decode", "grow", "logits", "score", "slot_prefill", "slot_decode", "slot_copy"
+    ]
     batch: int
     length: int
+    rows: int = 0
     new: int = 1
     fresh: bool = False
     scored: bool = False
@@ -92,5 +109,5 @@ class StepKey:
     def parts(self) -> Mapping[str, object]:
         return {
             name: getattr(self, name)
-            for name in ("kind", "batch", "length", "new", "fresh", "scored")
+            for name in ("kind", "batch", "length", "rows", "new", "fresh", "scored")
         }

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import CheckpointError, UsageError, cause, lines
+from ..errors import CheckpointError, UsageError, cause, lines, shown
 from .bounded_process import BoundedProcess, Ended, own_output, serve
 
 LIMIT_S = 5.0
@@ -20,6 +20,11 @@ LIMIT_BYTES = 16 << 20
 _MEMORY_BYTES = 512 << 20
 _JSON_BYTES = 6
 """JSON may take so many bytes for one of UTF-8."""
+_TAKEN = (
+    *("messages", "conversations", "chat_template", "tools", "add_generation_prompt"),
+    *("continue_final_message", "return_assistant_tokens_mask"),
+)
+"""Names that are no variables of a template's own."""
 
 
 class Renderer:
@@ -32,7 +37,7 @@ class Renderer:
     """
 
     def __init__(self, template: str, variables: Mapping[str, str], origin: str) -> None:
-        self._given = {"template": template, "variables": dict(variables)}
+        self._given: dict[str, Any] = {"template": template, "variables": dict(variables)}
         self._origin = origin
         self._bounded = BoundedProcess(
             __name__, "renders chat templates", ("text", "refused", "broken")
@@ -45,6 +50,7 @@ class Renderer:
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation. May be called from any thread.
 
@@ -52,9 +58,11 @@ class Renderer:
             tools: functions that the assistant may call.
             add_generation_prompt: the text ends where an answer begins.
             continue_final_message: it ends within the last message.
+            variables: what else the template may use, as `{"enable_thinking": False}`; over the
+                special tokens.
 
         Raises:
-            UsageError: the template refuses the messages.
+            UsageError: the template refuses the messages, or a variable cannot be passed.
             CheckpointError: the template is broken, or does not end within `LIMIT_S`, or makes a
                 text over `LIMIT_BYTES`.
         """
@@ -63,6 +71,8 @@ class Renderer:
             for message in messages
         ]
         asked = self._given | {"messages": plain, "add_generation_prompt": add_generation_prompt}
+        if variables:
+            asked |= {"variables": {**self._given["variables"], **_checked(variables)}}
         if tools:
             asked |= {"tools": list(tools)}
         if continue_final_message:
@@ -96,6 +106,32 @@ class Renderer:
     def close(self) -> None:
         """End the process, if there is one; the next conversation starts another."""
         self._bounded.close()
+
+
+def _checked(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Variables that a template may be given.
+
+    Raises:
+        UsageError: one has a name that means something else, or is nothing that JSON has.
+    """
+    for name, value in variables.items():
+        if name in _TAKEN:
+            raise UsageError(
+                lines(
+                    f"the chat template cannot be given {name!r} as a variable",
+                    f"expected a name other than {', '.join(_TAKEN)}",
+                )
+            )
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise UsageError(
+                lines(
+                    f"the chat template's variable {name!r} is {shown(value)}",
+                    "expected a text, number, boolean, null, or lists and objects of them",
+                )
+            ) from None
+    return variables
 
 
 def renderer_of(tokenizer: Any, origin: str) -> Renderer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import UsageError, lines
@@ -27,6 +27,7 @@ class Chat:
         messages: what was said before, as `{"role", "content"}`.
         max_model_len: most tokens of the whole conversation; if None 2,048, or the model's maximum
             if that is less.
+        chat_template_kwargs: variables for the template, as `{"enable_thinking": False}`.
         **sampling: see `SamplingParams`. With a seed, a turn's answer is that of `LLM.chat` to
             the same messages.
 
@@ -42,9 +43,11 @@ class Chat:
         system: str | None = None,
         messages: Sequence[Message] = (),
         max_model_len: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> None:
         self._llm = llm
+        self._template_kwargs = chat_template_kwargs
         self._turn = 0
         self._params = SamplingParams(**sampling)
         if self._params.n != 1:
@@ -66,14 +69,9 @@ class Chat:
                 )
             )
         self.max_model_len = max_model_len or min(DEFAULT_CHAT_LENGTH, llm.max_model_len)
-        llm.render_chat([{"role": "user", "content": "?"}])
-        self._session = llm.session(
-            [llm.row_sampling(self._params, self._drawn)],
-            capacity=self.max_model_len,
-            eos=[] if self._params.ignore_eos else llm.eos_ids,
-            continued=True,
-        )
-        self.stats = self._session.stats
+        self._rendered([{"role": "user", "content": "?"}])
+        self._runner = llm.alone(self.max_model_len)
+        self.stats = self._runner.session.stats
 
     def send(self, content: str, *, max_new_tokens: int | None = None) -> Iterator[Chunk]:
         """Say something; yields the answer as it comes and remembers both.
@@ -91,7 +89,7 @@ class Chat:
         wanted = SamplingParams(max_new_tokens=max_new_tokens).max_new_tokens
         wanted = wanted or self._params.max_new_tokens
         asked = [*self.messages, {"role": "user", "content": content}]
-        ids = self._llm.render_chat(asked)
+        ids = self._rendered(asked)
         room = self.max_model_len - len(ids)
         if room < 1 or (wanted or 0) > room:
             raise UsageError(
@@ -106,6 +104,9 @@ class Chat:
         row = self._llm.row(limit, self._params.stop, ignore_eos=self._params.ignore_eos)
         return self._answer(asked, ids, row, self._turn)
 
+    def _rendered(self, messages: Sequence[Message]) -> list[int]:
+        return self._llm.render_chat(messages, chat_template_kwargs=self._template_kwargs)
+
     def reset(self) -> None:
         """Start over, with the system message if there is one."""
         self._turn += 1
@@ -117,8 +118,9 @@ class Chat:
         self._check(turn)
         seed = row_seed(self._drawn, ids, self._asked[tuple(ids)])
         self._asked[tuple(ids)] += 1
-        self._session.sample([self._llm.row_sampling(self._params, seed)])
-        for _, chunk in self._llm.drive(self._session, [ids], [row]):
+        self._runner.end(0)
+        self._runner.add(0, ids, self._llm.row_sampling(self._params, seed))
+        for _, chunk, _ in self._llm.driven(self._runner, [row]):
             yield chunk
             self._check(turn)
         self.messages = [*asked, {"role": "assistant", "content": row.text}]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -26,8 +26,11 @@ from .requests import Asked, Request, params_of, requests_of
 from .run_stats import RunStats
 from .sampling_defaults import with_defaults
 from .sampling_params import SamplingParams
-from .session import Session
+from .scheduler import Scheduler
 from .sharded_model import Progress, ShardedModel
+from .slot_pool import SlotPool
+from .slot_runner import SlotRunner
+from .slot_shapes import SlotShapes
 from .text_stream import TextStream
 
 
@@ -55,6 +58,7 @@ class LLM(ShardedModel):
         tokenizer: Any | None,
         generation: Mapping[str, Any],
         max_model_len: int,
+        max_num_seqs: int,
         ignored: Mapping[str, str] | None = None,
         load_s: float,
         load_stats: StreamStats,
@@ -77,6 +81,7 @@ class LLM(ShardedModel):
         self._generation = generation
         self._prompts = Prompts(name, tokenizer, self.plan.model.vocab)
         self._runs = threading.local()
+        self._slots = SlotPool(self.slot_session, max_model_len=max_model_len, slots=max_num_seqs)
 
     def __repr__(self) -> str:
         return f"LLM({self.name!r}, mesh={self.mesh.shape})"
@@ -93,11 +98,9 @@ class LLM(ShardedModel):
         """Token ids of a prompt; see `prompts.Prompts.encode`."""
         return self._prompts.encode(prompt)
 
-    def render_chat(
-        self, messages: Sequence[Message], *, continue_final_message: bool = False
-    ) -> list[int]:
+    def render_chat(self, messages: Sequence[Message], **how: Any) -> list[int]:
         """Token ids of a conversation, ready for an answer; see `prompts.Prompts.render_chat`."""
-        return self._prompts.render_chat(messages, continue_final_message=continue_final_message)
+        return self._prompts.render_chat(messages, **how)
 
     def requests(
         self,
@@ -125,7 +128,7 @@ class LLM(ShardedModel):
         sampling_params: Asked = None,
         **sampling: Any,
     ) -> list[Completion]:
-        """Continue prompts, all in one batch.
+        """Continue prompts, so many at a time as `load` was told.
 
         Args:
             prompts: a text, a list of token ids, or a list of either; also `{"prompt": ...}` and
@@ -151,14 +154,16 @@ class LLM(ShardedModel):
         sampling_params: Asked = None,
         *,
         continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        """Answer conversations, all in one batch.
+        """Answer conversations, so many at a time as `load` was told.
 
         Args:
             messages: one conversation, as `[{"role": "user", "content": "..."}]`, or a list of
                 them. Roles are the chat template's: `system`, `user`, `assistant` ...
             continue_final_message: go on with the last message, in place of a new answer.
+            chat_template_kwargs: variables for the template, as `{"enable_thinking": False}`.
             sampling_params, sampling: as for `generate`.
 
         Returns:
@@ -170,9 +175,12 @@ class LLM(ShardedModel):
         many = isinstance(messages, (list, tuple)) and not is_conversation(messages)
         conversations: list[Any] = list(messages) if many else [messages]
         params = params_of(sampling_params, sampling, len(conversations))
+        how = {
+            "continue_final_message": continue_final_message,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
         encoded: list[tuple[str | None, list[int]]] = [
-            (None, self.render_chat(checked(each), continue_final_message=continue_final_message))
-            for each in conversations
+            (None, self.render_chat(checked(each), **how)) for each in conversations
         ]
         if not encoded:
             raise UsageError(lines("there are no conversations", "expected at least one"))
@@ -195,7 +203,7 @@ class LLM(ShardedModel):
         return (chunk for _, chunk, _ in self.chunks(requests))
 
     def completed(self, requests: Sequence[Request]) -> list[Completion]:
-        """The completion of each request, all in one batch."""
+        """The completion of each request."""
         found = dict(self.run(requests))
         return [found[place] for place in range(len(requests))]
 
@@ -206,7 +214,7 @@ class LLM(ShardedModel):
 
         Args:
             requests: from `requests`.
-            max_num_seqs: most rows at a time; all of them if None.
+            max_num_seqs: most of them at a time; as `load` was told if None.
         """
         for place, chunk, row in self.chunks(requests, max_num_seqs=max_num_seqs):
             if chunk.finish_reason is not None:
@@ -227,7 +235,7 @@ class LLM(ShardedModel):
             self.row(request.limit, request.params.stop, ignore_eos=request.params.ignore_eos)
             for request in requests
         ]
-        return self._chunks(requests, rows, max_num_seqs or len(requests))
+        return self._chunks(requests, rows, max_num_seqs)
 
     def row(self, limit: int, stop: Sequence[str] = (), *, ignore_eos: bool = False) -> Row:
         """A row of a batch that has not begun."""
@@ -238,42 +246,58 @@ class LLM(ShardedModel):
         return Row(TextStream(self.tokenizer, stop), limit, ends)
 
     def _chunks(
-        self, requests: Sequence[Request], rows: Sequence[Row], size: int
+        self, requests: Sequence[Request], rows: Sequence[Row], max_num_seqs: int | None
     ) -> Iterator[tuple[int, Chunk, Row]]:
-        """Run requests in groups of the same shapes, so that the groups share their programs."""
-        stats = RunStats()
-        for first in range(0, len(requests), size):
-            group, group_rows = requests[first : first + size], rows[first : first + size]
-            session = self.session(
-                [request.sampling for request in group],
-                capacity=max(len(request.ids) + request.limit for request in requests),
-                longest_prompt=max(len(request.ids) for request in requests),
-                eos=[] if any(request.params.ignore_eos for request in group) else self.eos_ids,
-                batch=min(size, len(requests)),
-                stats=stats,
-            )
-            for row, chunk in self.drive(session, [request.ids for request in group], group_rows):
-                yield first + row, chunk, group_rows[row]
+        """Run requests on slots, which others take over as texts end."""
+        if not requests:
+            return
+        runner = self._slots.take(
+            requests,
+            shards=self.mesh.shape.data,
+            max_num_seqs=max_num_seqs,
+            progress=self.report("compiling"),
+        )
+        for place, request in enumerate(requests):
+            runner.add(place, request.ids, request.sampling)
+        try:
+            yield from self.driven(runner, rows)
+        finally:
+            for place in range(len(requests)):
+                runner.end(place)
+            self._slots.give_back(runner)
 
-    def drive(
-        self, session: Session, encoded: list[list[int]], rows: Sequence[Row]
-    ) -> Iterator[tuple[int, Chunk]]:
-        """Run a session until every row has ended."""
-        self._runs.stats = session.stats
-        decode_s, decode_steps = session.stats.decode_s, session.stats.decode_steps
-        first = session.prefill(encoded)
-        for choices in chain([first], session.decode(max(row.limit for row in rows) - 1)):
-            seconds = session.stats.decode_s - decode_s
-            speed = (session.stats.decode_steps - decode_steps) / seconds if seconds else 0.0
-            live = [choice for choice in choices if rows[choice.row].finish_reason is None]
-            for choice in live:
-                yield choice.row, rows[choice.row].take(choice, speed)
-            ended = [choice.row for choice in live if rows[choice.row].finish_reason is not None]
-            if all(row.finish_reason is not None for row in rows):
-                break
-            if ended:
-                session.end(ended)
-        self.kv_bytes_per_device = session.cache_bytes_per_device()
+    def alone(self, positions: int) -> SlotRunner:
+        """A runner for one request after the other, each going on from what the last one left.
+
+        Args:
+            positions: most tokens of a request.
+        """
+        shapes = SlotShapes.of(slots=1, positions=positions, shards=self.mesh.shape.data)
+        session = self.slot_session(shapes)
+        session.prepare(shapes.complete(), self.report("compiling"))
+        caching = not self.steps.follows_span
+        return SlotRunner(session, Scheduler(session, prefix_caching=caching, copying=False))
+
+    def driven(self, runner: SlotRunner, rows: Sequence[Row]) -> Iterator[tuple[int, Chunk, Row]]:
+        """Run the requests of a runner, named by their rows' places, until all have ended."""
+        stats = self._runs.stats = runner.session.stats
+        began = time.perf_counter()
+        left = len(rows)
+        while left:
+            for place, choice in runner.round():
+                row = rows[place]
+                stats.ttft_s = stats.ttft_s or time.perf_counter() - began
+                speed = stats.decode_steps / stats.decode_s if stats.decode_s else 0.0
+                chunk = row.take(choice, speed)
+                if chunk.finish_reason is not None:
+                    left -= 1
+                    runner.end(place)
+                yield place, chunk, row
+        self.kv_bytes_per_device = runner.session.cache_bytes_per_device()
+
+    def forget(self) -> None:
+        """Free what is kept on the devices for later runs, as the cache of the last one."""
+        self._slots.clear()
 
     def logits(self, ids: Sequence[int] | Sequence[Sequence[int]] | torch.Tensor) -> torch.Tensor:
         """Logits of every position of one sequence (or several of one length), computed at once.

@@ -88,6 +88,8 @@ def make_programs(steps: Steps) -> ProgramSet:
         given = state.empty_cache(steps, key.batch, key.length)
         if key.kind == "grow":
             return steps.compile(key, given)
+        if key.kind.startswith("slot_"):
+            return steps.compile(key, given | state.slot_arguments(steps, key))
         rows = [RowSampling()] * key.batch
         given |= state.constants(steps, rows, [])
         given |= state.blank_state(steps, key.batch, key.batch)

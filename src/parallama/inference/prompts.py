@@ -107,16 +107,25 @@ class Prompts:
         return ids
 
     def render_chat(
-        self, messages: Sequence[Message], *, continue_final_message: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation by the model's chat template, ready for an answer.
 
         Args:
+            tools: functions that the assistant may call.
+            add_generation_prompt: they end where an answer begins.
             continue_final_message: they end within the last message.
+            chat_template_kwargs: variables for the template, as `{"enable_thinking": False}`.
 
         Raises:
             UsageError: there is no tokenizer or no chat template, or the template refuses the
-                messages.
+                messages or cannot be given a variable.
             CheckpointError: the template is broken, or takes too long.
         """
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
@@ -132,8 +141,10 @@ class Prompts:
             self._renderer = renderer_of(self.tokenizer, repr(self.name))
         text = self._renderer.render(
             messages,
-            add_generation_prompt=not continue_final_message,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
             continue_final_message=continue_final_message,
+            variables=chat_template_kwargs,
         )
         # As apply_chat_template does: the template writes special tokens itself.
         ids = self._begun_once(list(self.tokenizer(text, add_special_tokens=False)["input_ids"]))

@@ -125,4 +125,4 @@ class Serving(Protocol):
         """Tell this observer from now on."""
 
     def close(self, timeout: float) -> None:
-        """Take no more requests, wait for those that run, and end what is left after `timeout` s."""
+        """Take no more requests; end those that still run after `timeout` seconds."""

@@ -204,7 +204,8 @@ class Session:
         idle = self._batch - self._count
         self._state |= state.put(self.steps, {"done": torch.arange(self._batch) >= self._count})
         self._state |= state.put_span(self.steps, max(len(prompt) for prompt in prompts))
-        self._state |= state.put(self.steps, {"counts": self._counts(prompts)})
+        counts = state.prompt_counts([*prompts, *[[]] * idle], self.steps.plan.vocab)
+        self._state |= state.put(self.steps, {"counts": counts})
         # From here on the cache is neither the old rows' nor yet the new ones'.
         self._cached = [[] for _ in self._cached]
         for index in range(chunks):
@@ -329,12 +330,6 @@ class Session:
             for name in ("token", "logprob")
         )
         return [Choice(row, tokens[row], logprobs[row]) for row in range(self._count)]
-
-    def _counts(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        counts = torch.zeros(self._batch, self.steps.plan.vocab, dtype=torch.int32)
-        for row, prompt in enumerate(prompts):
-            counts[row, list(prompt)] = 1
-        return counts
 
 
 def _filled(rows: int, mesh: Engine) -> int:

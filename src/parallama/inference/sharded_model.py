@@ -25,6 +25,8 @@ from ..sharded.layout import Layout
 from ..sharded.reshard import Mover, Resharding, another_mesh
 from .programs import make_programs
 from .session import Session
+from .slot_shapes import SlotShapes
+from .slots import SlotSession
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is, and of how much."""
@@ -60,7 +62,7 @@ class ShardedModel:
         self.source = source
         self._overrides = overrides
         self._progress = progress
-        self._sessions: WeakSet[Session] = WeakSet()
+        self._sessions: WeakSet[Session | SlotSession] = WeakSet()
 
     def _use(self, skeleton: Any, weights: DeviceWeights, dtype: torch.dtype) -> None:
         """Run with these weights from now on."""
@@ -82,6 +84,15 @@ class ShardedModel:
         )
         self._sessions.add(made)
         return made
+
+    def slot_session(self, shapes: SlotShapes) -> SlotSession:
+        """A session with slots on this model, which moves with it in `reshard`."""
+        made = SlotSession(self.steps, self.programs, shapes)
+        self._sessions.add(made)
+        return made
+
+    def forget(self) -> None:
+        """Free what is kept on the devices for later runs."""
 
     def reshard(
         self,
@@ -108,6 +119,7 @@ class ShardedModel:
             overrides = read_overrides(plan) if isinstance(plan, (str, Path)) else plan
         old, dtype = self.weights, self.steps.dtype
         made = make_plan(self.plan.model, new_mesh.shape, overrides)
+        self.forget()
         sessions = list(self._sessions)
         moving = chain(old.tensors.values(), *(session.tensors() for session in sessions))
         with self.mesh.lock:

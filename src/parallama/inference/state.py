@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..engine.interface import DeviceTensor, Steps
 from ..engine.row_sampling import RowSampling
-from ..engine.steps import CACHE_AXES, SPAN, STATE_AXES, cache_names
+from ..engine.steps import CACHE_AXES, SLOT_STATE, SPAN, STATE_AXES, StepKey, cache_names
 from ..errors import UsageError, lines
 from ..plan.placement import Plan
 from ..sharded.layout import Layout
@@ -84,6 +85,72 @@ def constants(
     return put(steps, host_params(rows) | {"eos": ends})
 
 
+def slot_arguments(steps: Steps, key: StepKey) -> dict[str, DeviceTensor]:
+    """Arguments of a step on slots beside the cache, when nothing runs yet."""
+    given = blank_slots(steps, key.batch)
+    shards = steps.mesh.shape.data
+    if key.kind == "slot_copy":
+        none = torch.zeros(shards, dtype=torch.int32)
+        return given | put(steps, {"source": none, "target": none})
+    params = host_params([RowSampling()] * key.batch)
+    if key.kind == "slot_decode":
+        return given | put(steps, params | {"live": torch.zeros(key.batch, dtype=torch.bool)})
+    empty = [SlotChunk()] * shards
+    return given | put(steps, params) | put_slot_chunks(steps, empty, key.new)
+
+
+def blank_slots(steps: Steps, slots: int) -> dict[str, DeviceTensor]:
+    """The state of slots that hold nothing."""
+    state = blank_state(steps, slots, slots)
+    return {name: tensor for name, tensor in state.items() if name in SLOT_STATE}
+
+
+@dataclass(frozen=True)
+class SlotChunk:
+    """A chunk of a prompt for a slot of one data shard; nothing for any slot by default.
+
+    Attributes:
+        slot: its number on its shard.
+        ids: the chunk's tokens.
+        start: position of the first of them.
+        final: the prompt ends with it.
+        span: positions of the whole prompt.
+        prompt: all its tokens, with its last chunk.
+    """
+
+    slot: int = 0
+    ids: Sequence[int] = ()
+    start: int = 0
+    final: bool = False
+    span: int = 1
+    prompt: Sequence[int] = ()
+
+
+def put_slot_chunks(
+    steps: Steps, chunks: Sequence[SlotChunk], size: int
+) -> dict[str, DeviceTensor]:
+    """Arguments of `slot_prefill`, of one chunk for each data shard."""
+    ids = torch.zeros(len(chunks), size, dtype=torch.long)
+    for row, chunk in enumerate(chunks):
+        ids[row, : len(chunk.ids)] = torch.tensor(chunk.ids, dtype=torch.long)
+
+    def column(name: str) -> torch.Tensor:
+        return torch.tensor([getattr(chunk, name) for chunk in chunks], dtype=torch.int32)
+
+    host = {
+        "ids": ids,
+        "slot": column("slot"),
+        "start": column("start"),
+        "count": torch.tensor([len(chunk.ids) for chunk in chunks], dtype=torch.int32),
+        "final": column("final").bool(),
+        "prompted": prompt_counts([chunk.prompt for chunk in chunks], steps.plan.vocab),
+    }
+    given = put(steps, host)
+    if steps.follows_span:
+        given[SPAN] = steps.mesh.put(column("span"), STATE_AXES["slot"])
+    return given
+
+
 def host_params(rows: Sequence[RowSampling]) -> dict[str, torch.Tensor]:
     """The rows' sampling parameters as `[B]` host tensors, by the names that steps know."""
 
@@ -98,6 +165,14 @@ def host_params(rows: Sequence[RowSampling]) -> dict[str, torch.Tensor]:
         "penalty": floats("repetition_penalty"),
         "seed": torch.tensor([row.seed_word for row in rows], dtype=torch.int32),
     }
+
+
+def prompt_counts(prompts: Sequence[Sequence[int]], vocab: int) -> torch.Tensor:
+    """`counts` of rows that have chosen nothing yet."""
+    counts = torch.zeros(len(prompts), vocab, dtype=torch.int32)
+    for row, prompt in enumerate(prompts):
+        counts[row, list(prompt)] = 1
+    return counts
 
 
 def prompt_chunk(

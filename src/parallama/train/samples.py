@@ -43,6 +43,7 @@ def write_samples(
         tokenizer=tokenizer,
         generation={"eos_token_id": getattr(model.config, "eos_token_id", None)},
         max_model_len=plan.model.max_positions,
+        max_num_seqs=len(settings.sample_prompts),
         load_s=0.0,
         load_stats=_NOT_READ,
         source=model,

@@ -71,9 +71,9 @@ def cached_attention(
         out = _over_all(
             [_among_new(mesh, by_group, key.new, value.new, sliding_window, at_a_time=at_a_time)]
         )
-    elif mesh.backend.weights_first and new > 1:
+    elif key.cache.in_slots or (mesh.backend.weights_first and new > 1):
         among = _among_new(mesh, by_group, key.new, value.new, sliding_window, at_a_time=new)
-        out = _over_all([_written(mesh, by_group, key, value, position_ids, sliding_window), among])
+        out = _over_all([_written(mesh, by_group, key, value, sliding_window), among])
     else:
         out = _with_cached(by_group, key, value, position_ids, sliding_window)
     by_head = out.to(query.dtype)
@@ -175,23 +175,22 @@ def _written(
     query: torch.Tensor,
     key: LayerKV,
     value: LayerKV,
-    positions: torch.Tensor,
     window: int | None,
 ) -> _Mixture:
     """Attention of positions over what of the cache is in use.
 
     Args:
         query: scaled, `[B, K, G, S, D]`.
-        positions: `[B, S]`.
     """
     assert key.cached is not None and value.cached is not None
     rows, keys, values = (
         mesh.enter_manual(tensor, CACHE_AXES)
         for tensor in (_merged(query), key.cached, value.cached)
     )
-    starts = mesh.enter_manual(positions[:, 0].int(), (DATA,))
+    starts = mesh.enter_manual(key.cache.visible, (DATA,))
+    row = key.cache.first_row()
     parts = block_attention.attend(
-        mesh, rows, keys, values, starts, new=query.shape[3], window=window
+        mesh, rows, keys, values, row, starts, new=query.shape[3], window=window
     )
     shape = query.shape[:4]
     whole = (*shape[:2], shape[2] * shape[3])

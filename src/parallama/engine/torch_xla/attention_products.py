@@ -48,6 +48,22 @@ def mixture(mesh: DeviceMesh, weights: torch.Tensor, values: torch.Tensor) -> to
     return torch.stack(rows, dim=2)
 
 
+def scores_in_part(mesh: DeviceMesh, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`scores` of each device's own part."""
+    if mesh.backend.weights_first and query.shape[2] <= MOST_SINGLE_QUERIES:
+        rows = [torch.einsum("bktd,bkd->bkt", keys, row) for row in query.unbind(2)]
+        return torch.stack(rows, dim=2)
+    return torch.einsum("bkmd,bktd->bkmt", query, keys)
+
+
+def mixture_in_part(mesh: DeviceMesh, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`mixture` of each device's own part."""
+    if mesh.backend.weights_first and weights.shape[2] <= MOST_SINGLE_QUERIES:
+        rows = [torch.einsum("bktd,bkt->bkd", values, row) for row in weights.unbind(2)]
+        return torch.stack(rows, dim=2)
+    return torch.einsum("bkmt,bktd->bkmd", weights, values)
+
+
 def row_maximum(mesh: DeviceMesh, x: torch.Tensor) -> torch.Tensor:
     """`x.amax(-1, keepdim=True)` of fp32 numbers `[..., T]`.
 

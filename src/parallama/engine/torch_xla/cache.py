@@ -61,6 +61,9 @@ class StepCache:
         buffers: by the names of `steps.cache_names`; each is replaced when its layer has written.
         starts: `[B]` int32, where each row's new positions begin.
         fresh: nothing in the buffers is visible yet.
+        first_row: `[data]` int32, split over it: the row of each device's buffers that its first
+            row stands for; None if the step has all rows.
+        visible: `[B]` int32, how many places each row sees; those before its start if None.
     """
 
     is_compileable = False
@@ -72,11 +75,27 @@ class StepCache:
         starts: torch.Tensor,
         *,
         fresh: bool,
+        first_row: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
     ) -> None:
         self.buffers = buffers
+        self.visible = starts if visible is None else visible
+        self._first_row = first_row
         self.mesh = mesh
         self._starts = starts
         self._fresh = fresh
+
+    @property
+    def in_slots(self) -> bool:
+        """Whether the step's rows are some of the buffers' rows."""
+        return self._first_row is not None
+
+    def first_row(self) -> torch.Tensor:
+        """Within a manual region: the first of a device's rows in its buffers, int32 scalar."""
+        if self._first_row is None:
+            zero = torch.zeros((), dtype=torch.int32, device=self._starts.device)
+            return self.mesh.enter_manual(zero, ())
+        return self.mesh.enter_manual(self._first_row, (DATA,)).reshape(())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Transformers asks only where it would count positions; the steps here pass them."""
@@ -112,6 +131,7 @@ class StepCache:
         updated = row_update(
             mesh.enter_manual(buffer, CACHE_AXES),
             mesh.enter_manual(new, CACHE_AXES),
+            self.first_row(),
             mesh.enter_manual(self._starts, (DATA,)),
         )
         self.buffers[name] = mesh.leave_manual(updated, CACHE_AXES, buffer.shape)

@@ -17,35 +17,40 @@ _BITS_OF_ONE = 0x3F800000
 _SIXTEEN_BITS = {torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def row_update(buffer: torch.Tensor, new: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Row `r` of `new` goes to `buffer[r]` at `starts[r]` along dim 2.
+def row_update(
+    buffer: torch.Tensor, new: torch.Tensor, row: torch.Tensor, starts: torch.Tensor
+) -> torch.Tensor:
+    """Row `r` of `new` goes to `buffer[row + r]` at `starts[r]` along dim 2.
 
     It is one plain dynamic-update-slice a row, without the bounds check of `index_copy`.
 
     Args:
         buffer: `[B, K, T, D]`.
-        new: `[B, K, S, D]`.
-        starts: `[B]` int32.
+        new: `[R, K, S, D]`, of as many rows as the buffer or fewer.
+        row: int32 scalar.
+        starts: `[R]` int32.
     """
-    return _registered(_lower_row_update)(buffer, new, starts)
+    return _registered(_lower_row_update)(buffer, new, row, starts)
 
 
 def add_at(counts: torch.Tensor, places: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-    """`counts` `[B, W]` with `added[r]` more at `places[r]` of each row `r`.
+    """`counts` `[B, W]` with `added[r]` more at `places[r]` of each of the first `R` rows `r`.
 
     Args:
-        places, added: `[B]` int32.
+        places, added: `[R]` int32.
     """
     return _registered(_lower_add_at)(counts, places, added)
 
 
-def stretch(buffer: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
-    """`buffer[:, :, first : first + length]` of `[B, K, T, D]`; only the device knows `first`.
+def stretch(
+    buffer: torch.Tensor, row: torch.Tensor, rows: int, first: torch.Tensor, length: int
+) -> torch.Tensor:
+    """`buffer[row : row + rows, :, first : first + length]` of `[B, K, T, D]`.
 
     Args:
-        first: int32 scalar.
+        row, first: int32 scalars, which only the device knows.
     """
-    return _registered(_lower_stretch)(buffer, first, length=length)
+    return _registered(_lower_stretch)(buffer, row, first, rows=rows, length=length)
 
 
 def onednn_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -102,15 +107,15 @@ def _bitcast(x: torch.Tensor, to: str) -> torch.Tensor:
     return _registered(_lower_bitcast)(x, to=to)
 
 
-def _lower_row_update(buffer: Any, new: Any, starts: Any) -> Any:
+def _lower_row_update(buffer: Any, new: Any, row: Any, starts: Any) -> Any:
     from torch_xla.core import xla_builder as xb
 
     builder = buffer.builder()
     zero = xb.Op.zero(builder, xb.Type.S32)
-    for row in range(buffer.shape().sizes[0]):
-        place = xb.Op.scalar(builder, row, xb.Type.S32)
-        start = starts.slice_in_dim(row, row + 1, 0).reshape([])
-        new_row = new.slice_in_dim(row, row + 1, 0)
+    for index in range(new.shape().sizes[0]):
+        place = row + xb.Op.scalar(builder, index, xb.Type.S32)
+        start = starts.slice_in_dim(index, index + 1, 0).reshape([])
+        new_row = new.slice_in_dim(index, index + 1, 0)
         buffer = buffer.dynamic_update_slice(new_row, [place, zero, start, zero])
     return buffer
 
@@ -119,7 +124,7 @@ def _lower_add_at(counts: Any, places: Any, added: Any) -> Any:
     from torch_xla.core import xla_builder as xb
 
     builder = counts.builder()
-    for row in range(counts.shape().sizes[0]):
+    for row in range(places.shape().sizes[0]):
         place = [
             xb.Op.scalar(builder, row, xb.Type.S32),
             places.slice_in_dim(row, row + 1, 0).reshape([]),
@@ -129,12 +134,12 @@ def _lower_add_at(counts: Any, places: Any, added: Any) -> Any:
     return counts
 
 
-def _lower_stretch(buffer: Any, first: Any, *, length: int) -> Any:
+def _lower_stretch(buffer: Any, row: Any, first: Any, *, rows: int, length: int) -> Any:
     from torch_xla.core import xla_builder as xb
 
     zero = xb.Op.zero(buffer.builder(), xb.Type.S32)
-    batch, heads, _, dim = buffer.shape().sizes
-    return buffer.dynamic_slice([zero, zero, first, zero], (batch, heads, length, dim))
+    _, heads, _, dim = buffer.shape().sizes
+    return buffer.dynamic_slice([row, zero, first, zero], (rows, heads, length, dim))
 
 
 def _lower_bitcast(x: Any, *, to: str) -> Any:

@@ -27,7 +27,7 @@ class FollowingRotary(torch.nn.Module):
         original: transformers' module, on the host.
 
     Attributes:
-        span: `[1]` int32, positions of the longest row; set for each run.
+        span: `[1]` int32, positions of the longest row, or `[B]`, of each row; set for each run.
         inv_freq: `[D / 2]` fp32, for what is not longer than the model was trained on.
         long_inv_freq: the same for what is; `longrope` only.
     """
@@ -54,18 +54,19 @@ class FollowingRotary(torch.nn.Module):
         self, x: torch.Tensor, position_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines for positions `[B, S]`, each `[B, S, D]` in the dtype of `x`."""
-        angles = position_ids[..., None].float() * self._frequencies(x.device)
+        angles = position_ids[..., None].float() * self._frequencies(x.device)[..., None, :]
         table = torch.cat((angles, angles), dim=-1)
         cosines = table.cos() * self.attention_scaling
         sines = table.sin() * self.attention_scaling
         return cosines.to(x.dtype), sines.to(x.dtype)
 
     def _frequencies(self, device: torch.device) -> torch.Tensor:
+        span = self.span[:, None]
         if self.threshold is not None:
             long = self.get_buffer("long_inv_freq")
-            return torch.where(self.span > self.threshold, long, self.inv_freq)
-        scaled: torch.Tensor = self._compute(self._config, device, seq_len=self.span)[0]
-        longer = self.span > self._config.max_position_embeddings
+            return torch.where(span > self.threshold, long, self.inv_freq)
+        scaled: torch.Tensor = self._compute(self._config, device, seq_len=span)[0]
+        longer = span > self._config.max_position_embeddings
         return torch.where(longer, scaled, self.inv_freq)
 
 

@@ -16,7 +16,7 @@ from ...plan.mesh_shape import DATA, MODEL
 from ...plan.placement import Plan
 from ..interface import Steps
 from ..steps import LOGITS_AXES, SPAN, STATE_AXES, StepKey
-from . import attention, cache, sampling
+from . import attention, cache, sampling, slot_steps
 from .last_positions import LastPositions
 from .linear_form import LinearForm
 from .linear_products import LinearAxes, linear, shared_rows
@@ -25,6 +25,7 @@ from .program import Program, Step
 from .rotary import FollowingRotary, following
 from .scopes import name_scopes, scope
 from .scoring import score
+from .slot_steps import caches
 
 _SCORED_AT_ONCE = 128
 """Positions whose logits are there at one time where tokens are scored."""
@@ -77,15 +78,18 @@ class TorchXlaSteps(Steps):
             "prefill": lambda given: self._prefill(given, key),
             "decode": lambda given: self._decode(given, key),
             "grow": lambda given: cache.grow(given, self.mesh, key.new),
+            "slot_prefill": lambda given: slot_steps.prefill(self, given, key),
+            "slot_decode": lambda given: slot_steps.decode(self, given, key),
+            "slot_copy": lambda given: slot_steps.copy(self.mesh, given),
             "logits": self.logits,
             "score": self._scores,
         }
         donated: list[str] = []
-        if key.kind in ("prefill", "decode"):
-            donated = [*_caches(state), "counts"]
+        if key.kind not in ("grow", "logits", "score"):
+            donated = [*caches(state), "counts"]
         return Program(name, self.mesh, steps[key.kind], state, donated)
 
-    def _hidden(
+    def hidden(
         self,
         ids: torch.Tensor,
         start: torch.Tensor,
@@ -95,6 +99,8 @@ class TorchXlaSteps(Steps):
         span: torch.Tensor | None,
         ends: torch.Tensor | None = None,
         few: range = range(0),
+        first_row: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, cache.StepCache]:
         """Final hidden states `[B, S, E]` and the written cache.
 
@@ -104,12 +110,16 @@ class TorchXlaSteps(Steps):
             ends: `[B, S]` bool, the only position of each row whose final state is asked for. The
                 states are `[B, 1, E]` then.
             few: rows that oneDNN multiplies, see `LinearAxes`.
+            first_row: see `cache.StepCache`.
+            visible: `[B]`, how many places of the cache each row sees, if not all before `start`.
 
         Raises:
             ProgramError: `ends` was given, and the model's last layer ends another way.
         """
         weights = self.weights
-        step_cache = cache.StepCache(self.mesh, buffers, start, fresh=fresh)
+        step_cache = cache.StepCache(
+            self.mesh, buffers, start, fresh=fresh, first_row=first_row, visible=visible
+        )
         positions = start[:, None].long() + torch.arange(ids.shape[1], device=ids.device)[None, :]
         parameters = {
             name.removeprefix("model."): tensor
@@ -173,7 +183,7 @@ class TorchXlaSteps(Steps):
             # then.
             return self.mesh.mark_rows(logits).clone() if axes.partial else logits
 
-    def _choose(
+    def choose(
         self,
         last: torch.Tensor,
         given: Mapping[str, torch.Tensor],
@@ -194,11 +204,11 @@ class TorchXlaSteps(Steps):
         """
         ids, start, count, final = given["ids"], given["start"], given["count"], given["final"]
         ends = torch.arange(ids.shape[1], device=ids.device)[None, :] == (count[:, None].long() - 1)
-        hidden, step_cache = self._hidden(
-            ids, start, _caches(given), fresh=key.fresh, span=given.get(SPAN), ends=ends
+        hidden, step_cache = self.hidden(
+            ids, start, caches(given), fresh=key.fresh, span=given.get(SPAN), ends=ends
         )
         position = start + count
-        token, logprob, _ = self._choose(hidden[:, 0], given, position)
+        token, logprob, _ = self.choose(hidden[:, 0], given, position)
         out = {
             "token": torch.where(final, token, given["token"]),
             "logprob": torch.where(final, logprob, given["logprob"]),
@@ -212,11 +222,11 @@ class TorchXlaSteps(Steps):
         position, done = given["position"], given["done"]
         span = given[SPAN] + 1 if self.follows_span else None
         few = shared_rows(self.mesh, self.plan.model, key.length)
-        hidden, step_cache = self._hidden(
-            given["token"][:, None], position, _caches(given), fresh=False, span=span, few=few
+        hidden, step_cache = self.hidden(
+            given["token"][:, None], position, caches(given), fresh=False, span=span, few=few
         )
         following = position + 1
-        token, logprob, logits = self._choose(hidden[:, 0], given, following, few)
+        token, logprob, logits = self.choose(hidden[:, 0], given, following, few)
         out = {
             "token": torch.where(done, given["token"], token),
             "logprob": torch.where(done, given["logprob"], logprob),
@@ -237,9 +247,9 @@ class TorchXlaSteps(Steps):
         live: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         out["counts"] = sampling.counted(given["counts"], self.mesh, out["token"], live)
-        return self._marked(out) | step_cache.buffers
+        return self.marked(out) | step_cache.buffers
 
-    def _marked(self, out: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def marked(self, out: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.mesh.mark(tensor, STATE_AXES[name]) for name, tensor in out.items()}
 
     @staticmethod
@@ -262,16 +272,12 @@ class TorchXlaSteps(Steps):
                 found = score(logits, wanted, self.mesh, self.plan.model.vocab)
             logprobs.append(found[0])
             greedy.append(found[1])
-        return self._marked(
+        return self.marked(
             {"logprobs": torch.cat(logprobs, dim=1), "greedy": torch.cat(greedy, dim=1)}
         )
 
     def _at_once(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Final hidden states `[B, S, E]` of texts that are run without a state."""
         ids, start, span = given["ids"], given["start"], given.get(SPAN)
-        hidden, _ = self._hidden(ids, start, {}, fresh=True, span=span)
+        hidden, _ = self.hidden(ids, start, {}, fresh=True, span=span)
         return hidden
-
-
-def _caches(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in given.items() if name.startswith("cache.")}

@@ -1,0 +1,152 @@
+"""The programs that a session with slots needs: few, and all known before it runs. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from ..engine.steps import StepKey
+
+CHUNKS = (32, 128)
+"""Positions of a prompt that are computed at a time, in few programs.
+
+A long prompt holds the others up for one chunk at a time. 128 keep XLA:CPU's products busy.
+"""
+_SHORTEST, _LENGTH_STEP = 512, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotShapes:
+    """Of one session.
+
+    Attributes:
+        slots: rows of the cache, a multiple of `shards`.
+        length: positions of the cache.
+        shards: size of the mesh's data axis.
+        sizes: chunks of a prompt that there can be, smallest first.
+        rows: numbers of a shard's slots that a decode step can run now, smallest first.
+        chunks: those of `sizes` that can be run now.
+        copies: slots can be copied now.
+    """
+
+    slots: int
+    length: int
+    shards: int
+    sizes: tuple[int, ...] = CHUNKS
+    rows: tuple[int, ...] = ()
+    chunks: tuple[int, ...] = ()
+    copies: bool = False
+
+    @classmethod
+    def of(
+        cls, *, slots: int, positions: int, shards: int, sizes: tuple[int, ...] = CHUNKS
+    ) -> SlotShapes:
+        """Shapes of which no program is there yet.
+
+        Args:
+            slots: requests at a time.
+            positions: most tokens of a request, its prompt and its answer.
+            shards: size of the mesh's data axis.
+            sizes: of a prompt's chunks.
+        """
+        # A chunk may have fewer tokens than its program: the rest is written behind them.
+        length = math.ceil((positions + max(sizes)) / _LENGTH_STEP) * _LENGTH_STEP
+        per_shard = math.ceil(slots / shards)
+        return cls(slots=per_shard * shards, length=length, shards=shards, sizes=sizes)
+
+    @property
+    def per_shard(self) -> int:
+        """Slots of one data shard."""
+        return self.slots // self.shards
+
+    @property
+    def positions(self) -> int:
+        """Most tokens of a request."""
+        return self.length - max(self.sizes)
+
+    def on(self, shards: int) -> SlotShapes:
+        """The same for a mesh with another data axis, with as many programs or more."""
+        per_shard = math.ceil(self.slots / shards)
+        moved = replace(self, slots=per_shard * shards, shards=shards, rows=())
+        return replace(moved, rows=moved.row_counts())
+
+    def row_counts(self, at_once: int | None = None) -> tuple[int, ...]:
+        """Numbers of a shard's slots that are worth a program: 1, 2, 4 ... and all.
+
+        Args:
+            at_once: only the one that is needed for so many requests at a time.
+        """
+        doubling = [1 << power for power in range((self.per_shard - 1).bit_length())]
+        counts = [*doubling, self.per_shard]
+        if at_once is None:
+            return tuple(counts)
+        needed = math.ceil(min(at_once, self.slots) / self.shards)
+        return (next(rows for rows in counts if rows >= needed),)
+
+    def covering(self, at_once: int, prompts: Collection[int], *, copies: bool) -> SlotShapes:
+        """With the programs for some requests besides.
+
+        Args:
+            at_once: how many run at a time.
+            prompts: their lengths.
+            copies: slots are copied.
+        """
+        chunks = {self._size(length) for length in (min(prompts), max(prompts))}
+        return replace(
+            self,
+            rows=tuple(sorted({*self.rows, *self.row_counts(at_once)})),
+            chunks=tuple(sorted({*self.chunks, *chunks})),
+            copies=self.copies or copies,
+        )
+
+    def complete(self) -> SlotShapes:
+        """With every program that there can be."""
+        return replace(self, rows=self.row_counts(), chunks=self.sizes, copies=self.per_shard > 1)
+
+    def _size(self, left: int) -> int:
+        return next((size for size in self.sizes if size >= left), self.sizes[-1])
+
+    def chunk(self, left: int) -> int:
+        """Size of the next chunk of a prompt of which `left` tokens are left.
+
+        It is the smallest that takes them all, else the largest.
+        """
+        return next((size for size in self.chunks if size >= left), self.chunks[-1])
+
+    def row_count(self, needed: int) -> int:
+        """The smallest number of a shard's first slots that takes in `needed` of them."""
+        return next((rows for rows in self.rows if rows >= needed), self.per_shard)
+
+    # -- programs
+
+    def keys(self) -> list[StepKey]:
+        """Of all that can be run now."""
+        keys = [self.prefill(size) for size in self.chunks]
+        keys += [self.decode(rows) for rows in self.rows]
+        return [*keys, *([self.copy()] if self.copies else [])]
+
+    def prefill(self, size: int) -> StepKey:
+        return StepKey(kind="slot_prefill", batch=self.slots, length=self.length, new=size)
+
+    def decode(self, rows: int) -> StepKey:
+        """Of `rows` slots of each shard."""
+        return StepKey(
+            kind="slot_decode",
+            batch=self.slots,
+            length=self.length,
+            rows=rows * self.shards,
+        )
+
+    def copy(self) -> StepKey:
+        return StepKey(kind="slot_copy", batch=self.slots, length=self.length)
+
+
+def shortest_length(positions: int, limit: int) -> int:
+    """Positions that a session gets for requests of so many: one of few, so that runs share.
+
+    Args:
+        limit: more than these no request has.
+    """
+    doubled = max(_SHORTEST, 1 << (positions + max(CHUNKS) - 1).bit_length()) - max(CHUNKS)
+    return min(doubled, max(limit, positions))
