@@ -218,6 +218,8 @@ def attend(
 ) -> list[list[torch.Tensor]]:
     """`block_attention.attend` in one program, for each of the `starts`.
 
+    Each device's rows stand behind one of noise in its keys and values.
+
     Returns: mixture, highest score, sum of weights.
     """
     device_mesh, axes = DeviceMesh(mesh), ("data", "model", None, None)
@@ -227,6 +229,7 @@ def attend(
         parts = block_attention.attend(
             device_mesh,
             *own,
+            device_mesh.enter_manual(given["row"], (None,)).reshape(()),
             device_mesh.enter_manual(given["starts"], ("data",)),
             new=new,
             window=window,
@@ -240,10 +243,21 @@ def attend(
     def put(begins: list[int]) -> torch.Tensor:
         return device_mesh.put(torch.tensor(begins, dtype=torch.int32), ("data",))
 
+    shards = device_mesh.shape.data
+
+    def behind_noise(tensor: torch.Tensor) -> torch.Tensor:
+        rows = tensor.reshape(shards, -1, *tensor.shape[1:])
+        return torch.cat([torch.randn_like(rows[:, :1]), rows], 1).flatten(0, 1)
+
     arguments = {
         name: device_mesh.put(tensor, axes)
-        for name, tensor in (("query", query), ("keys", keys), ("values", values))
+        for name, tensor in (
+            ("query", query),
+            ("keys", behind_noise(keys)),
+            ("values", behind_noise(values)),
+        )
     }
+    arguments["row"] = device_mesh.put(torch.tensor([1], dtype=torch.int32), (None,))
     program = Program("attend", device_mesh, step, arguments | {"starts": put(starts[0])})
     before = compilations()
     results = [

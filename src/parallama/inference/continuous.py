@@ -97,13 +97,14 @@ class ContinuousEngine:
             slots=max_num_seqs, positions=llm.max_model_len, shards=shards, sizes=sizes
         )
         session = llm.slot_session(shapes)
-        self._limits = max_num_queued_reqs, max_num_queued_tokens
         self._progress = progress
         scheduler = Scheduler(
             session,
             at_once=max_num_seqs,
             prefix_caching=prefix_caching and not llm.steps.follows_span,
             copying=session.shapes.per_shard > 1,
+            max_queued_requests=max_num_queued_reqs,
+            max_queued_tokens=max_num_queued_tokens,
         )
         self._runner = SlotRunner(session, scheduler)
         self._state: State = "starting"
@@ -132,7 +133,7 @@ class ContinuousEngine:
         self._writer.start()
         self._devices.start()
 
-    def submit(self, request: Request, deliver: Deliver) -> Asked:
+    def submit(self, request: Request, deliver: Deliver, priority: int = 0) -> Asked:
         """See `serving.Serving`."""
         params = request.params
         row = self.llm.row(request.limit, params.stop, ignore_eos=params.ignore_eos)
@@ -140,25 +141,17 @@ class ContinuousEngine:
             if self._state != "ready":
                 state = "stopping" if self._state == "stopping" else "not ready"
                 raise EngineStoppedError(lines(f"the server is {state}", "it takes no requests"))
-            self._check_room(len(request.ids))
             asked = Asked(
                 next(self._names), request, deliver, row, self, arrived=time.perf_counter()
             )
             self._asked[asked.name] = asked
-        self._events.put(lambda: self._add(asked))
+            try:
+                self._runner.add(asked.name, request.ids, request.sampling, priority)
+            except QueueFullError:
+                del self._asked[asked.name]
+                raise
+        self._events.put(lambda: None)  # wakes the devices' thread
         return asked
-
-    def _check_room(self, tokens: int) -> None:
-        most, most_tokens = self._limits
-        waiting = len(self._asked) - self._load.running
-        free = self._runner.session.shapes.slots - self._load.running
-        if most is not None and waiting >= most + max(free, 0):
-            raise QueueFullError(lines(f"{waiting} requests wait, the most there may", "try later"))
-        queued = sum(len(each.request.ids) for each in self._asked.values() if not each.tokens)
-        if most_tokens is not None and queued and queued + tokens > most_tokens:
-            raise QueueFullError(
-                lines(f"{queued} tokens wait, {most_tokens} are the most there may", "try later")
-            )
 
     def state(self) -> State:
         """See `serving.Serving`."""
@@ -233,12 +226,6 @@ class ContinuousEngine:
                 self._events.get_nowait()()
         except queue.Empty:
             pass
-
-    def _add(self, asked: Asked) -> None:
-        if asked.reason is not None:  # it was cancelled before it came here
-            return
-        request = asked.request
-        self._runner.add(asked.name, request.ids, request.sampling)
 
     def _round(self) -> None:
         compiled = self._runner.session.stats.programs_after_warmup

@@ -106,8 +106,12 @@ class Serving(Protocol):
 
     llm: LLM
 
-    def submit(self, request: Request, deliver: Callable[[Update], None]) -> Ticket:
+    def submit(
+        self, request: Request, deliver: Callable[[Update], None], priority: int = 0
+    ) -> Ticket:
         """Queue a request. `deliver` is called in a thread of texts, never in the devices'.
+
+        Requests of a smaller `priority` go first.
 
         Raises:
             QueueFullError: too many requests or tokens wait.

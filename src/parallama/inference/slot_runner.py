@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 from ..engine.row_sampling import RowSampling
@@ -11,7 +12,7 @@ from .slots import SlotSession
 
 
 class SlotRunner:
-    """Requests that share a session. For one thread.
+    """Requests that share a session. For one thread, but that any may `add` a request.
 
     Args:
         session: which nobody else uses meanwhile.
@@ -20,6 +21,7 @@ class SlotRunner:
 
     def __init__(self, session: SlotSession, scheduler: Scheduler) -> None:
         self.session, self.scheduler = session, scheduler
+        self._lock = threading.Lock()
         self._asked: dict[int, tuple[Sequence[int], RowSampling]] = {}
         self._by_slot: dict[int, int] = {}
         self.admitted: list[Admitted] = []
@@ -29,13 +31,15 @@ class SlotRunner:
         self, request: int, ids: Sequence[int], sampling: RowSampling, priority: int = 0
     ) -> None:
         """Queue a request; see `Scheduler.add`."""
-        self.scheduler.add(request, ids, priority)
-        self._asked[request] = ids, sampling
+        with self._lock:
+            self.scheduler.add(request, ids, priority)
+            self._asked[request] = ids, sampling
 
     def end(self, request: int) -> None:
         """Choose nothing more for a request, whether it waits or runs."""
-        self._asked.pop(request, None)
-        slot = self.scheduler.end(request)
+        with self._lock:
+            self._asked.pop(request, None)
+            slot = self.scheduler.end(request)
         if slot is not None:
             self._by_slot.pop(slot, None)
             self.session.evict(slot)
@@ -46,7 +50,8 @@ class SlotRunner:
         Returns:
             The token that each request has got. There may be none while a prompt goes on.
         """
-        todo = self.scheduler.next_round()
+        with self._lock:
+            todo = self.scheduler.next_round()
         self.admitted = []
         if todo is None:
             return []
