@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(RUN)/parallama generate smollm2 --mesh 1x8 --prompt "The largest planet in the solar system is" --max-new-tokens 48
 
 test: check
-	$(RUN)/pytest -m "not slow" $(TOGETHER)
+	$(RUN)/pytest -m "not slow and not browser" $(TOGETHER)
 
 test-all: check
 	$(RUN)/pytest $(TOGETHER)

@@ -28,19 +28,25 @@ class Server:
         *arguments: str,
         log: Path,
         env: Mapping[str, str | None] | None = None,
-        port: bool = True,
-        wait: bool = True,
+        fails_at: Path | None = None,
     ) -> None:
+        """Start it, and wait until it serves.
+
+        Args:
+            fails_at: the engine fails as soon as there is this file.
+        """
         self._log = log
-        words = ["serve", *arguments, *(["--port", "0"] if port else [])]
+        given = {
+            "words": ["serve", *arguments, "--port", "0"],
+            "fails_at": None if fails_at is None else str(fails_at),
+        }
         with log.open("wb") as stream:
             self.child = Child(
-                "servers:run", {"words": words}, out=stream, err=stream, env=env, optimize=False
+                "servers:run", given, out=stream, err=stream, env=env, optimize=False
             )
         try:
-            self.url = self._until(r"listening on ([^;\s]+);")
-            if wait:
-                self._until(r"serving ")
+            self.url = self.until(r"listening on ([^;\s]+);")
+            self.until(r"serving ")
         except BaseException:
             self.child.kill()
             raise
@@ -48,7 +54,8 @@ class Server:
     def log(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def _until(self, pattern: str) -> str:
+    def until(self, pattern: str) -> str:
+        """What a pattern finds in the log, as soon as it does."""
         until = time.monotonic() + START_S
         while time.monotonic() < until:
             if found := re.search(pattern, self.log()):
@@ -69,12 +76,24 @@ class Server:
         return self.child.wait(60)
 
 
-def run(words: list[str]) -> int:
+def run(words: list[str], fails_at: str | None) -> int:
     """The child's side."""
-    import one_at_a_time
-
     from parallama import __main__
 
-    sys.modules["parallama.inference.continuous"] = one_at_a_time
+    if fails_at is not None:
+        _fail_at(Path(fails_at))
     sys.argv = ["parallama", *words]
     return __main__.run(words)
+
+
+def _fail_at(file: Path) -> None:
+    from parallama.inference.slot_runner import SlotRunner
+
+    round_of = SlotRunner.round
+
+    def failing(runner: SlotRunner) -> object:
+        if file.exists():
+            raise RuntimeError("a device is lost")
+        return round_of(runner)
+
+    SlotRunner.round = failing  # type: ignore[method-assign,assignment]

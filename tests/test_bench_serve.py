@@ -375,6 +375,11 @@ def test_limits_are_read_as_vllm_writes_them() -> None:
     }
 
 
+def test_a_server_that_cannot_start_ends_the_run_with_its_last_words(tiny: str) -> None:
+    done = command(["bench", "--serve", tiny, "--max-model-len", "999999", *SHORT, "--quiet"])
+    check_refusal(done, 1, "parallama serve")
+
+
 # -- a real server
 
 

@@ -236,7 +236,9 @@ def test_blocks_that_are_not_run_need_another_machine_a_network_or_minutes(page:
         lines = [line for block in of_language(page, "sh") for line in block.body.splitlines()]
         ours = [line for line in lines if line.startswith("parallama")]
         for line in ours:
-            assert re.search(r"--backend (tpu|tt)|--tasks arc_easy|l200", line), line
+            assert re.search(r"--backend (tpu|tt)|--tasks arc_easy|l200|^parallama serve", line), (
+                line
+            )
 
 
 def test_options_in_a_table_are_those_of_a_command() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib import import_module
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ..inference.llm import LLM
     from ..inference.serving import Serving
+    from ..inference.sharded_model import Progress
     from ..serve.access import AccessRules
 
 PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
@@ -178,7 +179,7 @@ def serve(
                 _use_template(llm, template)
             return llm
 
-        server.serve(listens, asked, load, _engine(queue), output.say)
+        server.serve(listens, asked, load, _engine(queue, progress), output.say)
 
 
 def _check_packages() -> None:
@@ -236,12 +237,24 @@ def _listen(asked: Listening) -> tuple[Socket, AccessRules]:
     return bound(asked.host, asked.port), AccessRules(keys=keys, hosts=hosts or None)
 
 
-def _engine(queue: Queue) -> Callable[[LLM], Serving]:
-    """Makes the engine that answers requests."""
+def _engine(queue: Queue, progress: Progress | None) -> Callable[[LLM], Serving]:
+    """Makes the engine that answers requests, once it has compiled every program."""
 
     def made(llm: LLM) -> Serving:
-        continuous = import_module("parallama.inference.continuous")
-        return continuous.ContinuousEngine(llm, **asdict(queue))
+        from ..inference.continuous import ContinuousEngine
+
+        chunk = queue.max_num_batched_tokens
+        engine = ContinuousEngine(
+            llm,
+            max_num_seqs=queue.max_num_seqs,
+            max_num_queued_reqs=queue.max_num_queued_reqs,
+            max_num_queued_tokens=queue.max_num_queued_tokens,
+            prefix_caching=queue.enable_prefix_caching,
+            progress=None if progress is None else partial(progress, "compiling"),
+            **({} if chunk is None else {"chunk": chunk}),
+        )
+        engine.start()
+        return engine
 
     return made
 

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import ApiError
+from .limits import HEADER_BYTES
 
 OPEN = {"/", "/health", "/live", "/version", "/openapi.json", "/docs"}
 OPEN_FOLDER = "/page/"
@@ -46,6 +47,9 @@ class Access:
             await refused.response()(scope, receive, send)
 
     def _refused(self, scope: Scope) -> ApiError | None:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
+            text = f"the headers have more than {HEADER_BYTES} bytes"
+            return ApiError(text, code="headers_too_large", closes=True)
         headers = Headers(scope=scope)
         if self._hosts is not None and _name_of(headers.get("host", "")) not in self._hosts:
             # A page of another name that resolves to this machine (DNS rebinding).
