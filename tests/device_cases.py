@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +10,7 @@ import torch
 
 import parallama
 from parallama.engine.row_sampling import RowSampling
-from parallama.engine.steps import StepKey
+from parallama.engine.steps import PARAMS, StepKey
 from parallama.engine.torch_xla import attention_products, block_attention, onednn, ops, sampling
 from parallama.engine.torch_xla.counters import compilations
 from parallama.engine.torch_xla.mesh import DeviceMesh
@@ -358,46 +356,37 @@ def choose(
     extra = -logits.shape[1] % device_mesh.shape.model
     logits = torch.nn.functional.pad(logits, (0, extra))
     params = [RowSampling(**row) for row in rows]
-    mode = functools.reduce(operator.or_, (row.mode for row in params))
     host = host_params(params) | {"logits": logits, "positions": positions.to(torch.int32)}
-    if mode.penalty:
-        assert seen is not None
-        host["seen"] = torch.nn.functional.pad(seen, (0, extra))
-    axes = {"logits": ("data", "model"), "seen": ("data", "model")}
+    seen = torch.zeros_like(logits[:, :vocab]) if seen is None else seen
+    host["counts"] = torch.nn.functional.pad(
+        seen.to(torch.int32), (0, logits.shape[1] - seen.shape[1])
+    )
+    axes = {"logits": ("data", "model"), "counts": ("data", "model")}
     arguments = {
         name: device_mesh.put(value, axes.get(name, ("data",))) for name, value in host.items()
     }
 
     def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        args = (
-            given["logits"],
-            device_mesh,
-            vocab,
-            mode,
-            dict(given),
-            given["positions"],
-            given.get("seen"),
+        tokens, logprobs = sampling.choose(
+            given["logits"], device_mesh, vocab, given, given["positions"]
         )
-        tokens, logprobs = sampling.choose(*args)
         return {
             "tokens": device_mesh.mark(tokens, ("data",)),
             "logprobs": device_mesh.mark(logprobs, ("data",)),
         }
 
     def kept_step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        batch, width = given["logits"].shape
-        parts = device_mesh.shape.model
-        scores = device_mesh.mark(
-            given["logits"].reshape(batch, parts, width // parts), ("data", "model", None)
-        )
-        ids = torch.arange(width, device=scores.device, dtype=torch.int32).reshape(
-            1, parts, width // parts
-        )
+        split, rows = ("data", "model"), ("data",)
+        scores = device_mesh.enter_manual(given["logits"], split)
+        ids = sampling._ids(device_mesh, given["logits"].shape[1])
         scores = torch.where(ids < vocab, scores, torch.full((), -1e30, device=scores.device))
-        scores = sampling._perturb(scores, ids, mode, dict(given), given["positions"])
-        return {"kept": device_mesh.mark((scores > -1e20).reshape(batch, width), ("data", "model"))}
+        params = {name: device_mesh.enter_manual(given[name], rows) for name in PARAMS}
+        positions = device_mesh.enter_manual(given["positions"], rows)
+        scores = sampling.perturb(scores, ids, device_mesh, params, positions)
+        kept = device_mesh.leave_manual(scores > -1e20, split, given["logits"].shape)
+        return {"kept": device_mesh.mark(kept, split)}
 
-    key = (mesh, tuple(logits.shape), vocab, mode, kept)
+    key = (mesh, tuple(logits.shape), vocab, kept)
     if key not in _samplers:
         _samplers[key] = Program("choose", device_mesh, kept_step if kept else step, arguments)
     out = _samplers[key](arguments)

@@ -49,7 +49,8 @@ def test_our_own_steps_are_what_was_predicted_to_the_byte(
         for count in (tokens, 4 // shape.data)
     )
     picked = {"kind": "all-gather", "axis": "model", "bytes": shape.model * 4 // shape.data * 5 * 4}
-    assert sorted(document["found"], key=lambda each: each["module"]) == (
+    found = sorted(document["found"], key=lambda each: (each["module"], -each["bytes"]))
+    assert found == (
         []
         if shape.model == 1
         else [
@@ -68,6 +69,11 @@ def test_our_own_steps_are_what_was_predicted_to_the_byte(
                 ]
             ),
             picked | {"count": 1, "module": "sampling"},
+            *(
+                {"kind": "all-reduce", "axis": "model", "module": "sampling.truncation"}
+                | {"count": 2, "bytes": 4 // shape.data * numbers * 4}
+                for numbers in (15, 1)
+            ),
         ]
     )
     assert (document["programs"], document["aliased"], document["cache_tensors"]) == (1, 4, 4)
@@ -271,12 +277,13 @@ def test_the_plain_recipe_gathers_three_tensors_a_layer_where_heads_do_not_divid
     assert {finding["module"] for finding in findings} == {
         LAYER + "self_attn",
         "sampling",
+        "sampling.truncation",
     }  # it picks no token
 
 
 def test_the_plain_recipe_is_as_planned_where_heads_divide(auditors: Any, models: Any) -> None:
     findings = auditors("recipe", models(**DIVIDES, hidden=64).folder, "2x2")
-    assert [finding["module"] for finding in findings] == ["sampling"]
+    assert {finding["module"] for finding in findings} == {"sampling", "sampling.truncation"}
 
 
 # -- plans of a user's own
@@ -372,7 +379,9 @@ def test_smollm2_needs_two_all_reduces_a_layer_and_what_embedding_and_pick_need(
             for module in ("self_attn.o_proj", "mlp.down_proj")
         }
         assert {
-            (each["kind"], each["module"]): each["count"] for each in phase["found"]
+            (each["kind"], each["module"]): each["count"]
+            for each in phase["found"]
+            if each["module"] != "sampling.truncation"
         } == sums | {
             ("all-reduce", "model.embed_tokens"): 1,
             ("all-gather", "sampling"): 1,

@@ -87,7 +87,7 @@ class Compiled(ABC):
 
     @abstractmethod
     def __call__(self, state: State) -> dict[str, DeviceTensor]:
-        """Run it. What of the cache and `seen` went in is dead: take what comes out.
+        """Run it. What of the cache and `counts` went in is dead: take what comes out.
 
         Raises:
             ProgramError: a tensor has another shape or dtype than the step was compiled for.

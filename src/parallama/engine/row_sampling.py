@@ -1,11 +1,9 @@
-"""How a row's tokens are chosen, and which parts of the sampler a step needs for that. Pure."""
+"""How a row's tokens are chosen. Pure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
 
 from ..errors import UsageError, lines
 
@@ -54,42 +52,6 @@ class RowSampling:
     def seed_word(self) -> int:
         """The seed as the devices take it: 32 bits, signed."""
         return signed32(mix32(self.seed & 0xFFFFFFFF) ^ mix32((self.seed >> 32) + 0x5BD1E995))
-
-    @property
-    def mode(self) -> Mode:
-        sample = self.temperature > 0
-        return Mode(
-            sample=sample,
-            top_k=sample and self.top_k > 0,
-            top_p=sample and self.top_p < 1,
-            penalty=self.repetition_penalty != 1,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mode:
-    """Which parts of the sampler a program contains. Rows that need less pass unchanged."""
-
-    sample: bool = False
-    top_k: bool = False
-    top_p: bool = False
-    penalty: bool = False
-
-    def __or__(self, other: Mode) -> Mode:
-        return Mode(
-            sample=self.sample or other.sample,
-            top_k=self.top_k or other.top_k,
-            top_p=self.top_p or other.top_p,
-            penalty=self.penalty or other.penalty,
-        )
-
-
-GREEDY = Mode()
-
-
-def mode_of(rows: Iterable[RowSampling], beside: Mode = GREEDY) -> Mode:
-    """The parts of the sampler that some rows need together, and those of `beside`."""
-    return reduce(Mode.__or__, (row.mode for row in rows), beside)
 
 
 def check_seed(seed: object) -> None:

@@ -6,7 +6,8 @@ under the same names:
 - `token` `[B]` int64, the last chosen token; `logprob` `[B]` fp32;
 - `position` `[B]` int32, where the next token will be written; `done` `[B]` bool;
 - `cache.key.L`, `cache.value.L` `[B, K, T, D]`, the KV cache of layer `L`;
-- `seen` `[B, V]` bool, only where a repetition penalty is used;
+- `counts` `[B, V]` int32, for each token id twice how often it was chosen, plus 1 if the prompt
+  has it;
 - `span` `[1]` int32, positions of the longest row, only where rotary frequencies follow it.
 
 The steps:
@@ -36,7 +37,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..plan.mesh_shape import DATA, MODEL
-from .row_sampling import GREEDY, Mode
 
 SPAN = "span"
 """Name of a `[1]` int32: one more than the largest position in the batch."""
@@ -48,7 +48,7 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "logprob": (DATA,),
     "position": (DATA,),
     "done": (DATA,),
-    "seen": (DATA, MODEL),
+    "counts": (DATA, MODEL),
     "logits": (DATA, MODEL),
     "ids": (DATA, None),
     "targets": (DATA, None),
@@ -65,18 +65,16 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "min_p": (DATA,),
     "penalty": (DATA,),
     "seed": (DATA,),
+    "prompted": (DATA, MODEL),
     "live": (DATA,),
     "slot": (DATA,),
     "source": (DATA,),
     "target": (DATA,),
 }
-SLOT_STATE = ("token", "logprob", "position", "seen")
+SLOT_STATE = ("token", "logprob", "position", "counts")
 """What each slot has besides its row of the cache."""
 PARAMS = ("temperature", "top_k", "top_p", "min_p", "penalty", "seed")
-"""Sampling parameters, `[B]` each: `top_k` and `seed` int32, the others fp32.
-
-`penalty` comes only where `Mode.penalty` is set, the others only where `Mode.sample` is.
-"""
+"""Sampling parameters, `[B]` each: `top_k` and `seed` int32, the others fp32."""
 
 
 def cache_names(layers: int) -> list[str]:
@@ -95,7 +93,6 @@ class StepKey:
         rows: slots that a `slot_decode` runs; 0 for other steps.
         new: `S`, positions of a prefill; 1 for decode; for grow the cache length it ends with.
         fresh: a prefill into an empty cache.
-        mode: parts of the sampler.
         scored: a decode that also gives the logits it chose from, as `logits` `[B, V]` fp32.
     """
 
@@ -107,11 +104,10 @@ class StepKey:
     rows: int = 0
     new: int = 1
     fresh: bool = False
-    mode: Mode = GREEDY
     scored: bool = False
 
     def parts(self) -> Mapping[str, object]:
         return {
             name: getattr(self, name)
-            for name in ("kind", "batch", "length", "rows", "new", "fresh", "mode", "scored")
+            for name in ("kind", "batch", "length", "rows", "new", "fresh", "scored")
         }

@@ -70,8 +70,7 @@ class Chat:
             )
         self.max_model_len = max_model_len or min(DEFAULT_CHAT_LENGTH, llm.max_model_len)
         self._rendered([{"role": "user", "content": "?"}])
-        mode = llm.row_sampling(self._params, self._drawn).mode
-        self._runner = llm.alone(self.max_model_len, mode)
+        self._runner = llm.alone(self.max_model_len)
         self.stats = self._runner.session.stats
 
     def send(self, content: str, *, max_new_tokens: int | None = None) -> Iterator[Chunk]:

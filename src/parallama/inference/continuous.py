@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ..engine.row_sampling import Mode
 from ..errors import EngineStoppedError, QueueFullError, lines
 from ..notices import LOGGER
 from .completion import Row
@@ -25,7 +24,6 @@ from .serving import EndReason, Load, Observer, State, Update
 from .slot_runner import SlotRunner
 from .slot_shapes import CHUNKS, SlotShapes
 
-_ALL_SAMPLERS = Mode(sample=True, top_k=True, top_p=True, penalty=True)
 _IDLE_S = 0.1
 """How long the devices' thread sleeps at most when there is nothing to do."""
 
@@ -98,7 +96,7 @@ class ContinuousEngine:
         shapes = SlotShapes.of(
             slots=max_num_seqs, positions=llm.max_model_len, shards=shards, sizes=sizes
         )
-        session = llm.slot_session(shapes, _ALL_SAMPLERS)
+        session = llm.slot_session(shapes)
         self._progress = progress
         scheduler = Scheduler(
             session,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..engine.row_sampling import Mode, RowSampling
+from ..engine.row_sampling import RowSampling
 from ..engine.steps import LOGITS_AXES, StepKey
 from ..errors import UsageError, lines
 from ..files.checkpoint import Checkpoint
@@ -266,15 +266,14 @@ class LLM(ShardedModel):
                 runner.end(place)
             self._slots.give_back(runner)
 
-    def alone(self, positions: int, mode: Mode) -> SlotRunner:
+    def alone(self, positions: int) -> SlotRunner:
         """A runner for one request after the other, each going on from what the last one left.
 
         Args:
             positions: most tokens of a request.
-            mode: parts of the sampler that they need.
         """
         shapes = SlotShapes.of(slots=1, positions=positions, shards=self.mesh.shape.data)
-        session = self.slot_session(shapes, mode)
+        session = self.slot_session(shapes)
         session.prepare(shapes.complete(), self.report("compiling"))
         caching = not self.steps.follows_span
         return SlotRunner(session, Scheduler(session, prefix_caching=caching, copying=False))

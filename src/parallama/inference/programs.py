@@ -91,8 +91,8 @@ def make_programs(steps: Steps) -> ProgramSet:
         if key.kind.startswith("slot_"):
             return steps.compile(key, given | state.slot_arguments(steps, key))
         rows = [RowSampling()] * key.batch
-        given |= state.constants(steps, rows, key.mode, [])
-        given |= state.blank_state(steps, key.batch, key.batch, key.mode)
+        given |= state.constants(steps, rows, [])
+        given |= state.blank_state(steps, key.batch, key.batch)
         if key.kind == "prefill":
             chunk = state.prompt_chunk([[0]] * key.batch, [0] * key.batch, key.new, 0)
             given |= state.put(steps, chunk)

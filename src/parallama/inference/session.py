@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from ..engine.interface import DeviceTensor, Engine, Steps
-from ..engine.row_sampling import GREEDY, Mode, RowSampling, mode_of
+from ..engine.row_sampling import RowSampling
 from ..engine.steps import STATE_AXES, StepKey, cache_names
 from ..errors import UsageError, lines
 from ..model.token_ids import check_ids
@@ -47,7 +47,6 @@ class Session:
             is new.
         scored: decode with `feed`, which gives logits, and not with `decode`.
         batch: fill up to so many rows, so that a batch that is not full needs no other programs.
-        mode: parts of the sampler that other batches of the run need.
         stats: goes on counting here.
         progress: called with programs compiled and their number.
     """
@@ -64,7 +63,6 @@ class Session:
         continued: bool = False,
         scored: bool = False,
         batch: int = 1,
-        mode: Mode = GREEDY,
         stats: RunStats | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -73,13 +71,11 @@ class Session:
         self._programs = programs
         self._count = len(rows)
         self._batch = _filled(max(len(rows), batch), self.mesh)
-        self._mode = mode_of(rows, mode)
         self.shapes = SessionShapes.of(
             batch=self._batch,
             capacity=capacity,
             longest_prompt=longest_prompt,
             continued=continued,
-            mode=self._mode,
             scored=scored,
         )
         self._rows, self._eos = tuple(rows), tuple(eos)
@@ -93,7 +89,7 @@ class Session:
 
     def _make_constants(self) -> dict[str, DeviceTensor]:
         idle = [RowSampling()] * (self._batch - self._count)
-        return state.constants(self.steps, [*self._rows, *idle], self._mode, self._eos)
+        return state.constants(self.steps, [*self._rows, *idle], self._eos)
 
     def _warm_up(self, progress: Callable[[int, int], None] | None) -> None:
         began = time.perf_counter()
@@ -165,7 +161,7 @@ class Session:
         return totals
 
     def sample(self, rows: Sequence[RowSampling]) -> None:
-        """Choose otherwise from the next `prefill` on, by the same parts of the sampler."""
+        """Choose otherwise from the next `prefill` on."""
         self._rows = tuple(rows)
         with self.mesh.lock:
             self._constants = self._make_constants()
@@ -208,8 +204,8 @@ class Session:
         idle = self._batch - self._count
         self._state |= state.put(self.steps, {"done": torch.arange(self._batch) >= self._count})
         self._state |= state.put_span(self.steps, max(len(prompt) for prompt in prompts))
-        if self._mode.penalty:
-            self._state |= state.put(self.steps, {"seen": self._seen(prompts)})
+        counts = state.prompt_counts([*prompts, *[[]] * idle], self.steps.plan.vocab)
+        self._state |= state.put(self.steps, {"counts": counts})
         # From here on the cache is neither the old rows' nor yet the new ones'.
         self._cached = [[] for _ in self._cached]
         for index in range(chunks):
@@ -305,7 +301,7 @@ class Session:
             )
         if not self._state:
             self._length = next(bucket for bucket in self.shapes.buckets if bucket >= length)
-            self._state = state.blank_state(self.steps, self._batch, self._count, self._mode)
+            self._state = state.blank_state(self.steps, self._batch, self._count)
             self._state |= state.empty_cache(self.steps, self._batch, self._length)
         while self._length < length:
             longer = self.shapes.buckets[self.shapes.buckets.index(self._length) + 1]
@@ -334,12 +330,6 @@ class Session:
             for name in ("token", "logprob")
         )
         return [Choice(row, tokens[row], logprobs[row]) for row in range(self._count)]
-
-    def _seen(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        seen = torch.zeros(self._batch, self.steps.plan.vocab, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            seen[row, list(prompt)] = True
-        return seen
 
 
 def _filled(rows: int, mesh: Engine) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from ..engine.row_sampling import Mode
 from ..engine.steps import StepKey
 from ..plan.program_shapes import CHUNK, cache_buckets, chunk_size, prompt_buckets
 
@@ -23,7 +22,6 @@ class SessionShapes:
         buckets: lengths of the cache, shortest first.
         chunks: sizes of a prompt's chunks.
         continued: prompts may be continued from what is cached.
-        mode: parts of the sampler.
         scored: decode steps give logits.
         fresh: prefills find an empty cache.
     """
@@ -32,7 +30,6 @@ class SessionShapes:
     buckets: tuple[int, ...]
     chunks: tuple[int, ...]
     continued: bool
-    mode: Mode
     scored: bool
     fresh: bool
 
@@ -44,7 +41,6 @@ class SessionShapes:
         capacity: int,
         longest_prompt: int,
         continued: bool,
-        mode: Mode,
         scored: bool,
     ) -> SessionShapes:
         """The shapes for a session; arguments as for `Session`."""
@@ -60,7 +56,6 @@ class SessionShapes:
             buckets=tuple(buckets),
             chunks=chunks,
             continued=continued,
-            mode=mode,
             scored=scored,
             fresh=not continued and longest_prompt <= CHUNK,
         )
@@ -85,13 +80,10 @@ class SessionShapes:
             length=length,
             new=size,
             fresh=self.fresh,
-            mode=self.mode,
         )
 
     def decode(self, length: int) -> StepKey:
-        return StepKey(
-            kind="decode", batch=self.batch, length=length, mode=self.mode, scored=self.scored
-        )
+        return StepKey(kind="decode", batch=self.batch, length=length, scored=self.scored)
 
     def grow(self, short: int, long: int) -> StepKey:
         return StepKey(kind="grow", batch=self.batch, length=short, new=long)

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import torch
 
 from ..engine.interface import Engine, Steps
-from ..engine.row_sampling import Mode, RowSampling
+from ..engine.row_sampling import RowSampling
 from ..files.checkpoint import Checkpoint
 from ..files.export import Exported, export_weights, resolve, stored_dtypes
 from ..files.skeleton import make_skeleton
@@ -85,9 +85,9 @@ class ShardedModel:
         self._sessions.add(made)
         return made
 
-    def slot_session(self, shapes: SlotShapes, mode: Mode) -> SlotSession:
+    def slot_session(self, shapes: SlotShapes) -> SlotSession:
         """A session with slots on this model, which moves with it in `reshard`."""
-        made = SlotSession(self.steps, self.programs, shapes, mode=mode)
+        made = SlotSession(self.steps, self.programs, shapes)
         self._sessions.add(made)
         return made
 

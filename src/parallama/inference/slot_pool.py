@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..engine.row_sampling import Mode, mode_of
 from .requests import Request
 from .run_stats import RunStats
 from .scheduler import Scheduler
@@ -18,7 +17,7 @@ from .slots import SlotSession
 class Maker(Protocol):
     """Makes a session with slots."""
 
-    def __call__(self, shapes: SlotShapes, mode: Mode) -> SlotSession: ...
+    def __call__(self, shapes: SlotShapes) -> SlotSession: ...
 
 
 class SlotPool:
@@ -36,7 +35,7 @@ class SlotPool:
         self._make, self._max_model_len, self.slots = make, max_model_len, slots
         self._lock = threading.Lock()
         self._idle: SlotSession | None = None
-        self._least = (1, 1, Mode())
+        self._least = (1, 1)
 
     def take(
         self,
@@ -59,21 +58,19 @@ class SlotPool:
         prompts = [len(request.ids) for request in requests]
         copies = any(request.index for request in requests)
         with self._lock:
-            slots, longest, mode = self._least
+            slots, longest = self._least
             wanted = 1 << (at_once - 1).bit_length()
             slots = max(slots, min(wanted, max(at_once, self.slots)))
             longest = max(longest, shortest_length(positions, self._max_model_len))
-            mode = mode_of((request.sampling for request in requests), mode)
-            self._least = slots, longest, mode
+            self._least = slots, longest
             session, self._idle = self._idle, None
         shapes = SlotShapes.of(slots=slots, positions=longest, shards=shards)
         if session is not None and (
             (session.shapes.slots, session.shapes.length) != (shapes.slots, shapes.length)
-            or session.mode != mode
         ):
             session = None  # its cache is freed before there is another
         if session is None:
-            session = self._make(shapes, mode)
+            session = self._make(shapes)
         session.stats = RunStats()
         session.prepare(session.shapes.covering(at_once, prompts, copies=copies), progress)
         scheduler = Scheduler(

@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from ..engine.row_sampling import Mode
 from ..engine.steps import StepKey
 
 CHUNKS = (32, 128)
@@ -121,29 +120,26 @@ class SlotShapes:
 
     # -- programs
 
-    def keys(self, mode: Mode) -> list[StepKey]:
+    def keys(self) -> list[StepKey]:
         """Of all that can be run now."""
-        keys = [self.prefill(size, mode) for size in self.chunks]
-        keys += [self.decode(rows, mode) for rows in self.rows]
-        return [*keys, *([self.copy(mode)] if self.copies else [])]
+        keys = [self.prefill(size) for size in self.chunks]
+        keys += [self.decode(rows) for rows in self.rows]
+        return [*keys, *([self.copy()] if self.copies else [])]
 
-    def prefill(self, size: int, mode: Mode) -> StepKey:
-        return StepKey(
-            kind="slot_prefill", batch=self.slots, length=self.length, new=size, mode=mode
-        )
+    def prefill(self, size: int) -> StepKey:
+        return StepKey(kind="slot_prefill", batch=self.slots, length=self.length, new=size)
 
-    def decode(self, rows: int, mode: Mode) -> StepKey:
+    def decode(self, rows: int) -> StepKey:
         """Of `rows` slots of each shard."""
         return StepKey(
             kind="slot_decode",
             batch=self.slots,
             length=self.length,
             rows=rows * self.shards,
-            mode=mode,
         )
 
-    def copy(self, mode: Mode) -> StepKey:
-        return StepKey(kind="slot_copy", batch=self.slots, length=self.length, mode=mode)
+    def copy(self) -> StepKey:
+        return StepKey(kind="slot_copy", batch=self.slots, length=self.length)
 
 
 def shortest_length(positions: int, limit: int) -> int:

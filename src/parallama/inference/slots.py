@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..engine.interface import DeviceTensor, Steps
-from ..engine.row_sampling import Mode, RowSampling
+from ..engine.row_sampling import RowSampling
 from ..engine.steps import STATE_AXES, StepKey
 from ..sharded.reshard import Mover
 from . import state
@@ -46,7 +46,6 @@ class SlotSession:
         steps: the model.
         programs: from `make_programs`; `prepare` compiles into it.
         shapes: of its cache, and of the programs that it may run.
-        mode: parts of the sampler that requests may need.
 
     Attributes:
         slots: all of them, shard after shard.
@@ -58,17 +57,15 @@ class SlotSession:
         steps: Steps,
         programs: ProgramSet,
         shapes: SlotShapes,
-        *,
-        mode: Mode,
     ) -> None:
-        self.steps, self.mesh, self.shapes, self.mode = steps, steps.mesh, shapes, mode
+        self.steps, self.mesh, self.shapes = steps, steps.mesh, shapes
         self.stats = RunStats()
         self._programs = programs
         self.slots = [Slot() for _ in range(shapes.slots)]
         self._params: dict[str, DeviceTensor] | None = None
         with self.mesh.lock:
             self._state = state.empty_cache(steps, shapes.slots, shapes.length)
-            self._state |= state.blank_slots(steps, shapes.slots, mode)
+            self._state |= state.blank_slots(steps, shapes.slots)
 
     def prepare(
         self, shapes: SlotShapes, progress: Callable[[int, int], None] | None = None
@@ -81,7 +78,7 @@ class SlotSession:
         self.shapes = shapes
         began, traced = time.perf_counter(), self._programs.trace_s
         with self.mesh.counted() as compiled:
-            self._programs.warm_up(self.shapes.keys(self.mode), progress)
+            self._programs.warm_up(self.shapes.keys(), progress)
             self.stats.trace_s += self._programs.trace_s - traced
             self.stats.programs_compiled += compiled()
         self.stats.compile_s += time.perf_counter() - began
@@ -163,11 +160,13 @@ class SlotSession:
             start = len(self.slots[slot].cached)
             ids = prompt[start : start + size]
             final = start + len(ids) == len(prompt)
-            chunks[shard] = SlotChunk(number, ids, start, final, len(prompt))
+            chunks[shard] = SlotChunk(
+                number, ids, start, final, len(prompt), prompt if final else ()
+            )
         began = time.perf_counter()
         with self._step():
             extra = state.put_slot_chunks(self.steps, chunks, size)
-            self._advance(self.shapes.prefill(size, self.mode), self._sampling() | extra)
+            self._advance(self.shapes.prefill(size), self._sampling() | extra)
             ends = [slot for slot in prompts if chunks[self.place(slot)[0]].final]
             choices = self._read(ends)
         for slot in prompts:
@@ -185,7 +184,7 @@ class SlotSession:
         rows = self.shapes.row_count(max(self.place(slot)[1] for slot in live) + 1)
         with self._step():
             given = self._sampling()
-            launched, run_s = self._advance(self.shapes.decode(rows, self.mode), given)
+            launched, run_s = self._advance(self.shapes.decode(rows), given)
             choices = self._read(live)
         read = time.perf_counter()
         for slot, choice in choices.items():
@@ -206,7 +205,7 @@ class SlotSession:
         places = {name: torch.zeros(shards, dtype=torch.int32) for name in ("source", "target")}
         places["source"][shard], places["target"][shard] = number, self.place(target)[1]
         with self._step():
-            self._advance(self.shapes.copy(self.mode), state.put(self.steps, places))
+            self._advance(self.shapes.copy(), state.put(self.steps, places))
         held = self.slots[source]
         self.slots[target] = replace(held, cached=list(held.cached))
         self._params = None
@@ -223,7 +222,7 @@ class SlotSession:
     def _sampling(self) -> dict[str, DeviceTensor]:
         """Sampling parameters of every slot, and which are live; put anew after a change."""
         if self._params is None:
-            host = state.sampling_params([slot.sampling for slot in self.slots], self.mode)
+            host = state.host_params([slot.sampling for slot in self.slots])
             host["live"] = torch.tensor([slot.token is not None for slot in self.slots])
             self._params = state.put(self.steps, host)
         return self._params

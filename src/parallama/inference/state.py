@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..engine.interface import DeviceTensor, Steps
-from ..engine.row_sampling import Mode, RowSampling
+from ..engine.row_sampling import RowSampling
 from ..engine.steps import CACHE_AXES, SLOT_STATE, SPAN, STATE_AXES, StepKey, cache_names
 from ..errors import UsageError, lines
 from ..plan.placement import Plan
@@ -59,7 +59,7 @@ def empty_cache(steps: Steps, batch: int, length: int) -> dict[str, DeviceTensor
     }
 
 
-def blank_state(steps: Steps, batch: int, live: int, mode: Mode) -> dict[str, DeviceTensor]:
+def blank_state(steps: Steps, batch: int, live: int) -> dict[str, DeviceTensor]:
     """The state of a batch before its prefill; rows from `live` on are idle, and done."""
     host = {
         "token": torch.zeros(batch, dtype=torch.long),
@@ -67,13 +67,12 @@ def blank_state(steps: Steps, batch: int, live: int, mode: Mode) -> dict[str, De
         "position": torch.zeros(batch, dtype=torch.int32),
         "done": torch.arange(batch) >= live,
     }
-    if mode.penalty:
-        host["seen"] = torch.zeros(batch, steps.plan.vocab, dtype=torch.bool)
+    host["counts"] = torch.zeros(batch, steps.plan.vocab, dtype=torch.int32)
     return put(steps, host) | put_span(steps, 1)
 
 
 def constants(
-    steps: Steps, rows: Sequence[RowSampling], mode: Mode, eos: Sequence[int]
+    steps: Steps, rows: Sequence[RowSampling], eos: Sequence[int]
 ) -> dict[str, DeviceTensor]:
     """What stays the same for a whole run: sampling parameters, and the ids that end a row.
 
@@ -82,28 +81,27 @@ def constants(
     """
     if len(eos) > MOST_EOS:
         raise UsageError(lines(f"{len(eos)} end-of-text ids", f"expected at most {MOST_EOS}"))
-    host = sampling_params(rows, mode)
     ends = torch.tensor([*eos, *[-1] * (MOST_EOS - len(eos))], dtype=torch.long)
-    return put(steps, host | {"eos": ends})
+    return put(steps, host_params(rows) | {"eos": ends})
 
 
 def slot_arguments(steps: Steps, key: StepKey) -> dict[str, DeviceTensor]:
     """Arguments of a step on slots beside the cache, when nothing runs yet."""
-    given = blank_slots(steps, key.batch, key.mode)
+    given = blank_slots(steps, key.batch)
     shards = steps.mesh.shape.data
     if key.kind == "slot_copy":
         none = torch.zeros(shards, dtype=torch.int32)
         return given | put(steps, {"source": none, "target": none})
-    params = sampling_params([RowSampling()] * key.batch, key.mode)
+    params = host_params([RowSampling()] * key.batch)
     if key.kind == "slot_decode":
         return given | put(steps, params | {"live": torch.zeros(key.batch, dtype=torch.bool)})
     empty = [SlotChunk()] * shards
     return given | put(steps, params) | put_slot_chunks(steps, empty, key.new)
 
 
-def blank_slots(steps: Steps, slots: int, mode: Mode) -> dict[str, DeviceTensor]:
+def blank_slots(steps: Steps, slots: int) -> dict[str, DeviceTensor]:
     """The state of slots that hold nothing."""
-    state = blank_state(steps, slots, slots, mode)
+    state = blank_state(steps, slots, slots)
     return {name: tensor for name, tensor in state.items() if name in SLOT_STATE}
 
 
@@ -117,6 +115,7 @@ class SlotChunk:
         start: position of the first of them.
         final: the prompt ends with it.
         span: positions of the whole prompt.
+        prompt: all its tokens, with its last chunk.
     """
 
     slot: int = 0
@@ -124,6 +123,7 @@ class SlotChunk:
     start: int = 0
     final: bool = False
     span: int = 1
+    prompt: Sequence[int] = ()
 
 
 def put_slot_chunks(
@@ -143,21 +143,12 @@ def put_slot_chunks(
         "start": column("start"),
         "count": torch.tensor([len(chunk.ids) for chunk in chunks], dtype=torch.int32),
         "final": column("final").bool(),
+        "prompted": prompt_counts([chunk.prompt for chunk in chunks], steps.plan.vocab),
     }
     given = put(steps, host)
     if steps.follows_span:
         given[SPAN] = steps.mesh.put(column("span"), STATE_AXES["slot"])
     return given
-
-
-def sampling_params(rows: Sequence[RowSampling], mode: Mode) -> dict[str, torch.Tensor]:
-    """Those of `host_params` that the parts of the sampler take."""
-    host = host_params(rows)
-    if not mode.sample:
-        host = {name: value for name, value in host.items() if name == "penalty"}
-    if not mode.penalty:
-        del host["penalty"]
-    return host
 
 
 def host_params(rows: Sequence[RowSampling]) -> dict[str, torch.Tensor]:
@@ -174,6 +165,14 @@ def host_params(rows: Sequence[RowSampling]) -> dict[str, torch.Tensor]:
         "penalty": floats("repetition_penalty"),
         "seed": torch.tensor([row.seed_word for row in rows], dtype=torch.int32),
     }
+
+
+def prompt_counts(prompts: Sequence[Sequence[int]], vocab: int) -> torch.Tensor:
+    """`counts` of rows that have chosen nothing yet."""
+    counts = torch.zeros(len(prompts), vocab, dtype=torch.int32)
+    for row, prompt in enumerate(prompts):
+        counts[row, list(prompt)] = 1
+    return counts
 
 
 def prompt_chunk(
@@ -213,7 +212,7 @@ def layout_of(name: str, shape: tuple[int, ...], plan: Plan) -> Layout:
     blocks = None
     if name.startswith("cache."):
         blocks = plan.cache_blocks()
-    elif name in ("seen", "logits"):
+    elif name in ("counts", "logits"):
         blocks = plan.vocab_blocks()
     if blocks is not None:
         shape = (shape[0], blocks.size, *shape[2:])

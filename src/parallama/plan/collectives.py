@@ -20,6 +20,8 @@ Phase = Literal["prefill", "decode", "train"]
 INFERENCE: tuple[Phase, ...] = ("prefill", "decode")
 CANDIDATE_NUMBERS = 5
 """What each device says of its best token, in fp32: see `sampling.choose`."""
+SEARCH_NUMBERS = 15
+"""Thresholds that a round of `sampling`'s search for top-k or top-p tries: a sum of each."""
 _FP32 = 4
 
 
@@ -30,7 +32,8 @@ class Collective:
     Attributes:
         kind: XLA's name, as `all-reduce`.
         axis: the mesh axis along which devices take part.
-        count: how often in one step.
+        count: how often in one step. Those of `sampling.truncation` are done only where a row
+            samples: the searches for top-k and top-p where one asks for them, 8 rounds each.
         bytes: of the result on one device, each time.
         module: whose product or lookup makes it necessary. `*` stands for every layer, `0,2-5`
             for these.
@@ -92,7 +95,7 @@ def minimal_collectives(
 ) -> tuple[Collective, ...]:
     """What the same step needs at least on this mesh, which is what the default plan needs.
 
-    That is two all-reduces a layer, one for the embedding, and the candidates of the next token.
+    That is two all-reduces a layer, one for the embedding, and what choosing the next token needs.
     """
     default = make_plan(plan.model, plan.mesh)
     return expected_collectives(
@@ -177,6 +180,10 @@ def _next_token(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
         yield one_collective("all-reduce", MODEL, logits, sizes.sum_itemsize, "lm_head")
     candidates = plan.mesh.model * sizes.rows * CANDIDATE_NUMBERS
     yield one_collective("all-gather", MODEL, candidates, _FP32, "sampling")
+    for numbers in (SEARCH_NUMBERS, SEARCH_NUMBERS, 1, 1):  # both searches, peak and mass
+        yield one_collective(
+            "all-reduce", MODEL, sizes.rows * numbers, _FP32, "sampling.truncation"
+        )
 
 
 @dataclass(frozen=True)

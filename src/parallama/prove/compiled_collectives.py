@@ -12,6 +12,7 @@ from ..plan.placement import Plan
 from . import hlo
 from .findings import Finding
 
+_WITHOUT_WEIGHT = ("lm_head", "sampling", "sampling.truncation")
 ModuleOf = Callable[[hlo.Instruction, hlo.Module, Plan], str]
 """Says which module of the model a collective belongs to."""
 
@@ -22,7 +23,7 @@ def needing_module(instruction: hlo.Instruction, module: hlo.Module, plan: Plan)
     It is the one that the collective was traced in, if that has a weight; else the one whose
     product reads the result.
     """
-    if f"{instruction.scope}.weight" in plan or instruction.scope in ("sampling", "lm_head"):
+    if f"{instruction.scope}.weight" in plan or instruction.scope in _WITHOUT_WEIGHT:
         return instruction.scope
     reader = module.next_of(instruction, "dot")
     if reader is not None and reader.scope:
@@ -43,7 +44,8 @@ def collectives_of(
             module=module_of(instruction, module, plan),
         )
         for module in modules
-        for instruction in module.collectives
+        # Those of branches and loops come last, as in the plan.
+        for instruction in sorted(module.collectives, key=lambda each: not each.entry)
     )
     return grouped(found, plan.model.layers)
 

@@ -33,6 +33,15 @@ def row_update(
     return _registered(_lower_row_update)(buffer, new, row, starts)
 
 
+def add_at(counts: torch.Tensor, places: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """`counts` `[B, W]` with `added[r]` more at `places[r]` of each of the first `R` rows `r`.
+
+    Args:
+        places, added: `[R]` int32.
+    """
+    return _registered(_lower_add_at)(counts, places, added)
+
+
 def stretch(
     buffer: torch.Tensor, row: torch.Tensor, rows: int, first: torch.Tensor, length: int
 ) -> torch.Tensor:
@@ -109,6 +118,20 @@ def _lower_row_update(buffer: Any, new: Any, row: Any, starts: Any) -> Any:
         new_row = new.slice_in_dim(index, index + 1, 0)
         buffer = buffer.dynamic_update_slice(new_row, [place, zero, start, zero])
     return buffer
+
+
+def _lower_add_at(counts: Any, places: Any, added: Any) -> Any:
+    from torch_xla.core import xla_builder as xb
+
+    builder = counts.builder()
+    for row in range(places.shape().sizes[0]):
+        place = [
+            xb.Op.scalar(builder, row, xb.Type.S32),
+            places.slice_in_dim(row, row + 1, 0).reshape([]),
+        ]
+        more = added.slice_in_dim(row, row + 1, 0).reshape([1, 1])
+        counts = counts.dynamic_update_slice(counts.dynamic_slice(place, (1, 1)) + more, place)
+    return counts
 
 
 def _lower_stretch(buffer: Any, row: Any, first: Any, *, rows: int, length: int) -> Any:

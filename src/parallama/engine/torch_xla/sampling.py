@@ -2,10 +2,10 @@
 
 Each device reduces its own part, and only what comes of that is exchanged: for the pick one
 candidate with its normaliser, for a threshold search a few partial sums a round. There is no sort
-and no cap on `top_k`.
+and no cap on `top_k`. One program serves every row: what no row of the batch asks for is skipped
+while it runs.
 
-Shapes: `B` rows, `V` padded vocabulary, `N` devices along "model"; split logits are
-`[B, N, V / N]`.
+Shapes, of a device's own part: `B` rows, `W` ids of the padded vocabulary `V`.
 """
 
 # Top-k and top-p are threshold searches over the bits of the score (a 16-way radix select, 8
@@ -15,70 +15,93 @@ Shapes: `B` rows, `V` padded vocabulary, `N` devices along "model"; split logits
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from ...plan.mesh_shape import DATA, MODEL
-from ..row_sampling import Mode, signed32
+from ..row_sampling import signed32
+from ..steps import PARAMS
+from .attention_products import row_maximum
+from .branches import when
 from .mesh import DeviceMesh
-from .ops import float_bits, whole_as_float, whole_of_float
+from .ops import add_at, float_bits, whole_as_float, whole_of_float
+from .scopes import scope
+from .while_loops import repeat
 
 _HIDDEN = -1e30
 _LOWEST, _HIGHEST = -(1 << 31), (1 << 31) - 1
+_ROUNDS = 8
+"""Of a threshold search: four bits each."""
 
 
 def choose(
     logits: torch.Tensor,
     mesh: DeviceMesh,
     vocab: int,
-    mode: Mode,
-    params: dict[str, torch.Tensor],
+    given: Mapping[str, torch.Tensor],
     positions: torch.Tensor,
-    seen: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose one token a row.
 
     Args:
         logits: `[B, V]`, split over "model"; ids from `vocab` on are padding and never chosen.
-        params: by the names of `steps.PARAMS`, `[B]` each.
+        given: with `counts` and what `steps.PARAMS` names, of all rows.
         positions: `[B]` int32, the position that the chosen token will have.
-        seen: `[B, V]` bool, tokens of the prompt and the text so far; only with `mode.penalty`.
 
     Returns:
         Token ids `[B]` int64 and their log-probabilities `[B]` fp32 under the model's own
         distribution (before temperature, penalty and truncation).
     """
     device, parts = logits.device, mesh.shape.model
-    split_axes = (DATA, MODEL, None)
     batch, width = logits.shape
-    own = width // parts
-    raw = mesh.mark(logits.float().reshape(batch, parts, own), split_axes)
-    ids = torch.arange(width, device=device, dtype=torch.int32).reshape(1, parts, own)
+    ids = _ids(mesh, width)
+    raw = mesh.enter_manual(logits.float(), (DATA, MODEL))
     if width != vocab:
         raw = torch.where(ids < vocab, raw, torch.full((), _HIDDEN, device=device))
-    local_top = raw.amax(-1)
-    local_sum = torch.exp(raw - local_top[..., None]).sum(-1)
-    scores = raw
-    if mode.penalty:
-        assert seen is not None
-        factor = params["penalty"][:, None, None]
-        marked = mesh.mark(seen.reshape(batch, parts, own), split_axes)
-        penalised = torch.where(scores < 0, scores * factor, scores / factor)
-        scores = torch.where(marked, penalised, scores)
-    if mode.sample:
-        scores = _perturb(scores, ids, mode, params, positions)
-    zero = torch.zeros((), device=device)
-    best = scores.argmax(-1)
-    best_score = scores.amax(-1)
-    one_hot = torch.arange(own, device=device)[None, None, :] == best[..., None]
-    best_raw = torch.where(one_hot, raw, zero).sum(-1)
-    offset = torch.arange(parts, device=device)[None, :] * own
+    rows = [mesh.enter_manual(given[name], (DATA,)) for name in PARAMS]
+    params = dict(zip(PARAMS, rows, strict=True))
+    counts = mesh.enter_manual(given["counts"], (DATA, MODEL))
+    positions = mesh.enter_manual(positions.to(torch.int32), (DATA,))
+
+    def adjusted(
+        given: Sequence[torch.Tensor], state: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        raw, counts, ids, positions, *rows = given
+        params = dict(zip(PARAMS, rows, strict=True))
+        scores = _penalised(raw, counts, params)
+        warm = (params["temperature"] > 0).any()
+
+        def perturbed(
+            given: Sequence[torch.Tensor], state: Sequence[torch.Tensor]
+        ) -> Sequence[torch.Tensor]:
+            ids, positions, *rows = given
+            params = dict(zip(PARAMS, rows, strict=True))
+            with scope("sampling.truncation"):
+                return [perturb(state[0], ids, mesh, params, positions)]
+
+        (scores,) = when(mesh, warm, perturbed, [ids, positions, *rows], [scores])
+        best, top = _best(mesh, scores)
+        chosen = ids[None, :] == (best + ids[:1])[:, None]
+        zero = torch.zeros((), device=raw.device)
+        return [best, top, torch.where(chosen, raw, zero).sum(-1)]
+
+    best, top = _best(mesh, raw)
+    total = torch.exp(raw - top[:, None]).sum(-1)
+    asked = (params["temperature"] > 0) | (params["penalty"] != 1)
+    best, best_score, best_raw = when(
+        mesh, asked.any(), adjusted, [raw, counts, ids, positions, *rows], [best, top, top]
+    )
     # Of each device one small tensor is gathered: its candidate, the candidate's score and logit,
     # and its part of the normaliser.
-    candidate = whole_as_float(best + offset)
-    found = torch.stack([candidate, best_score, best_raw, local_top, local_sum], dim=-1)
+    candidate = whole_as_float(best + ids[:1])
+    found = torch.stack([candidate, best_score, best_raw, top, total], dim=-1)[:, None]
+    split_axes = (DATA, MODEL, None)
+    found = mesh.leave_manual(found, split_axes, (batch, parts, found.shape[-1]))
     found = mesh.resplit(found, split_axes, (DATA, None, None))
     token, score, raw_score, top, total = found.unbind(-1)
     winner = torch.arange(parts, device=device)[None, :] == score.argmax(-1, keepdim=True)
+    zero = torch.zeros((), device=device)
     chosen = whole_of_float(torch.where(winner, token, zero).sum(-1))
     chosen_raw = torch.where(winner, raw_score, zero).sum(-1)
     peak = top.amax(-1)
@@ -86,40 +109,64 @@ def choose(
     return chosen, chosen_raw - peak - log_total
 
 
-def _perturb(
+def counted(
+    counts: torch.Tensor, mesh: DeviceMesh, token: torch.Tensor, live: torch.Tensor
+) -> torch.Tensor:
+    """`counts` `[B, V]` with the tokens `[B]` that live rows chose."""
+    shape = tuple(counts.shape)
+    own = mesh.enter_manual(counts, (DATA, MODEL))
+    place = mesh.enter_manual(token.to(torch.int32), (DATA,)) - _ids(mesh, shape[1])[:1]
+    mine = mesh.enter_manual(live, (DATA,)) & (place >= 0) & (place < own.shape[1])
+    place = torch.clamp(place, 0, own.shape[1] - 1)
+    return mesh.leave_manual(add_at(own, place, mine.to(torch.int32) * 2), (DATA, MODEL), shape)
+
+
+def _ids(mesh: DeviceMesh, width: int) -> torch.Tensor:
+    """The token ids of a device's own part, `[W]` int32."""
+    own = width // mesh.shape.model
+    numbers = torch.arange(mesh.shape.model, device=mesh.device, dtype=torch.int32)
+    first = mesh.enter_manual(numbers * own, (MODEL,))
+    return first + torch.arange(own, device=mesh.device, dtype=torch.int32)
+
+
+def _best(mesh: DeviceMesh, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first of the best of a device's own tokens, `[B]` int32, and its score."""
+    top = row_maximum(mesh, scores)
+    places = torch.arange(scores.shape[1], device=scores.device, dtype=torch.int32)
+    beyond = torch.full_like(places, _HIGHEST)
+    return torch.where(scores == top, places, beyond).amin(-1), top[:, 0]
+
+
+def _penalised(
+    raw: torch.Tensor, counts: torch.Tensor, params: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    factor = params["penalty"][:, None]
+    penalised = torch.where(raw < 0, raw * factor, raw / factor)
+    return torch.where(counts > 0, penalised, raw)
+
+
+def perturb(
     scores: torch.Tensor,
     ids: torch.Tensor,
-    mode: Mode,
-    params: dict[str, torch.Tensor],
+    mesh: DeviceMesh,
+    params: Mapping[str, torch.Tensor],
     positions: torch.Tensor,
 ) -> torch.Tensor:
     """Temperature, truncation and Gumbel noise; rows with temperature 0 keep their scores."""
-
-    def per_row(name: str) -> torch.Tensor:
-        return params[name][:, None, None]
-
     device = scores.device
     hidden = torch.full((), _HIDDEN, device=device)
-    temperature = per_row("temperature")
+    temperature, min_p = params["temperature"][:, None], params["min_p"][:, None]
     warm = temperature > 0
     scores = scores / torch.where(warm, temperature, torch.ones_like(temperature))
-    if mode.top_k:
-        top_k = per_row("top_k")
-        # With all kept (0), too few tokens reach any threshold: the search ends below every score.
-        wanted = torch.where(top_k > 0, top_k, torch.full_like(top_k, _HIGHEST))
-        # Counted in whole numbers: a sum of fp32 ones would stop at 2^24.
-        one = torch.ones((), device=device, dtype=torch.int32)
-        keep = _reaching(scores, one.expand(scores.shape), wanted)
-        scores = torch.where(keep | ~warm, scores, hidden)
-    peak = scores.amax((1, 2), keepdim=True)
-    if mode.top_p:
-        top_p = per_row("top_p")
-        mass = torch.exp(scores - peak)
-        share = top_p * mass.sum((1, 2), keepdim=True)
-        goal = torch.where(top_p < 1, share, torch.full_like(top_p, torch.inf))
-        keep = _reaching(scores, mass, goal)
-        scores = torch.where(keep | ~warm, scores, hidden)
-    min_p = per_row("min_p")
+    top_k = params["top_k"][:, None]
+    # With all kept (0), too few tokens reach any threshold: the search ends below every score.
+    wanted = torch.where(warm & (top_k > 0), top_k, torch.full_like(top_k, _HIGHEST))
+    # Counted in whole numbers: a sum of fp32 ones would stop at 2^24.
+    threshold = _search(mesh, _keys(scores), None, wanted, (wanted < _HIGHEST).any())
+    scores = torch.where(_keys(scores) >= threshold, scores, hidden)
+    peak = mesh.all_reduce(row_maximum(mesh, scores), MODEL, kind="max")
+    threshold = _top_p(mesh, scores, peak, torch.where(warm, params["top_p"][:, None], 1.0))
+    scores = torch.where(_keys(scores) >= threshold, scores, hidden)
     floor = torch.log(torch.clamp(min_p, min=1e-30)) + peak
     scores = torch.where((scores >= floor) | (min_p == 0) | ~warm, scores, hidden)
     noise = _gumbel(params["seed"], positions, ids)
@@ -127,27 +174,64 @@ def _perturb(
     return scores + torch.where(noisy, noise, torch.zeros((), device=device))
 
 
-def _reaching(scores: torch.Tensor, weight: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
-    """Tokens at or above the largest threshold that scores of enough weight reach; all if none is.
+def _top_p(
+    mesh: DeviceMesh, scores: torch.Tensor, peak: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    """The key, `[B, 1]`, that scores of enough mass reach, where a row asks for it."""
+
+    def searched(
+        given: Sequence[torch.Tensor], state: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        scores, peak, top_p = given
+        mass = torch.exp(scores - peak)
+        share = top_p * mesh.all_reduce(mass.sum(-1, keepdim=True), MODEL)
+        goal = torch.where(top_p < 1, share, torch.full_like(top_p, torch.inf))
+        return [_search(mesh, _keys(scores), mass, goal, (top_p < 1).any())]
+
+    lowest = torch.full_like(top_p, _LOWEST, dtype=torch.int32)
+    return when(mesh, (top_p < 1).any(), searched, [scores, peak, top_p], [lowest])[0]
+
+
+def _keys(scores: torch.Tensor) -> torch.Tensor:
+    """Whole numbers in the order of these fp32 numbers."""
+    bits = float_bits(scores)
+    # Negative floats have their magnitude bits flipped.
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _search(
+    mesh: DeviceMesh,
+    keys: torch.Tensor,
+    weight: torch.Tensor | None,
+    goal: torch.Tensor,
+    asked: torch.Tensor,
+) -> torch.Tensor:
+    """The largest threshold that keys of enough weight reach, `[B, 1]`; the lowest if none is.
 
     Args:
-        scores: `[B, N, V / N]` fp32.
-        weight: of each score, fp32 or int32.
-        goal: `[B, 1, 1]`, how much weight is enough; of the dtype of `weight`.
+        keys: `[B, W]` int32.
+        weight: of each, fp32; 1 each, int32, if None.
+        goal: `[B, 1]`, how much weight over all devices is enough; of the dtype of the weight.
+        asked: bool scalar; else nothing is searched.
     """
-    bits = float_bits(scores)
-    # Order-preserving: negative floats have their magnitude bits flipped.
-    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    threshold = torch.full_like(goal, _LOWEST, dtype=torch.int32)
-    digits = torch.arange(1, 16, device=scores.device, dtype=torch.int32)
-    zero = torch.zeros((), device=scores.device, dtype=weight.dtype)
-    for shift in range(28, -1, -4):
-        tries = (threshold + (digits << shift))[:, :, None, :]
-        reached = torch.where(keys[..., None] >= tries, weight[..., None], zero)
-        total = reached.sum(2, dtype=weight.dtype).sum(1, keepdim=True, dtype=weight.dtype)
-        enough = (total >= goal).to(torch.int32).sum(-1, keepdim=True)
-        threshold = threshold + (enough << shift)
-    return keys >= threshold
+
+    def narrowed(
+        number: torch.Tensor, given: Sequence[torch.Tensor], state: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        (keys, goal, *weights), (threshold, step) = given, state
+        one = torch.ones((), device=keys.device, dtype=goal.dtype)
+        weight = weights[0][..., None] if weights else one
+        digits = torch.arange(1, 16, device=keys.device, dtype=torch.int32)
+        tries = threshold + digits * step
+        reached = keys[..., None] >= tries[:, None, :]
+        total = torch.where(reached, weight, torch.zeros_like(one)).sum(1, dtype=goal.dtype)
+        enough = (mesh.all_reduce(total, MODEL) >= goal).to(torch.int32).sum(-1, keepdim=True)
+        return [threshold + (enough * step).to(torch.int32), (step >> 4).to(torch.int32)]
+
+    lowest = torch.full_like(goal, _LOWEST, dtype=torch.int32)
+    step = torch.full_like(lowest, 1 << 28)
+    given = [keys, goal] if weight is None else [keys, goal, weight]
+    return repeat(mesh, asked.int() * _ROUNDS, narrowed, given, [lowest, step])[0]
 
 
 def _gumbel(seed: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -155,10 +239,10 @@ def _gumbel(seed: torch.Tensor, positions: torch.Tensor, ids: torch.Tensor) -> t
 
     Args:
         seed, positions: `[B]`.
-        ids: `[1, N, V / N]`.
+        ids: `[W]`.
     """
-    row = _mix(seed ^ _mix(positions.to(torch.int32) + 0x3C6EF372))
-    bits = _mix(_mix(ids + 0x1B873593) ^ row[:, None, None])
+    row = _mix(seed ^ _mix(positions + 0x3C6EF372))
+    bits = _mix(_mix(ids + 0x1B873593) ^ row[:, None])
     # 23 bits: with one more the largest would round to 1, whose noise is infinite.
     uniform = ((bits & 0x7FFFFF).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))

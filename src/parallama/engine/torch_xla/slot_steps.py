@@ -15,6 +15,7 @@ from ...plan.mesh_shape import DATA
 from ..steps import CACHE_AXES, PARAMS, SLOT_STATE, SPAN, StepKey
 from .linear_products import shared_rows
 from .ops import row_update, stretch
+from .sampling import counted
 from .slot_rows import first_rows, picked, placed, with_first_rows
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ Given = Mapping[str, torch.Tensor]
 def decode(steps: TorchXlaSteps, given: Given, key: StepKey) -> dict[str, torch.Tensor]:
     """One more token for each of the first rows that is `live`."""
     mesh = steps.mesh
-    names = [*SLOT_STATE, "live", *(name for name in PARAMS if name in given)]
-    rows = {name: first_rows(mesh, name, given[name], key.rows) for name in names if name in given}
+    names = (*SLOT_STATE, "live", *PARAMS)
+    rows = {name: first_rows(mesh, name, given[name], key.rows) for name in names}
     live, position = rows["live"], rows["position"]
     few = shared_rows(mesh, steps.plan.model, key.length)
     # What a row that isn't live could see is not read either.
@@ -44,15 +45,14 @@ def decode(steps: TorchXlaSteps, given: Given, key: StepKey) -> dict[str, torch.
         first_row=mesh.mark(first, (DATA,)),
         visible=start,
     )
-    token, logprob, _ = steps.choose(hidden[:, 0], rows, position + 1, key.mode, few)
+    token, logprob, _ = steps.choose(hidden[:, 0], rows, position + 1, few)
     new = {
         "token": torch.where(live, token, rows["token"]),
         "logprob": torch.where(live, logprob, rows["logprob"]),
         "position": torch.where(live, position + 1, position),
     }
-    if key.mode.penalty:
-        new["seen"] = steps.with_token(rows["seen"], new["token"], live)
     out = {name: with_first_rows(mesh, name, given[name], new[name]) for name in new}
+    out["counts"] = counted(given["counts"], mesh, new["token"], live)
     return steps.marked(out) | cache.buffers
 
 
@@ -67,13 +67,12 @@ def prefill(steps: TorchXlaSteps, given: Given, key: StepKey) -> dict[str, torch
     hidden, cache = steps.hidden(
         ids, start, caches(given), fresh=False, span=given.get(SPAN), ends=ends, first_row=slot
     )
-    names = [name for name in (*PARAMS, "seen") if name in given]
-    row = {name: picked(mesh, name, given[name], slot) for name in names}
+    row = {name: picked(mesh, name, given[name], slot) for name in PARAMS}
+    row["counts"] = given["prompted"]
     position = start + count
-    token, logprob, _ = steps.choose(hidden[:, 0], row, position, key.mode)
-    new = {"token": token, "logprob": logprob}
-    if key.mode.penalty:
-        new["seen"] = steps.with_token(row["seen"], token, final)
+    token, logprob, _ = steps.choose(hidden[:, 0], row, position)
+    counts = counted(given["prompted"], mesh, token, final)
+    new = {"token": token, "logprob": logprob, "counts": counts}
     out = {name: placed(mesh, name, given[name], new[name], slot, final) for name in new}
     out["position"] = placed(mesh, "position", given["position"], position, slot, count > 0)
     return steps.marked(out) | cache.buffers

@@ -15,8 +15,7 @@ from ...errors import ProgramError, lines
 from ...plan.mesh_shape import DATA, MODEL
 from ...plan.placement import Plan
 from ..interface import Steps
-from ..row_sampling import Mode
-from ..steps import LOGITS_AXES, PARAMS, SPAN, STATE_AXES, StepKey
+from ..steps import LOGITS_AXES, SPAN, STATE_AXES, StepKey
 from . import attention, cache, sampling, slot_steps
 from .last_positions import LastPositions
 from .linear_form import LinearForm
@@ -87,7 +86,7 @@ class TorchXlaSteps(Steps):
         }
         donated: list[str] = []
         if key.kind not in ("grow", "logits", "score"):
-            donated = [*caches(state), *(["seen"] if key.mode.penalty else [])]
+            donated = [*caches(state), "counts"]
         return Program(name, self.mesh, steps[key.kind], state, donated)
 
     def hidden(
@@ -189,17 +188,13 @@ class TorchXlaSteps(Steps):
         last: torch.Tensor,
         given: Mapping[str, torch.Tensor],
         positions: torch.Tensor,
-        mode: Mode,
         few: range = range(0),
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens, their log-probabilities, and the logits that they were chosen from."""
         mesh, vocab = self.mesh, self.plan.model.vocab
         logits = mesh.mark(self._head(last, few), (DATA, MODEL))
-        params = {name: given[name] for name in PARAMS if name in given}
         with scope("sampling"):
-            token, logprob = sampling.choose(
-                logits, mesh, vocab, mode, params, positions, given.get("seen")
-            )
+            token, logprob = sampling.choose(logits, mesh, vocab, given, positions)
         return token, logprob, logits
 
     def _prefill(self, given: Mapping[str, torch.Tensor], key: StepKey) -> dict[str, torch.Tensor]:
@@ -213,14 +208,14 @@ class TorchXlaSteps(Steps):
             ids, start, caches(given), fresh=key.fresh, span=given.get(SPAN), ends=ends
         )
         position = start + count
-        token, logprob, _ = self.choose(hidden[:, 0], given, position, key.mode)
+        token, logprob, _ = self.choose(hidden[:, 0], given, position)
         out = {
             "token": torch.where(final, token, given["token"]),
             "logprob": torch.where(final, logprob, given["logprob"]),
             "position": torch.where(final, position, given["position"]),
         }
         out["done"] = torch.where(final, self._is_end(out["token"], given["eos"]), given["done"])
-        return self._with_state(out, given, step_cache, final, key)
+        return self._with_state(out, given, step_cache, final)
 
     def _decode(self, given: Mapping[str, torch.Tensor], key: StepKey) -> dict[str, torch.Tensor]:
         """One more token for every row that isn't done; done rows keep their state."""
@@ -231,7 +226,7 @@ class TorchXlaSteps(Steps):
             given["token"][:, None], position, caches(given), fresh=False, span=span, few=few
         )
         following = position + 1
-        token, logprob, logits = self.choose(hidden[:, 0], given, following, key.mode, few)
+        token, logprob, logits = self.choose(hidden[:, 0], given, following, few)
         out = {
             "token": torch.where(done, given["token"], token),
             "logprob": torch.where(done, given["logprob"], logprob),
@@ -242,7 +237,7 @@ class TorchXlaSteps(Steps):
             out[SPAN] = span
         if key.scored:
             out["logits"] = logits.float()
-        return self._with_state(out, given, step_cache, ~done, key)
+        return self._with_state(out, given, step_cache, ~done)
 
     def _with_state(
         self,
@@ -250,17 +245,9 @@ class TorchXlaSteps(Steps):
         given: Mapping[str, torch.Tensor],
         step_cache: cache.StepCache,
         live: torch.Tensor,
-        key: StepKey,
     ) -> dict[str, torch.Tensor]:
-        if key.mode.penalty:
-            out["seen"] = self.with_token(given["seen"], out["token"], live)
+        out["counts"] = sampling.counted(given["counts"], self.mesh, out["token"], live)
         return self.marked(out) | step_cache.buffers
-
-    @staticmethod
-    def with_token(seen: torch.Tensor, token: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
-        """`seen` with the tokens that rows which are live have chosen."""
-        ids = torch.arange(seen.shape[1], device=live.device)
-        return seen | ((ids[None, :] == token[:, None]) & live[:, None])
 
     def marked(self, out: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: self.mesh.mark(tensor, STATE_AXES[name]) for name, tensor in out.items()}

@@ -1,7 +1,4 @@
-"""Loops within a program: a body that is traced once, run as often as a device's number says.
-
-torch has no loop that torch-xla would keep as one under SPMD.
-"""
+"""Loops within a program: a body that is traced once, run as often as a device's number says."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import Any
 import torch
 
 from .mesh import DeviceMesh
+from .traced_body import TracedBody, computed
 
 Body = Callable[
     [torch.Tensor, Sequence[torch.Tensor], Sequence[torch.Tensor]], Sequence[torch.Tensor]
@@ -24,61 +22,39 @@ def repeat(
     given: Sequence[torch.Tensor],
     state: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
-    """`state`, after `body` was run so many times.
+    """`state`, after `body` was run so many times, by each device as its own `times` says.
 
-    The body is traced with stand-ins of the same shapes, so it must not close over tensors. Where
-    devices share the work, each runs it on its own part, for as many times as its own `times` says:
-    a collective in the body would hang.
+    XLA computes what depends neither on the round nor on the state before the loop, and also where
+    the body is never run: `branches.when` skips that, too.
 
     Args:
         times: int32 scalar.
         body: from the number of the round (int32 scalar), `given` and the state to the next state,
-            of the same shapes and dtypes.
+            of the same shapes and dtypes; see `TracedBody`.
         given: what the body reads besides.
     """
-    import torch_xla
     from torch_xla.core import xla_builder as xb
 
     round_ = mesh.enter_manual(torch.zeros((), dtype=torch.int32, device=times.device), ())
-    inputs = [round_, *given, *state]
-    stand_ins = [xb.create_placeholder_tensor(tensor.shape, tensor.dtype) for tensor in inputs]
-    results = list(body(stand_ins[0], stand_ins[1 : 1 + len(given)], stand_ins[1 + len(given) :]))
-    context = torch_xla._XLAC.lowering.LoweringContext("parallama_body")
-    context.build(results)
-    once = xb.computation_from_module_proto("parallama_body", context.hlo())
-
-    # Parameter number of the body -> place among the loop's values: inputs, then held constants.
-    places = {
-        context.tensor_parameter_id(stand_in): place for place, stand_in in enumerate(stand_ins)
-    }
-    places.pop(-1, None)  # what the body doesn't read
-    # Numbers in the body that torch-xla makes parameters of.
-    constants = dict(context.device_parameter_id_tensor_mapping())
-    held: list[torch.Tensor] = []
-    for number, tensor in constants.items():
-        if number not in places:
-            places[number] = len(inputs) + len(held)
-            held.append(mesh.enter_manual(tensor.to(times.device), (None,) * tensor.dim()))
-    first_state = 2 + len(given)
+    first_state = 1 + len(given)
     end = first_state + len(state)
+    traced = TracedBody(
+        mesh,
+        lambda tensors: body(tensors[0], tensors[1:first_state], tensors[first_state:]),
+        [round_, *given, *state],
+    )
 
     def lower(*operands: Any) -> Any:
-        def left(number: Any, times: Any, *_: Any) -> Any:
+        def left(times: Any, number: Any, *_: Any) -> Any:
             return number < times
 
-        def run(number: Any, times: Any, *rest: Any) -> Any:
-            values = [number, *rest]
-            new = xb.Op.call(once, [values[places[parameter]] for parameter in range(len(places))])
-            states = [new.get_tuple_element(index) for index in range(len(state))]
+        def run(times: Any, number: Any, *rest: Any) -> Any:
+            operands = [number, *rest]
             following = number + xb.Op.one(number.builder(), xb.Type.S32)
-            return following, times, *rest[: len(given)], *states, *rest[end - 2 :]
+            states = traced.call(operands)
+            return times, following, *operands[1:first_state], *states, *operands[end:]
 
-        times, round_, *rest = operands
-        loop = xb.Op.mkwhile([round_, times, *rest], left, run)
-        return xb.Op.tuple([loop.get_tuple_element(index) for index in range(first_state, end)])
+        loop = xb.Op.mkwhile(operands, left, run)
+        return xb.Op.tuple([loop.get_tuple_element(1 + index) for index in range(first_state, end)])
 
-    operands = [times, *inputs, *held]
-    computation = xb.create_computation("parallama_repeat", lower, xb.tensor_shape(operands))
-    return list(
-        torch_xla._XLAC._xla_user_computation("xla::_op_parallama_repeat", operands, computation)
-    )
+    return computed("parallama_repeat", lower, [times, *traced.operands])
