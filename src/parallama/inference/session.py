@@ -1,4 +1,4 @@
-"""Prefill and decode for a ragged batch, on programs that are all compiled before the first token.
+"""Prefill and decode for one batch, on programs that are all compiled before the first token.
 
 A `Session` owns the state of one batch on the devices: its KV cache, positions and last tokens.
 Rows have their own lengths and positions. A row's position is also its place in the cache, so a row
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -46,8 +46,6 @@ class Session:
         continued: `prefill` may be called again with longer token lists, and computes only what
             is new.
         scored: decode with `feed`, which gives logits, and not with `decode`.
-        batch: fill up to so many rows, so that a batch that is not full needs no other programs.
-        stats: goes on counting here.
         progress: called with programs compiled and their number.
     """
 
@@ -62,15 +60,13 @@ class Session:
         eos: Sequence[int] = (),
         continued: bool = False,
         scored: bool = False,
-        batch: int = 1,
-        stats: RunStats | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.steps, self.mesh = steps, steps.mesh
-        self.stats = RunStats() if stats is None else stats
+        self.stats = RunStats()
         self._programs = programs
         self._count = len(rows)
-        self._batch = _filled(max(len(rows), batch), self.mesh)
+        self._batch = _filled(len(rows), self.mesh)
         self.shapes = SessionShapes.of(
             batch=self._batch,
             capacity=capacity,
@@ -159,20 +155,6 @@ class Session:
                 sizes = self.mesh.local_bytes(tensor)
                 totals = [total + size for total, size in zip(totals, sizes, strict=True)]
         return totals
-
-    def sample(self, rows: Sequence[RowSampling]) -> None:
-        """Choose otherwise from the next `prefill` on."""
-        self._rows = tuple(rows)
-        with self.mesh.lock:
-            self._constants = self._make_constants()
-
-    def end(self, rows: Iterable[int]) -> None:
-        """Choose nothing more for these rows: their texts have ended."""
-        self._frozen.update(rows)
-        done = torch.arange(self._batch) >= self._count
-        done[list(self._frozen)] = True
-        with self.mesh.lock:
-            self._state |= state.put(self.steps, {"done": done})
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Choice]:
         """Take in each row's whole token list and choose a first token.
