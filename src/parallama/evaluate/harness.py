@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from ..errors import UsageError, lines, shown
 from ..files.chat_template import Renderer, renderer_of
 from ..inference.llm import LLM
+from ..inference.run_stats import RunStats
 from .generation import TaskGeneration
 from .scorer import Scorer, Text
 
@@ -231,11 +232,13 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]
             asked.append(request)
             rows.append(row)
         progress, done = self.llm.report("generating"), 0
-        for _, chunk, _ in self.llm.continued(asked, rows, self.batch_size):
+        stats = RunStats()
+        for number, (_, chunk, _) in enumerate(self.llm.continued(asked, rows, self.batch_size)):
+            if number == 0:  # later ones may be of a run that `progress` makes
+                stats = self.llm.stats
             done += chunk.finish_reason is not None
             if progress is not None and chunk.finish_reason is not None:
                 progress(done, len(requests))
-        stats = self.llm.stats
         self._compiled += stats.programs_compiled
         self._compiled_late += stats.programs_after_warmup
         self._generated += sum(len(row.token_ids) for row in rows)
