@@ -53,6 +53,7 @@ class Run:
         contents, shapes = self.slots.contents, self.slots.shapes
         for move in todo.moves:
             if isinstance(move, Copy):
+                assert self.scheduler.copying
                 assert move.source // shapes.per_shard == move.target // shapes.per_shard
                 assert move.target not in self.slot_of.values()
                 contents[move.target] = list(contents[move.source])
@@ -201,6 +202,46 @@ def test_equal_prompts_that_come_together_are_computed_once() -> None:
         run.add(name, list(range(200)), 5)
     run.finish()
     assert [move.cached for move in run.admitted] == [0, 199, 199, 199]
+
+
+def test_what_is_overwritten_in_a_round_is_no_prompts_beginning_in_it() -> None:
+    """Both are admitted at once: one has a slot kept in another, the other begins as that did."""
+    run = run_of(2)
+    first, second = [1] * 50, [2] * 50
+    run.add(0, first, 3)
+    run.finish()
+    run.scheduler._used[1] = -1  # the second slot was used before the first
+    run.slots.contents[1][:] = second
+    run.add(1, [3] * 40, 3)
+    run.add(2, [*second, 4], 3)
+    run.finish()
+
+
+def test_a_token_in_common_is_no_reason_for_a_shard_or_a_copy() -> None:
+    run = run_of(8, 2)
+    run.add(9, [1, *[9] * 60], 3)
+    run.finish()
+    for name in range(4):
+        run.add(name, [1, *[10 + name] * 60], 3)
+    run.step()
+    assert all(move.cached <= 1 for move in run.admitted[1:])
+    assert sorted(slot // 4 for slot in run.slot_of.values()) == [0, 0, 1, 1]
+    run.finish()
+
+
+def test_a_prompt_that_shares_its_beginning_waits_once_at_the_most() -> None:
+    """Others that begin the same keep coming; each is computed for several rounds."""
+    run = run_of(4, positions=1000)
+    run.add(0, [7] * 200 + [1] * 300, 2)
+    run.step()
+    run.add(1, [7] * 200 + [2] * 10, 2)
+    for name in range(2, 40):
+        run.add(name, [7] * 200 + [name] * 300, 2)
+        run.step()
+        if 1 in run.got:
+            break
+    assert run.got.get(1) and name < 10
+    run.finish()
 
 
 @pytest.mark.parametrize(

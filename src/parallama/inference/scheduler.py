@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -92,9 +92,6 @@ class Scheduler:
         prefix_caching: prompts may go on from what slots hold.
         copying: slots may be copied.
         max_queued_requests, max_queued_tokens: most that may wait, if there is a limit.
-
-    Attributes:
-        cached_tokens: of prompts, not computed so far.
     """
 
     view: SlotsView
@@ -103,7 +100,6 @@ class Scheduler:
     copying: bool = True
     max_queued_requests: int | None = None
     max_queued_tokens: int | None = None
-    cached_tokens: int = 0
     _queue: list[tuple[tuple[int, int], _Request]] = field(default_factory=list)
     _known: dict[int, _Request] = field(default_factory=dict)
     _in_slot: dict[int, _Request] = field(default_factory=dict)
@@ -225,7 +221,9 @@ class Scheduler:
         open_shards = [shard for shard in shards if self._free(shard)]
         matches = {shard: self._match(request.ids, shard, taken) for shard in open_shards}
         busy = {shard: self.view.shapes.per_shard - len(self._free(shard)) for shard in open_shards}
-        shard = min(open_shards, key=lambda each: (-matches[each][1], busy[each]))
+        # A few tokens in common, as the first one of every text, are no reason for a shard.
+        worth = {each: same for each, (_, same) in matches.items() if same >= _WORTH_A_COPY}
+        shard = min(open_shards, key=lambda each: (-worth.get(each, 0), busy[each]))
         source, cached = matches[shard]
         needed = self.view.shapes.row_count(busy[shard] + 1)
         first = self._slots(shard)[0]
@@ -238,28 +236,30 @@ class Scheduler:
             if target == source:  # it holds much more than this prompt needs
                 others = [slot for slot in near if slot != source]
                 target = min(others, key=lambda slot: self._used.get(slot, -1), default=source)
-            moves += self._parked(shard, target, [*taken, source])
+            moves += self._parked(shard, target, source, taken)
+            if source != target and (cached < _WORTH_A_COPY or not self.copying):
+                source, cached = None, 0
             if source is not None and source != target:
                 moves.append(Copy(source, target))
-            elif source is None:
-                cached = 0
         taken.add(target)
         self._in_slot[target] = request
         request.slot = target
-        self.cached_tokens += cached
         return [*moves, Admitted(request=request.name, slot=target, cached=cached)]
 
     def _is_being_computed(self, ids: Sequence[int]) -> bool:
         """Whether another prompt is prefilled that a copy is soon worth waiting for."""
         if not (self.prefix_caching and self.copying):
             return False
-        for slot, each in self._in_slot.items():
-            if each.decoding or not self._free(self._shard(slot)):
-                continue
-            same = cached_start(each.ids, ids)
-            if same >= _WORTH_A_COPY and same > len(self.view.contents[slot]):
-                return True
-        return False
+        prefilled = [
+            each
+            for slot, each in self._in_slot.items()
+            if not each.decoding and self._free(self._shard(slot))
+        ]
+        if not prefilled:
+            return False
+        held = max(cached_start(contents, ids) for contents in self.view.contents)
+        coming = max(cached_start(each.ids, ids) for each in prefilled)
+        return coming >= held + _WORTH_A_COPY
 
     def _free(self, shard: int) -> list[int]:
         return [slot for slot in self._slots(shard) if slot not in self._in_slot]
@@ -270,27 +270,28 @@ class Scheduler:
         if not self.prefix_caching:
             return best
         for slot in self._slots(shard):
-            if slot in taken:
+            if slot in taken or (slot in self._in_slot and not self.copying):
                 continue
             same = cached_start(self.view.contents[slot], ids)
-            stays = slot not in self._in_slot
-            if same > best[1] and (stays or (self.copying and same >= _WORTH_A_COPY)):
+            if same > best[1]:
                 best = (slot, same)
-        return best if best[1] >= _WORTH_A_COPY or best[0] not in self._in_slot else (None, 0)
+        return best
 
     def _parked(
-        self, shard: int, target: int, taken: Collection[int | None]
+        self, shard: int, target: int, source: int | None, taken: set[int]
     ) -> list[Copy | Admitted]:
-        """Keep what a slot holds in one that was used longer ago, or never."""
+        """Keep what a slot holds in one that was used longer ago, or never, but not in `source`."""
         if not (self.prefix_caching and self.copying) or target in taken:
             return []
         if len(self.view.contents[target]) < _WORTH_A_COPY:
             return []
-        others = [slot for slot in self._free(shard) if slot != target and slot not in taken]
+        used = {target, source, *taken}
+        others = [slot for slot in self._free(shard) if slot not in used]
         oldest = min(others, key=lambda slot: self._used.get(slot, -1), default=None)
         if oldest is None or self._used.get(oldest, -1) >= self._used.get(target, -1):
             return []
         self._used[oldest] = self._used.get(target, -1)
+        taken.add(oldest)
         return [Copy(target, oldest)]
 
     def _together(self) -> list[Copy | Admitted]:

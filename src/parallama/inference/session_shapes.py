@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 from ..engine.steps import StepKey
 from ..plan.program_shapes import CHUNK, cache_buckets, chunk_size, prompt_buckets
@@ -116,5 +115,11 @@ class SessionShapes:
 
 def cached_start(cached: Sequence[int], prompt: Sequence[int]) -> int:
     """From which token on a prompt must be computed; at least its last is."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(cached, prompt, strict=False))
-    return min(sum(1 for _ in same), len(prompt) - 1)
+    same, most = 0, min(len(cached), len(prompt) - 1)
+    while same < most:  # slices are compared far faster than tokens one by one
+        middle = (same + most + 1) // 2
+        if list(cached[same:middle]) == list(prompt[same:middle]):
+            same = middle
+        else:
+            most = middle - 1
+    return same

@@ -60,16 +60,12 @@ class SlotShapes:
         """Slots of one data shard."""
         return self.slots // self.shards
 
-    @property
-    def positions(self) -> int:
-        """Most tokens of a request."""
-        return self.length - max(self.sizes)
-
     def on(self, shards: int) -> SlotShapes:
-        """The same for a mesh with another data axis, with as many programs or more."""
+        """The same for a mesh with another data axis, where requests may be in any slot."""
+        if shards == self.shards:
+            return self
         per_shard = math.ceil(self.slots / shards)
-        moved = replace(self, slots=per_shard * shards, shards=shards, rows=())
-        return replace(moved, rows=moved.row_counts())
+        return replace(self, slots=per_shard * shards, shards=shards, rows=(per_shard,))
 
     def row_counts(self, at_once: int | None = None) -> tuple[int, ...]:
         """Numbers of a shard's slots that are worth a program: 1, 2, 4 ... and all.
