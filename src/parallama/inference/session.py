@@ -7,7 +7,6 @@ never sees another row, or a place that it hasn't written.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,19 +16,18 @@ import torch
 
 from ..engine.interface import DeviceTensor, Engine, Steps
 from ..engine.row_sampling import RowSampling
-from ..engine.steps import STATE_AXES, StepKey, cache_names
+from ..engine.steps import STATE_AXES, cache_names
 from ..errors import UsageError, lines
 from ..model.token_ids import check_ids
-from ..plan.mesh_shape import DATA
-from ..sharded.layout import Layout
 from ..sharded.reshard import Mover
 from . import state
-from .programs import ProgramSet, make_programs
-from .run_stats import Choice, RunStats
+from .device_state import DeviceState
+from .programs import ProgramSet
+from .run_stats import Choice
 from .session_shapes import SessionShapes, cached_start
 
 
-class Session:
+class Session(DeviceState):
     """The state of a batch on the devices, and the programs that move it.
 
     Rows are filled up to a multiple of the "data" axis with idle ones, which are done from the
@@ -62,9 +60,7 @@ class Session:
         scored: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        self.steps, self.mesh = steps, steps.mesh
-        self.stats = RunStats()
-        self._programs = programs
+        super().__init__(steps, programs)
         self._count = len(rows)
         self._batch = _filled(len(rows), self.mesh)
         self.shapes = SessionShapes.of(
@@ -79,66 +75,33 @@ class Session:
         self._cached: list[list[int]] = [[] for _ in rows]
         self._length = self.shapes.buckets[0]
         self._constants = self._make_constants()
-        self._state: dict[str, DeviceTensor] = {}
         self._turn = 0
-        self._warm_up(progress)
+        self.ready(progress)
 
     def _make_constants(self) -> dict[str, DeviceTensor]:
         idle = [RowSampling()] * (self._batch - self._count)
         return state.constants(self.steps, [*self._rows, *idle], self._eos)
 
-    def _warm_up(self, progress: Callable[[int, int], None] | None) -> None:
-        began = time.perf_counter()
-        with self.mesh.counted() as compiled:
-            traced = self._programs.trace_s
-            self._programs.warm_up(self.shapes.keys(), progress)
-            self.stats.trace_s += self._programs.trace_s - traced
-            self.stats.programs_compiled += compiled()
-        self.stats.compile_s += time.perf_counter() - began
-
     # -- moving to another mesh
-
-    def tensors(self) -> list[DeviceTensor]:
-        """What it holds on the devices that would move with it."""
-        return list(self._state.values())
-
-    def leave(self) -> None:
-        """Let go of the programs, which hold the model's weights: what follows is `move`."""
-        self._programs = make_programs(self.steps)
 
     def move(self, steps: Steps, programs: ProgramSet, mover: Mover) -> None:
         """Go on with the same model on another mesh, from the same cache.
 
         Compiles nothing yet: see `ready`.
         """
-        old, new = self.steps.plan, steps.plan
-        self.steps, self.mesh, self._programs = steps, steps.mesh, programs
-        self._batch = _filled(self._count, self.mesh)
+        self._batch = _filled(self._count, steps.mesh)
         self.shapes = replace(self.shapes, batch=self._batch)
-        layouts = {
-            name: state.layout_of(name, tuple(tensor.shape), old)
-            for name, tensor in self._state.items()
-        }
         # Idle rows fill a batch up to the mesh: they go with the old one, and come with the new.
-        self._state = mover(
-            self._state,
-            layouts.__getitem__,
-            lambda name: state.layout_of(name, self._shape(layouts[name]), new),
-            rows=self._count,
-        )
+        self._take_along(steps, programs, mover, kept=self._count, rows=self._batch)
         if self._state:
             done = mover.new_mesh.fetch(self._state["done"], STATE_AXES["done"])
             done[self._count :] = True
             self._state |= state.put(steps, {"done": done})
         self._constants = self._make_constants()
 
-    def _shape(self, before: Layout) -> tuple[int, ...]:
-        """The shape of a tensor of the state now, from that on another mesh."""
-        return (self._batch, *before.shape[1:]) if before.axes[0] == DATA else before.shape
-
     def ready(self, progress: Callable[[int, int], None] | None) -> None:
-        """Compile what this session can need after a `move`."""
-        self._warm_up(progress)
+        """Compile what this session can need that isn't yet, as after a `move`."""
+        self._compile(self.shapes.keys(), progress)
 
     # -- running
 
@@ -146,15 +109,6 @@ class Session:
     def cached(self) -> list[list[int]]:
         """For each row the tokens whose keys and values are in the cache."""
         return [row[:] for row in self._cached]
-
-    def cache_bytes_per_device(self) -> list[int]:
-        """Bytes of KV cache on each device, measured on its shards."""
-        totals = [0] * self.mesh.shape.devices
-        for name, tensor in self._state.items():
-            if name.startswith("cache."):
-                sizes = self.mesh.local_bytes(tensor)
-                totals = [total + size for total, size in zip(totals, sizes, strict=True)]
-        return totals
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> list[Choice]:
         """Take in each row's whole token list and choose a first token.
@@ -192,8 +146,9 @@ class Session:
         self._cached = [[] for _ in self._cached]
         for index in range(chunks):
             chunk = state.prompt_chunk([*news, *[[]] * idle], [*starts, *[0] * idle], size, index)
-            self._advance(self.shapes.prefill(self._length, size), state.put(self.steps, chunk))
-        choices = self._read()
+            given = self._constants | state.put(self.steps, chunk)
+            self._advance(self.shapes.prefill(self._length, size), given)
+        choices = self._chosen()
         self._cached = [list(prompt) for prompt in prompts]
         self._frozen.clear()
         self.stats.ttft_s = time.perf_counter() - began
@@ -225,10 +180,10 @@ class Session:
                             "read one stream of a session or chat at a time",
                         )
                     )
-                pending = pending or [choice.token for choice in self._read()]
+                pending = pending or [choice.token for choice in self._chosen()]
                 self._ensure(max(len(row) for row in self._cached) + 1)
-                launched, run_s = self._advance(self.shapes.decode(self._length))
-                choices = self._read()
+                launched, run_s = self._advance(self.shapes.decode(self._length), self._constants)
+                choices = self._chosen()
                 read = time.perf_counter()
                 for row, token, choice in zip(self._cached, pending, choices, strict=True):
                     if choice.row not in self._frozen:
@@ -255,22 +210,13 @@ class Session:
         with self._step():
             self._turn += 1
             self._ensure(max(len(row) for row in self._cached) + 1)
-            extra = state.put(self.steps, {"token": fed, "done": done})
-            self._advance(self.shapes.decode(self._length), extra)
+            given = self._constants | state.put(self.steps, {"token": fed, "done": done})
+            self._advance(self.shapes.decode(self._length), given)
             for row, token in zip(self._cached, tokens, strict=True):
                 row.append(token)
             self.stats.decode_steps += 1
             logits = self.mesh.fetch(self._state["logits"], STATE_AXES["logits"])
         return logits[: self._count, : self.steps.plan.model.vocab]
-
-    @contextlib.contextmanager
-    def _step(self) -> Iterator[None]:
-        """Have the devices alone, and count what is compiled meanwhile."""
-        with self.mesh.counted() as compiled:
-            try:
-                yield
-            finally:
-                self.stats.programs_after_warmup += compiled()
 
     def _ensure(self, length: int) -> None:
         """Have a cache of at least `length` positions."""
@@ -292,26 +238,8 @@ class Session:
             self._state |= self._programs[self.shapes.grow(self._length, longer)](buffers)
             self._length = longer
 
-    def _advance(
-        self, key: StepKey, extra: dict[str, DeviceTensor] | None = None
-    ) -> tuple[float, float]:
-        """Hand one step to the devices.
-
-        Returns:
-            When that was done, and the seconds spent in the executable's call.
-        """
-        program = self._programs[key]
-        outputs = program(self._constants | self._state | (extra or {}))
-        launched = time.perf_counter()
-        self._state |= outputs
-        return launched, program.last_run_s
-
-    def _read(self) -> list[Choice]:
-        tokens, logprobs = (
-            self.mesh.fetch(self._state[name], STATE_AXES[name]).tolist()
-            for name in ("token", "logprob")
-        )
-        return [Choice(row, tokens[row], logprobs[row]) for row in range(self._count)]
+    def _chosen(self) -> list[Choice]:
+        return self._read(range(self._count))
 
 
 def _filled(rows: int, mesh: Engine) -> int:

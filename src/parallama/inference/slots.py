@@ -7,19 +7,18 @@ doesn't pay for the others. What a slot holds stays there until another request 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..engine.interface import DeviceTensor, Steps
 from ..engine.row_sampling import RowSampling
-from ..engine.steps import STATE_AXES, StepKey
 from ..sharded.reshard import Mover
 from . import state
-from .programs import ProgramSet, make_programs
-from .run_stats import Choice, RunStats
+from .device_state import DeviceState
+from .programs import ProgramSet
+from .run_stats import Choice
 from .slot_shapes import SlotShapes
 from .state import SlotChunk
 
@@ -39,7 +38,7 @@ class Slot:
     sampling: RowSampling = field(default_factory=RowSampling)
 
 
-class SlotSession:
+class SlotSession(DeviceState):
     """Slots on the devices, and the programs that move them.
 
     Args:
@@ -49,7 +48,6 @@ class SlotSession:
 
     Attributes:
         slots: all of them, shard after shard.
-        stats: what it has measured.
     """
 
     def __init__(
@@ -58,9 +56,8 @@ class SlotSession:
         programs: ProgramSet,
         shapes: SlotShapes,
     ) -> None:
-        self.steps, self.mesh, self.shapes = steps, steps.mesh, shapes
-        self.stats = RunStats()
-        self._programs = programs
+        super().__init__(steps, programs)
+        self.shapes = shapes
         self.slots = [Slot() for _ in range(shapes.slots)]
         self._params: dict[str, DeviceTensor] | None = None
         with self.mesh.lock:
@@ -76,39 +73,15 @@ class SlotSession:
             progress: called with programs compiled and their number.
         """
         self.shapes = shapes
-        began, traced = time.perf_counter(), self._programs.trace_s
-        with self.mesh.counted() as compiled:
-            self._programs.warm_up(self.shapes.keys(), progress)
-            self.stats.trace_s += self._programs.trace_s - traced
-            self.stats.programs_compiled += compiled()
-        self.stats.compile_s += time.perf_counter() - began
+        self._compile(shapes.keys(), progress)
 
     # -- moving to another mesh
 
-    def tensors(self) -> list[DeviceTensor]:
-        """What it holds on the devices that would move with it."""
-        return list(self._state.values())
-
-    def leave(self) -> None:
-        """Let go of the programs, which hold the model's weights: what follows is `move`."""
-        self._programs = make_programs(self.steps)
-
     def move(self, steps: Steps, programs: ProgramSet, mover: Mover) -> None:
         """Go on with the same model on another mesh. Compiles nothing yet: see `ready`."""
-        old, new = self.steps.plan, steps.plan
         kept = len(self.slots)
         self.shapes = self.shapes.on(steps.mesh.shape.data)
-        layouts = {
-            name: state.layout_of(name, tuple(tensor.shape), old)
-            for name, tensor in self._state.items()
-        }
-        self.steps, self.mesh, self._programs = steps, steps.mesh, programs
-        self._state = mover(
-            self._state,
-            layouts.__getitem__,
-            lambda name: state.layout_of(name, (self.shapes.slots, *layouts[name].shape[1:]), new),
-            rows=kept,
-        )
+        self._take_along(steps, programs, mover, kept=kept, rows=self.shapes.slots)
         self.slots += [Slot() for _ in range(self.shapes.slots - kept)]
         self._params = None
 
@@ -117,12 +90,6 @@ class SlotSession:
         self.prepare(self.shapes, progress)
 
     # -- running
-
-    def cache_bytes_per_device(self) -> list[int]:
-        """Bytes of KV cache on each device, measured on its shards."""
-        caches = (each for name, each in self._state.items() if name.startswith("cache."))
-        sizes = [self.mesh.local_bytes(tensor) for tensor in caches]
-        return [sum(of_device) for of_device in zip(*sizes, strict=True)]
 
     @property
     def contents(self) -> list[list[int]]:
@@ -168,7 +135,7 @@ class SlotSession:
             extra = state.put_slot_chunks(self.steps, chunks, size)
             self._advance(self.shapes.prefill(size), self._sampling() | extra)
             ends = [slot for slot in prompts if chunks[self.place(slot)[0]].final]
-            choices = self._read(ends)
+            choices = {choice.row: choice for choice in self._read(ends)}
         for slot in prompts:
             self.slots[slot].cached += chunks[self.place(slot)[0]].ids
         for slot, choice in choices.items():
@@ -185,7 +152,7 @@ class SlotSession:
         with self._step():
             given = self._sampling()
             launched, run_s = self._advance(self.shapes.decode(rows), given)
-            choices = self._read(live)
+            choices = {choice.row: choice for choice in self._read(live)}
         read = time.perf_counter()
         for slot, choice in choices.items():
             held = self.slots[slot]
@@ -210,15 +177,6 @@ class SlotSession:
         self.slots[target] = replace(held, cached=list(held.cached))
         self._params = None
 
-    @contextmanager
-    def _step(self) -> Iterator[None]:
-        """Have the devices alone, and count what is compiled meanwhile."""
-        with self.mesh.counted() as compiled:
-            try:
-                yield
-            finally:
-                self.stats.programs_after_warmup += compiled()
-
     def _sampling(self) -> dict[str, DeviceTensor]:
         """Sampling parameters of every slot, and which are live; put anew after a change."""
         if self._params is None:
@@ -226,20 +184,3 @@ class SlotSession:
             host["live"] = torch.tensor([slot.token is not None for slot in self.slots])
             self._params = state.put(self.steps, host)
         return self._params
-
-    def _advance(self, key: StepKey, extra: dict[str, DeviceTensor]) -> tuple[float, float]:
-        """Hand one step to the devices; as `Session._advance`."""
-        program = self._programs[key]
-        outputs = program(self._state | extra)
-        launched = time.perf_counter()
-        self._state |= outputs
-        return launched, program.last_run_s
-
-    def _read(self, slots: Sequence[int]) -> dict[int, Choice]:
-        if not slots:
-            return {}
-        tokens, logprobs = (
-            self.mesh.fetch(self._state[name], STATE_AXES[name]).tolist()
-            for name in ("token", "logprob")
-        )
-        return {slot: Choice(slot, tokens[slot], logprobs[slot]) for slot in slots}
