@@ -51,7 +51,7 @@ def test_a_completion_has_transformers_tokens(client: openai.OpenAI, expected: A
             prompt=prompt,
             max_tokens=8,
             temperature=0,
-            extra_body={"return_token_ids": True, "ignore_eos": True},
+            extra_body={"return_token_ids": True, "ignore_eos": True, "priority": -1},
         )
         choice: Any = got.choices[0]
         assert choice.token_ids == wanted and choice.prompt_token_ids == ids

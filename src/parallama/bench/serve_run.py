@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from ..environment import expect_no_devices
@@ -102,7 +102,7 @@ def _running(name: str, model: str, own: OwnServer, api_key: str | None) -> Iter
         return
     start = start_transformers if name == TRANSFORMERS else start_ours
     process, target = start(model, own)
-    with process:
+    with closing(process):
         yield target
 
 

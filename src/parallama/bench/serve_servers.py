@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 
 import httpx2
 
@@ -91,17 +90,6 @@ class ServerProcess:
         self._process.stdin.close()  # its keeper kills what there is
         self._process.wait()
         self._folder.cleanup()
-
-    def __enter__(self) -> ServerProcess:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def start_ours(model: str, own: OwnServer) -> tuple[ServerProcess, Target]:

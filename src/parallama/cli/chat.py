@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from typing import Annotated, Any
 
 import typer
@@ -111,7 +112,7 @@ def _talk_to_server(
 ) -> None:
     from .remote_chat import RemoteChat
 
-    with RemoteChat(server, model=model or None, system=system, asked=asked) as talk:
+    with closing(RemoteChat(server, model=model or None, system=system, asked=asked)) as talk:
         _talk(talk.send, talk.reset)
     if not quiet:
         tokens = f"{talk.tokens} tokens" if talk.tokens else "answers of uncounted tokens"

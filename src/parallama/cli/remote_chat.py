@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 import httpx2
@@ -117,13 +116,6 @@ class RemoteChat:
         """Start over, with the system message if there is one."""
         self.messages = list(self._system)
 
-    def __enter__(self) -> RemoteChat:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let go of its connections."""
         self._client.close()

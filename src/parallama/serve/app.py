@@ -16,13 +16,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from .access import Access, AccessRules
-from .answers import Models
+from .answers import Model, Models
 from .calls import Door, door_of
 from .chat_completions import chat_completions
 from .completions import completions
 from .errors import ApiError
 from .page_routes import asset, docs, mesh, openapi, page
 from .running import Mailbox
+from .served_model import ServedModel
 from .tokens import detokenize, tokenize
 
 LOGGER = logging.getLogger("parallama")
@@ -31,20 +32,7 @@ LOGGER = logging.getLogger("parallama")
 async def models(request: Request) -> Response:
     """The models that are served."""
     served = door_of(request).ready()
-    answer: Models = {
-        "object": "list",
-        "data": [
-            {
-                "id": name,
-                "object": "model",
-                "created": served.created,
-                "owned_by": "parallama",
-                "root": served.serving.llm.name,
-                "max_model_len": served.serving.llm.max_model_len,
-            }
-            for name in served.names
-        ],
-    }
+    answer: Models = {"object": "list", "data": [_card(served, name) for name in served.names]}
     return JSONResponse(answer)
 
 
@@ -52,7 +40,11 @@ async def model(request: Request) -> Response:
     """One of the models."""
     served, name = door_of(request).ready(), request.path_params["name"]
     served.check_name(name)
-    answer = {
+    return JSONResponse(_card(served, name))
+
+
+def _card(served: ServedModel, name: str) -> Model:
+    return {
         "id": name,
         "object": "model",
         "created": served.created,
@@ -60,7 +52,6 @@ async def model(request: Request) -> Response:
         "root": served.serving.llm.name,
         "max_model_len": served.serving.llm.max_model_len,
     }
-    return JSONResponse(answer)
 
 
 async def health(request: Request) -> Response:

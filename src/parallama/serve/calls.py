@@ -21,7 +21,7 @@ from .answers import Usage, usage_of
 from .errors import ApiError, of_ours, of_validation
 from .limits import BodyLimits, read_json
 from .metrics import Metrics
-from .protocol import Body, StreamOptions
+from .protocol import Body, Sampled, StreamOptions
 from .running import Mailbox, Running
 from .served_model import ServedModel
 
@@ -117,7 +117,9 @@ async def in_thread(work: Callable[..., T], *arguments: Any) -> T:
         raise of_ours(error) from None
 
 
-def started(request: Request, served: ServedModel, requests: Sequence[EngineRequest]) -> Running:
+def started(
+    request: Request, asked: Sampled, served: ServedModel, requests: Sequence[EngineRequest]
+) -> Running:
     """A call's requests, in the engine.
 
     Raises:
@@ -126,7 +128,7 @@ def started(request: Request, served: ServedModel, requests: Sequence[EngineRequ
     door = door_of(request)
     assert door.mailbox is not None
     try:
-        return Running(served.serving, door.mailbox, requests)
+        return Running(served.serving, door.mailbox, requests, asked.priority or 0)
     except ParallamaError as error:
         if isinstance(error, QueueFullError) and door.metrics is not None:
             door.metrics.rejected()

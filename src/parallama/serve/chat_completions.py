@@ -66,7 +66,7 @@ async def chat_completions(request: Request) -> Response:
     asked, served = await body_of(request, ChatRequest)
     _check(asked)
     call = _Call(asked, served, await in_thread(served.rendered, asked))
-    running = started(request, served, call.requests)
+    running = started(request, asked, served, call.requests)
     if asked.stream:
         return event_stream(_chunks(call, running))
     return JSONResponse(await while_connected(request, lambda: _answer(call, running)))

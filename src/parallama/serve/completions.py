@@ -149,7 +149,7 @@ async def completions(request: Request) -> Response:
     """Continue texts."""
     asked, served = await body_of(request, CompletionRequest)
     call = _Call(asked, served, await in_thread(_prompts, asked, served))
-    running = started(request, served, call.requests)
+    running = started(request, asked, served, call.requests)
     if asked.stream:
         return event_stream(_chunks(call, running))
     return JSONResponse(await while_connected(request, lambda: _answer(call, running)))

@@ -36,7 +36,7 @@ class Body(BaseModel):
     NO_EFFECT: ClassVar[frozenset[str]] = frozenset(
         {
             *("user", "metadata", "service_tier", "store", "safety_identifier", "request_id"),
-            *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "priority"),
+            *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
             *("parallel_tool_calls", "verbosity", "reasoning_effort", "moderation"),
         }
     )

@@ -44,18 +44,23 @@ class Mailbox:
 class Running:
     """The requests of one call, all of which run or none.
 
+    Args:
+        priority: those of a smaller one go first.
+
     Raises:
         ParallamaError: the engine doesn't take them.
     """
 
-    def __init__(self, serving: Serving, mailbox: Mailbox, requests: Sequence[Request]) -> None:
+    def __init__(
+        self, serving: Serving, mailbox: Mailbox, requests: Sequence[Request], priority: int
+    ) -> None:
         self._queue: asyncio.Queue[News] = asyncio.Queue()
         self._tickets: list[Ticket] = []
         self._left = len(requests)
         try:
             for number, request in enumerate(requests):
                 deliver = partial(mailbox.post, self._queue, number)
-                self._tickets.append(serving.submit(request, deliver))
+                self._tickets.append(serving.submit(request, deliver, priority))
         except BaseException:
             self.cancel()
             raise

@@ -35,7 +35,6 @@ PASSED: Mapping[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "priority": (0,),
 }
 """Fields that `SamplingParams` takes by the same name -> values that ask for nothing."""
 _KNOWN = {each.name for each in fields(SamplingParams)}
