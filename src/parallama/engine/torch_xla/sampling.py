@@ -130,11 +130,15 @@ def _ids(mesh: DeviceMesh, width: int) -> torch.Tensor:
 
 
 def _best(mesh: DeviceMesh, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first of the best of a device's own tokens, `[B]` int32, and its score."""
+    """The first of the best of a device's own tokens, `[B]` int32, and its score.
+
+    Where that is NaN, which equals nothing, it is the first token.
+    """
     top = row_maximum(mesh, scores)
     places = torch.arange(scores.shape[1], device=scores.device, dtype=torch.int32)
     beyond = torch.full_like(places, _HIGHEST)
-    return torch.where(scores == top, places, beyond).amin(-1), top[:, 0]
+    first = torch.where(scores == top, places, beyond).amin(-1)
+    return torch.where(first < _HIGHEST, first, torch.zeros_like(first)), top[:, 0]
 
 
 def _penalised(
