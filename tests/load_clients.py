@@ -119,7 +119,8 @@ def break_off(server: Server, chance: random.Random) -> None:
         else:
             gone.sendall(head + sent)
         if kind == 4:
-            with contextlib.suppress(ConnectionResetError):
+            gone.settimeout(0.3)
+            with contextlib.suppress(ConnectionResetError, TimeoutError):
                 gone.recv(chance.randrange(1, 3000))
         elif chance.random() < 0.7:
             time.sleep(chance.random() * 0.05)
