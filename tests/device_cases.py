@@ -367,7 +367,7 @@ def choose(
     }
 
     def step(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        tokens, logprobs = sampling.choose(
+        tokens, logprobs, _ = sampling.choose(
             given["logits"], device_mesh, vocab, given, given["positions"]
         )
         return {

@@ -27,6 +27,7 @@ from parallama.engine.interface import (
     Steps,
     Traits,
 )
+from parallama.engine.row_sampling import MOST_TOP
 from parallama.engine.steps import CACHE_AXES, LOGITS_AXES, STATE_AXES, StepKey, cache_names
 from parallama.errors import ProgramError, RunError, lines
 from parallama.plan import heads
@@ -187,7 +188,16 @@ class HostSteps(Steps):
         logits, written = self._forward(given["ids"], given["start"], cache)
         last = logits[torch.arange(len(rows)), (count - 1).clamp(min=0)]
         yield from self._in_slots(given, rows, written)
-        yield from self._best(given, rows, last, given["start"] + count, final, count > 0)
+        yield from self._best(
+            given, rows, last, given["start"] + count, final, count > 0, given["bias"]
+        )
+        if key.scored:
+            chances = torch.log_softmax(logits, -1)
+            scores = chances.gather(2, given["targets"][..., None])[..., 0]
+            yield "logprobs", scores, STATE_AXES["logprobs"]
+            best = chances.topk(min(MOST_TOP, chances.shape[-1]))
+            yield "prompt_top_ids", best.indices.int(), STATE_AXES["prompt_top_ids"]
+            yield "prompt_top_logprobs", best.values, STATE_AXES["prompt_top_logprobs"]
 
     def _slot_decode(self, key: StepKey, given: Mapping[str, torch.Tensor]) -> Results:
         shards = self.mesh.shape.data
@@ -196,7 +206,8 @@ class HostSteps(Steps):
         cache = {name: tensor[rows] for name, tensor in self._cache(given).items()}
         logits, written = self._forward(given["token"][rows][:, None], position, cache)
         yield from self._in_slots(given, rows, written)
-        yield from self._best(given, rows, logits[:, 0], position + 1, live, live)
+        bias = given["bias"][rows]
+        yield from self._best(given, rows, logits[:, 0], position + 1, live, live, bias)
 
     def _slot_copy(self, key: StepKey, given: Mapping[str, torch.Tensor]) -> Results:
         first = torch.arange(self.mesh.shape.data) * (key.batch // self.mesh.shape.data)
@@ -222,11 +233,17 @@ class HostSteps(Steps):
         position: torch.Tensor,
         chooses: torch.Tensor,
         moves: torch.Tensor,
+        bias: torch.Tensor,
     ) -> Results:
-        """The best token of each slot in `rows` that chooses."""
+        """The best token of each slot in `rows` that chooses, and the best few."""
         assert not given["temperature"].any(), "this engine is greedy"
-        token = logits.argmax(-1)
-        logprob = torch.log_softmax(logits, -1).gather(1, token[:, None])[:, 0]
+        chances = torch.log_softmax(logits, -1)
+        best = chances.topk(min(MOST_TOP, chances.shape[-1]))
+        yield "top_ids", best.indices.int(), STATE_AXES["top_ids"]
+        yield "top_logprobs", best.values, STATE_AXES["top_logprobs"]
+        added = torch.where(given["biased"][rows][:, None], bias[:, : logits.shape[1]], 0.0)
+        token = (logits + added).argmax(-1)
+        logprob = chances.gather(1, token[:, None])[:, 0]
         for name, new, taken in (
             ("token", token, chooses),
             ("logprob", logprob, chooses),

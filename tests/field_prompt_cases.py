@@ -44,7 +44,8 @@ def everything(folder: str) -> dict[str, Any]:
 def _special(llm: Any) -> list[str | None]:
     """How a token that starts a turn ends a text, without and with it as a stop string."""
     token = llm.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    rows = [llm.row(9), llm.row(9, ["<|im_start|>"])]
+    params = [SamplingParams(max_new_tokens=9, stop=stop) for stop in ([], ["<|im_start|>"])]
+    rows = [llm.row(request) for request in llm.requests([(None, [1])] * 2, params)]
     return [row.take(Choice(0, token, -1.0), 0.0).finish_reason for row in rows]
 
 

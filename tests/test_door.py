@@ -95,7 +95,7 @@ def test_a_row_that_has_ended_stays_as_it_is(tiny: Tiny) -> None:
     prompts = reference.random_prompts((5, 9), tiny.vocab)
     first, second = (reference.greedy(tiny.model, prompt, 6)[0] for prompt in prompts)
     end = next(token for token in first[1:4] if token not in second)
-    llm.eos_ids = [end]
+    llm.eos_ids[:] = [end]
     found = llm.generate(prompts, max_new_tokens=6)
     assert found[0].token_ids == first[: first.index(end) + 1]
     assert found[1].token_ids == second

@@ -27,6 +27,7 @@ from parallama.inference.prompts import Prompts, list_of
 from parallama.inference.requests import Request, params_of, requests_of
 from parallama.inference.sampling_params import SamplingParams, by_our_names
 from parallama.inference.seeds import row_seed
+from parallama.inference.token_rules import TokenRules
 from parallama.progress_bars import ProgressBars, is_watched
 
 IDS = st.lists(st.integers(0, 2**26), max_size=20)
@@ -59,20 +60,30 @@ def test_a_rows_seed_follows_seed_tokens_and_number(
 def asked(prompts: list[list[int]], **names: Any) -> list[Request]:
     params = params_of(None, {"temperature": 1.0} | names, len(prompts))
     return requests_of(
-        [(None, ids) for ids in prompts], params, generation={}, max_model_len=64, max_positions=64
+        [(None, ids) for ids in prompts],
+        params,
+        generation={},
+        rules=TokenRules(None, [], 300),
+        answers=(),
+        of_chat=(),
+        max_model_len=64,
+        max_positions=64,
     )
 
 
 def test_equal_prompts_draw_differently_and_neighbours_do_not_matter() -> None:
     a, b = [1, 2], [3]
-    seeds = [request.sampling.seed for request in asked([a, b, a], seed=7)]
+    seeds = [request.choosing.sampling.seed for request in asked([a, b, a], seed=7)]
     assert len(set(seeds)) == 3
-    assert [request.sampling.seed for request in asked([b], seed=7)] == seeds[1:2]
-    assert [request.sampling.seed for request in asked([a], seed=7, n=2)] == [seeds[0], seeds[2]]
+    assert [request.choosing.sampling.seed for request in asked([b], seed=7)] == seeds[1:2]
+    assert [request.choosing.sampling.seed for request in asked([a], seed=7, n=2)] == [
+        seeds[0],
+        seeds[2],
+    ]
 
 
 def test_without_a_seed_every_call_draws_anew() -> None:
-    first, second = (asked([[1]])[0].sampling.seed for _ in range(2))
+    first, second = (asked([[1]])[0].choosing.sampling.seed for _ in range(2))
     assert first != second
 
 
@@ -102,6 +113,9 @@ def test_a_limit_is_the_prompts_own() -> None:
         ({"stop": None}, "stop", ()),
         ({"temp": 0.5}, "temperature", 0.5),
         ({"top_k": -1}, "top_k", 0),
+        ({"min_new_tokens": 3}, "min_tokens", 3),
+        ({"logit_bias": {"5": 1}}, "logit_bias", {5: 1.0}),
+        ({"stop_token_ids": 7}, "stop_token_ids", (7,)),
     ],
 )
 def test_names_of_vllm_and_transformers_are_taken(given: Any, name: str, value: Any) -> None:
@@ -115,8 +129,20 @@ def test_names_of_vllm_and_transformers_are_taken(given: Any, name: str, value: 
         ({"temprature": 1}, ("temprature", "temperature")),
         ({"do_sample": True}, ("do_sample", "temperature")),
         ({"num_beams": 4}, ("num_beams", "beam")),
-        ({"presence_penalty": 1}, ("presence_penalty", "not supported")),
-        ({"min_tokens": 1}, ("min_tokens", "not supported")),
+        ({"presence_penalty": 3}, ("presence_penalty is 3", "-2 to 2")),
+        ({"length_penalty": 1}, ("length_penalty", "not supported")),
+        ({"min_tokens": -1}, ("min_tokens is -1", "at least 0")),
+        ({"min_tokens": 9, "max_tokens": 5}, ("min_tokens is 9", "max_new_tokens 5")),
+        ({"logprobs": 21}, ("logprobs is 21", "0 to 20")),
+        ({"prompt_logprobs": -1}, ("prompt_logprobs is -1", "0 to 20")),
+        ({"logit_bias": {"x": 1}}, ("logit_bias", "x", "token ids")),
+        ({"logit_bias": {"5": 1, 5: 2}}, ("logit_bias", "token ids")),
+        ({"logit_bias": {5: 101}}, ("logit_bias", "101", "100")),
+        ({"logit_bias": [1]}, ("logit_bias", "[1]")),
+        ({"stop_token_ids": ["x"]}, ("stop_token_ids", "x", "token ids")),
+        ({"allowed_token_ids": [-1]}, ("allowed_token_ids", "-1")),
+        ({"bad_words": [""]}, ("bad_words", "empty")),
+        ({"skip_special_tokens": 1}, ("skip_special_tokens is 1", "True or False")),
         ({"max_tokens": 5, "max_new_tokens": 6}, ("max_new_tokens", "two names")),
         ({"max_new_tokens": 0}, ("max_new_tokens is 0", "at least 1")),
         ({"max_new_tokens": 2.0}, ("max_new_tokens is 2.0",)),

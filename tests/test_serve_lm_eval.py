@@ -17,7 +17,8 @@ from servers import Server
 from parallama.files.find import find
 
 HERE = Path(__file__).parent
-LIMIT = 64
+LIMIT = 256
+CLOZE = ("parallama_facts", "parallama_cloze")
 QUIZ = ("parallama_quiz",)
 
 
@@ -69,7 +70,7 @@ def harness(
 @pytest.fixture(scope="module")
 def ours() -> dict[str, Any]:
     """The `results` of `parallama eval`."""
-    told = ["eval", "smollm2", "--tasks", ",".join(QUIZ), "--include_path", "eval_tasks"]
+    told = ["eval", "smollm2", "--tasks", ",".join((*CLOZE, *QUIZ)), "--include_path", "eval_tasks"]
     told += ["--max-model-len", str(LIMIT), "--json", "--quiet"]
     done = command(told, cwd=HERE)
     assert done.code == 0, done.err
@@ -93,3 +94,15 @@ def test_answers_that_are_generated_give_the_numbers_of_eval(
     served: Served, ours: dict[str, Any], tmp_path: Path
 ) -> None:
     check_same(harness("local-completions", served, QUIZ, tmp_path), ours, QUIZ)
+
+
+@pytest.mark.parametrize("more", [{}, {"num_concurrent": 4, "batch_size": 3}])
+def test_prompts_that_are_scored_give_the_numbers_of_eval(
+    served: Served, ours: dict[str, Any], tmp_path: Path, more: dict[str, object]
+) -> None:
+    check_same(harness("local-completions", served, CLOZE, tmp_path, **more), ours, CLOZE)
+
+
+def test_conversations_are_answered(served: Served, tmp_path: Path) -> None:
+    found = harness("local-chat-completions", served, QUIZ, tmp_path, num_concurrent=2)
+    assert 0 <= found["parallama_quiz"]["exact_match,stripped"] <= 1

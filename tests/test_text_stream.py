@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from parallama.files.find import find
+from parallama.inference.prompts import Prompts
 from parallama.inference.text_stream import TextStream
 
 TEXTS = {
@@ -111,7 +115,7 @@ def test_the_text_ends_before_the_first_stop_string(
     ends = [whole.find(stop) for stop in stops if stop in whole]
     # Of several stop strings the first that is complete ends the text, which need not be the one
     # that begins first.
-    assert stream.stopped == bool(ends)
+    assert (stream.stopped is not None) == bool(ends)
     assert whole.startswith(got)
     assert not any(stop in got for stop in stops)
     if not ends:
@@ -178,4 +182,51 @@ def test_a_stop_string_of_one_emoji_cuts_before_it(tokenizer: Any) -> None:
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
     stream = TextStream(None)
-    assert (stream.push(5), stream.finish(), stream.stopped) == ("", "", False)
+    assert (stream.push(5), stream.finish(), stream.stopped) == ("", "", None)
+
+
+def test_a_text_begins_with_its_space(tmp_path: Any) -> None:
+    """Decoders of SentencePiece drop the space of what comes first: here it isn't."""
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"\u2581Hello": 0, "\u2581world": 1, "!": 2}, unk_token="!")
+    )
+    words.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("\u2581", " "),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert fast.decode([0]) == "Hello"
+    assert in_pieces(TextStream(fast, behind=[0]), [1, 0]) == [" world", " Hello", ""]
+    assert in_pieces(TextStream(fast), [1, 0]) == ["world", " Hello", ""]
+
+
+def test_half_a_character_of_the_prompt_stays_the_prompts(tokenizer: Any) -> None:
+    ids = ids_of(tokenizer, "\U0001fae0 yes")
+    stream = TextStream(tokenizer, behind=ids[:1])
+    assert "".join(in_pieces(stream, ids_of(tokenizer, " yes"))) == " yes"
+
+
+def test_special_tokens_are_kept_where_asked(tokenizer: Any) -> None:
+    token = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert TextStream(tokenizer).push(token) == ""
+    assert TextStream(tokenizer, skip_special_tokens=False).push(token) == "<|im_end|>"
+
+
+TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|turn|>\n{% endfor %}"
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer: Any) -> None:
+    fast = copy.deepcopy(tokenizer)
+    fast.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    turn = fast.convert_tokens_to_ids("<|turn|>")
+    for template, ends in (
+        (TEMPLATE, {turn, fast.eos_token_id}),
+        (TEMPLATE.replace("<|turn|>", ""), {fast.eos_token_id}),
+        ("{{ raise_exception('no') }}", {fast.eos_token_id}),
+        (None, {fast.eos_token_id}),
+    ):
+        fast.chat_template = template
+        assert Prompts("m", fast, len(fast)).chat_ends() == ends

@@ -184,7 +184,8 @@ def _requests(
             text = each.prompt if isinstance(each.prompt, str) else None
             prompts.append((text, llm.encode(each.prompt)))
     params = [SamplingParams(**{**settings, **each.params}) for each in asked]
-    return llm.requests(prompts, params)
+    answers = [place for place, each in enumerate(asked) if each.messages is not None]
+    return llm.requests(prompts, params, answers=answers)
 
 
 def _print_lines(

@@ -12,7 +12,14 @@ _TOP_K = "a whole number of at least 0 (0: all)"
 _TOP_P = "a number above 0 and at most 1"
 _MIN_P = "a number from 0 to 1"
 _PENALTY = "a number above 0"
+_SUBTRACTED = "a number from -2 to 2"
 _SEED = "a whole number from 0 to 2^64 - 1, or none to have one drawn"
+
+
+HIDDEN = -1e30
+"""Logit of a token that isn't to be chosen."""
+MOST_TOP = 20
+"""Likeliest tokens of a place that a step can give."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +32,8 @@ class RowSampling:
         top_p: keep the smallest set of best tokens with at least this probability.
         min_p: keep tokens with at least this share of the best one's probability.
         repetition_penalty: above 1 makes tokens of the prompt and the text so far less likely.
+        presence_penalty: taken from the logit of each token of the text so far.
+        frequency_penalty: the same, once for each time that the text has it.
         seed: same seed, same text.
     """
 
@@ -33,6 +42,8 @@ class RowSampling:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -42,6 +53,9 @@ class RowSampling:
         self._check("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, _TOP_P)
         self._check("min_p", _is_number(self.min_p) and 0 <= self.min_p <= 1, _MIN_P)
         self._check("repetition_penalty", _is_number(penalty) and penalty > 0, _PENALTY)
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            self._check(name, _is_number(value) and -2 <= value <= 2, _SUBTRACTED)
         check_seed(self.seed)
 
     def _check(self, name: str, good: bool, expected: str) -> None:

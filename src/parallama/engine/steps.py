@@ -24,6 +24,12 @@ The steps:
   of each of the `P` data shards: its arguments are those of `prefill`, of `P` rows; a `count` of 0
   leaves a shard's slots as they are, but for what is behind a slot's position. `slot_copy` copies
   the slot `source` `[P]` int32 of each shard to `target` `[P]`. Slots are counted on their shard.
+  The first two also take `bias` fp32, of the rows that choose, `[B, V]` and `[P, V]`: it is added
+  to the logits of rows that are `biased` `[B]` bool. They give the tokens that are likeliest in the
+  chosen one's place, best first: `top_ids` `[R, N]` int32 and `top_logprobs` `[R, N]` fp32, of
+  which the first `tops` `[B]` int32 of a row are meant. A scored `slot_prefill` takes and gives
+  what `score` does, and gives the likeliest in place of each target: `prompt_top_ids` and
+  `prompt_top_logprobs`, `[P, S, N]`.
 - `logits` runs texts at once, without a state: `ids` from `start` to `logits` `[B, S, V]` fp32,
   split over `LOGITS_AXES`.
 - `score` does, too: with `targets` `[B, S]` int64, the token that is to follow at each position, to
@@ -65,7 +71,16 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
     "min_p": (DATA,),
     "penalty": (DATA,),
     "seed": (DATA,),
+    "presence": (DATA,),
+    "frequency": (DATA,),
     "prompted": (DATA, MODEL),
+    "bias": (DATA, MODEL),
+    "biased": (DATA,),
+    "tops": (DATA,),
+    "top_ids": (DATA, None),
+    "top_logprobs": (DATA, None),
+    "prompt_top_ids": (DATA, None, None),
+    "prompt_top_logprobs": (DATA, None, None),
     "live": (DATA,),
     "slot": (DATA,),
     "source": (DATA,),
@@ -73,8 +88,10 @@ STATE_AXES: dict[str, tuple[str | None, ...]] = {
 }
 SLOT_STATE = ("token", "logprob", "position", "counts")
 """What each slot has besides its row of the cache."""
-PARAMS = ("temperature", "top_k", "top_p", "min_p", "penalty", "seed")
+PARAMS = ("temperature", "top_k", "top_p", "min_p", "penalty", "presence", "frequency", "seed")
 """Sampling parameters, `[B]` each: `top_k` and `seed` int32, the others fp32."""
+SLOT_PARAMS = (*PARAMS, "biased", "tops")
+"""Those of slots."""
 
 
 def cache_names(layers: int) -> list[str]:
@@ -93,7 +110,8 @@ class StepKey:
         rows: slots that a `slot_decode` runs; 0 for other steps.
         new: `S`, positions of a prefill; 1 for decode; for grow the cache length it ends with.
         fresh: a prefill into an empty cache.
-        scored: a decode that also gives the logits it chose from, as `logits` `[B, V]` fp32.
+        scored: a decode that also gives the logits it chose from, as `logits` `[B, V]` fp32, or a
+            `slot_prefill` that scores its prompt.
     """
 
     kind: Literal[

@@ -55,19 +55,12 @@ class TaskGeneration:
                     "the model's limit with its context",
                 )
             )
-        self._params = SamplingParams(**_sampling(settings))
+        self._params = SamplingParams(**_sampling(settings), stop=self._until)
 
     def request(self, ids: list[int], seed: int) -> tuple[Request, Row]:
         """A context to continue, of at most `room` tokens, and the row that follows it."""
-        request = Request(
-            prompt=None,
-            ids=ids,
-            index=0,
-            params=self._params,
-            sampling=self._llm.row_sampling(self._params, seed),
-            limit=self._new,
-        )
-        return request, self._llm.row(self._new, self._until)
+        request = self._llm.request(ids, self._params, seed, self._new)
+        return request, self._llm.row(request)
 
     def text(self, row: Row) -> str:
         """What has come of a row. Where a text is cut is the harness's to say."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import UsageError, lines
-from .completion import Chunk, Row
+from .completion import Chunk
 from .llm import LLM
 from .messages import Message, checked
 from .sampling_params import SamplingParams
@@ -101,8 +101,7 @@ class Chat:
             )
         limit = min(room, DEFAULT_ANSWER_TOKENS) if wanted is None else wanted
         self._turn += 1
-        row = self._llm.row(limit, self._params.stop, ignore_eos=self._params.ignore_eos)
-        return self._answer(asked, ids, row, self._turn)
+        return self._answer(asked, ids, limit, self._turn)
 
     def _rendered(self, messages: Sequence[Message]) -> list[int]:
         return self._llm.render_chat(messages, chat_template_kwargs=self._template_kwargs)
@@ -113,13 +112,15 @@ class Chat:
         self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
 
     def _answer(
-        self, asked: list[dict[str, Any]], ids: list[int], row: Row, turn: int
+        self, asked: list[dict[str, Any]], ids: list[int], limit: int, turn: int
     ) -> Iterator[Chunk]:
         self._check(turn)
         seed = row_seed(self._drawn, ids, self._asked[tuple(ids)])
         self._asked[tuple(ids)] += 1
+        request = self._llm.request(ids, self._params, seed, limit, answers=True)
+        row = self._llm.row(request)
         self._runner.end(0)
-        self._runner.add(0, ids, self._llm.row_sampling(self._params, seed))
+        self._runner.add(0, ids, request.choosing)
         for _, chunk, _ in self._llm.driven(self._runner, [row]):
             yield chunk
             self._check(turn)

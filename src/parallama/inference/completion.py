@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
 from .requests import Request
-from .run_stats import Choice
+from .run_stats import Choice, TokenLogprob
 from .text_stream import TextStream
+from .token_rules import Ends
 
 FinishReason = Literal["stop", "length"]
 
@@ -25,6 +25,10 @@ class Completion:
         logprobs: log-probability of each under the model's own distribution.
         finish_reason: `stop` (end-of-text token or stop string) or `length`.
         index: its number among the completions of the prompt.
+        stop_reason: the token id or the string that ended the text; None for the model's own end.
+        top_logprobs: for each new token the likeliest in its place, best first, with their
+            log-probabilities; empty unless asked for.
+        prompt_logprobs: of the prompt's tokens, None for the first; None unless asked for.
     """
 
     prompt: str | None
@@ -34,6 +38,9 @@ class Completion:
     logprobs: list[float]
     finish_reason: FinishReason
     index: int = 0
+    stop_reason: int | str | None = None
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,30 +69,36 @@ class Row:
     Attributes:
         stream: makes text of its tokens.
         limit: most new tokens.
-        ends: ids that end the text.
+        ends: ids that end the text, with what is told of them.
     """
 
     stream: TextStream
     limit: int
-    ends: Collection[int]
+    ends: Ends
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    of_prompt: tuple[TokenLogprob | None, ...] | None = None
     text: str = ""
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
 
     def take(self, choice: Choice, tokens_per_s: float) -> Chunk:
         """Add a token, and end the row if it ends the text."""
         self.token_ids.append(choice.token)
         self.logprobs.append(choice.logprob)
-        text = self.stream.push(choice.token)
-        if choice.token in self.ends or self.stream.stopped:
-            self.finish_reason = "stop"
+        self.tops.append(choice.top)
+        self.of_prompt = choice.prompt or self.of_prompt
+        ended = choice.token in self.ends
+        text = self.stream.push(choice.token, ends=ended)
+        if ended or self.stream.stopped is not None:
+            self.finish_reason, self.stop_reason = "stop", self.ends.get(choice.token)
         elif len(self.token_ids) >= self.limit:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             text += self.stream.finish()
-            if self.stream.stopped:
-                self.finish_reason = "stop"
+        if self.stream.stopped is not None:
+            self.finish_reason, self.stop_reason = "stop", self.stream.stopped
         self.text += text
         return Chunk(
             text=text,
@@ -105,4 +118,7 @@ class Row:
             logprobs=self.logprobs,
             finish_reason=self.finish_reason or "length",
             index=request.index,
+            stop_reason=self.stop_reason,
+            top_logprobs=self.tops if request.params.logprobs else [],
+            prompt_logprobs=self.of_prompt,
         )

@@ -135,8 +135,7 @@ class ContinuousEngine:
 
     def submit(self, request: Request, deliver: Deliver, priority: int = 0) -> Asked:
         """See `serving.Serving`."""
-        params = request.params
-        row = self.llm.row(request.limit, params.stop, ignore_eos=params.ignore_eos)
+        row = self.llm.row(request)
         with self._lock:
             if self._state != "ready":
                 state = "stopping" if self._state == "stopping" else "not ready"
@@ -146,7 +145,7 @@ class ContinuousEngine:
             )
             self._asked[asked.name] = asked
             try:
-                self._runner.add(asked.name, request.ids, request.sampling, priority)
+                self._runner.add(asked.name, request.ids, request.choosing, priority)
             except QueueFullError:
                 del self._asked[asked.name]
                 raise
@@ -301,8 +300,11 @@ class ContinuousEngine:
             Update(
                 text=chunk.text,
                 token_ids=(chunk.token,),
+                logprobs=() if asked.request.params.logprobs is None else (choice.scored,),
                 finish_reason=chunk.finish_reason,
+                stop_reason=row.stop_reason,
                 cached_tokens=asked.cached,
+                prompt_logprobs=choice.prompt,
             )
         )
 

@@ -31,6 +31,7 @@ class DeviceState:
         self.stats = RunStats()
         self._programs = programs
         self._state: dict[str, DeviceTensor] = {}
+        self._told: dict[str, DeviceTensor] = {}  # what the last step gave besides
 
     def _compile(
         self, keys: Sequence[StepKey], progress: Callable[[int, int], None] | None
@@ -112,7 +113,8 @@ class DeviceState:
         program = self._programs[key]
         outputs = program({**self._state, **given})
         launched = time.perf_counter()
-        self._state |= outputs
+        self._told = {name: each for name, each in outputs.items() if name not in self._state}
+        self._state |= {name: each for name, each in outputs.items() if name in self._state}
         return launched, program.last_run_s
 
     def _read(self, rows: Sequence[int]) -> list[Choice]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..engine.row_sampling import RowSampling
 from ..engine.steps import LOGITS_AXES, StepKey
 from ..errors import UsageError, lines
 from ..files.checkpoint import Checkpoint
@@ -32,6 +31,7 @@ from .slot_pool import SlotPool
 from .slot_runner import SlotRunner
 from .slot_shapes import SlotShapes
 from .text_stream import TextStream
+from .token_rules import TokenRules
 
 
 class LLM(ShardedModel):
@@ -44,6 +44,7 @@ class LLM(ShardedModel):
         max_model_len: most tokens of prompt and answer together.
         adapter: that was merged into the weights, if it was given by itself.
         eos_ids: ids that end a text.
+        rules: what parameters mean in the model's tokens.
         ignored: tensors and files of the checkpoint that were not read -> why.
         load_stats: what reading the checkpoint took.
     """
@@ -80,6 +81,7 @@ class LLM(ShardedModel):
         self.eos_ids = eos_ids(generation.get("eos_token_id"), tokenizer, self.plan.model.vocab)
         self._generation = generation
         self._prompts = Prompts(name, tokenizer, self.plan.model.vocab)
+        self.rules = TokenRules(tokenizer, self.eos_ids, self.plan.model.vocab)
         self._runs = threading.local()
         self._slots = SlotPool(self.slot_session, max_model_len=max_model_len, slots=max_num_seqs)
 
@@ -106,19 +108,56 @@ class LLM(ShardedModel):
         self,
         prompts: Sequence[tuple[str | None, list[int]]],
         params: Sequence[SamplingParams],
+        *,
+        answers: Collection[int] = (),
     ) -> list[Request]:
-        """What `run` takes; see `requests.requests_of`."""
+        """What `run` takes; see `requests.requests_of`.
+
+        Args:
+            answers: places of prompts that are conversations.
+        """
         return requests_of(
             prompts,
             params,
             generation=self._generation,
+            rules=self.rules,
+            answers=answers,
+            of_chat=self.chat_ends() if answers else (),
             max_model_len=self.max_model_len,
             max_positions=self.plan.model.max_positions,
         )
 
-    def row_sampling(self, params: SamplingParams, seed: int) -> RowSampling:
-        """How a row's tokens are chosen; what is not given is the generation config's to say."""
-        return with_defaults(self._generation, params.sampler(), seed)
+    def chat_ends(self) -> frozenset[int]:
+        """Tokens that end an answer besides; see `prompts.Prompts.chat_ends`."""
+        return self._prompts.chat_ends()
+
+    def request(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        limit: int,
+        *,
+        answers: bool = False,
+    ) -> Request:
+        """One request by itself; what is not given is the generation config's to say.
+
+        Args:
+            seed: the row's; see `seeds.row_seed`.
+            limit: most new tokens.
+            answers: it answers a conversation.
+        """
+        sampling = with_defaults(self._generation, params.sampler(), seed)
+        ends = self.rules.ends(params, self.chat_ends() if answers else ())
+        return Request(
+            prompt=None,
+            ids=ids,
+            index=0,
+            params=params,
+            choosing=self.rules.choosing(params, sampling, ends),
+            limit=limit,
+            ends=ends,
+        )
 
     # -- running
 
@@ -184,7 +223,7 @@ class LLM(ShardedModel):
         ]
         if not encoded:
             raise UsageError(lines("there are no conversations", "expected at least one"))
-        return self.completed(self.requests(encoded, params))
+        return self.completed(self.requests(encoded, params, answers=range(len(encoded))))
 
     def stream(
         self,
@@ -227,23 +266,20 @@ class LLM(ShardedModel):
 
         Arguments are those of `run`.
         """
-        if self.tokenizer is None and any(request.params.stop for request in requests):
-            raise UsageError(
-                lines(f"model {self.name!r} has no tokenizer", "stop strings need one")
-            )
-        rows = [
-            self.row(request.limit, request.params.stop, ignore_eos=request.params.ignore_eos)
-            for request in requests
-        ]
+        rows = [self.row(request) for request in requests]
         return self.continued(requests, rows, max_num_seqs)
 
-    def row(self, limit: int, stop: Sequence[str] = (), *, ignore_eos: bool = False) -> Row:
+    def row(self, request: Request) -> Row:
         """A row of a batch that has not begun."""
-        ends = set() if ignore_eos else set(self.eos_ids)
-        # A special token is never part of the text: the token itself ends it.
-        special = self.tokenizer.get_added_vocab() if self.tokenizer and stop else {}
-        ends |= {special[string] for string in stop if string in special}
-        return Row(TextStream(self.tokenizer, stop), limit, ends)
+        params = request.params
+        stream = TextStream(
+            self.tokenizer,
+            params.stop,
+            behind=request.ids,
+            keep_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+        return Row(stream, request.limit, request.ends)
 
     def continued(
         self, requests: Sequence[Request], rows: Sequence[Row], max_num_seqs: int | None
@@ -258,7 +294,7 @@ class LLM(ShardedModel):
             progress=self.report("compiling"),
         )
         for place, request in enumerate(requests):
-            runner.add(place, request.ids, request.sampling)
+            runner.add(place, request.ids, request.choosing)
         try:
             yield from self.driven(runner, rows)
         finally:
@@ -274,7 +310,7 @@ class LLM(ShardedModel):
         """
         shapes = SlotShapes.of(slots=1, positions=positions, shards=self.mesh.shape.data)
         session = self.slot_session(shapes)
-        session.prepare(shapes.complete(), self.report("compiling"))
+        session.prepare(shapes.complete(scored=False), self.report("compiling"))
         caching = not self.steps.follows_span
         return SlotRunner(session, Scheduler(session, prefix_caching=caching, copying=False))
 

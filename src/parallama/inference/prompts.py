@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from ..errors import UsageError, lines, shown
+from ..errors import CheckpointError, UsageError, lines, shown
 from ..files.chat_template import Renderer, renderer_of
 from ..model.token_ids import check_ids
 from ..notices import say_once
@@ -17,6 +17,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 
 Ids may be in an array or a tensor, too.
 """
+_ANSWER = "parallama"
 _KEYS = ("prompt", "prompt_token_ids", "input_ids")
 
 
@@ -63,6 +64,7 @@ class Prompts:
     def __init__(self, name: str, tokenizer: Any | None, vocab: int) -> None:
         self.name, self.tokenizer, self.vocab = name, tokenizer, vocab
         self._renderer: Renderer | None = None
+        self._chat_ends: frozenset[int] | None = None
 
     def encoded(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """A prompt's text, or None if it was given as token ids, and its ids; see `encode`."""
@@ -128,6 +130,21 @@ class Prompts:
                 messages or cannot be given a variable.
             CheckpointError: the template is broken, or takes too long.
         """
+        text = self._rendered(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            variables=chat_template_kwargs,
+        )
+        assert self.tokenizer is not None
+        # As apply_chat_template does: the template writes special tokens itself.
+        ids = self._begun_once(list(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        check_ids(ids, self.vocab)
+        return ids
+
+    def _rendered(self, messages: Sequence[Message], **how: Any) -> str:
+        """What the chat template makes of messages; see `render_chat`."""
         if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
             raise UsageError(
                 lines(
@@ -139,17 +156,33 @@ class Prompts:
             raise UsageError(lines("the conversation is empty", "expected at least one message"))
         if self._renderer is None:
             self._renderer = renderer_of(self.tokenizer, repr(self.name))
-        text = self._renderer.render(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
-            continue_final_message=continue_final_message,
-            variables=chat_template_kwargs,
-        )
-        # As apply_chat_template does: the template writes special tokens itself.
-        ids = self._begun_once(list(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
-        check_ids(ids, self.vocab)
-        return ids
+        return self._renderer.render(messages, **how)
+
+    def chat_ends(self) -> frozenset[int]:
+        """Tokens that end an answer: the tokenizer's end-of-text, and what a template writes there.
+
+        Generation configs often name the first alone.
+        """
+        if self._chat_ends is None:
+            end = getattr(self.tokenizer, "eos_token_id", None)
+            found = {end} if isinstance(end, int) else set()
+            self._chat_ends = frozenset(
+                each for each in found | self._turn_end() if each < self.vocab
+            )
+        return self._chat_ends
+
+    def _turn_end(self) -> set[int]:
+        """The special token that the template writes behind an answer, if it does."""
+        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = self._rendered(turn, add_generation_prompt=False)
+        except (UsageError, CheckpointError):  # it doesn't take such a turn
+            return set()
+        behind = text.rpartition(_ANSWER)[2].lstrip()
+        assert self.tokenizer is not None
+        special = self.tokenizer.get_added_vocab()
+        here = [token for token in special if token.strip() and behind.startswith(token.strip())]
+        return {special[max(here, key=len)]} if here else set()
 
     def _begun_once(self, ids: list[int]) -> list[int]:
         """The ids with one begin-of-text token where a text brings one beside the tokenizer's."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.row_sampling import RowSampling
 from ..errors import UsageError, lines, shown
+from .choosing import Choosing
 from .sampling_defaults import with_defaults
 from .sampling_params import SamplingParams
 from .seeds import row_seed
+from .token_rules import Ends, TokenRules
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -28,16 +29,18 @@ class Request:
         ids: its tokens.
         index: its number among the completions of this prompt.
         params: what was asked for.
-        sampling: what comes of that and of the model's defaults.
+        choosing: what comes of that and of the model's defaults.
         limit: most new tokens.
+        ends: tokens that end it.
     """
 
     prompt: str | None
     ids: list[int]
     index: int
     params: SamplingParams
-    sampling: RowSampling
+    choosing: Choosing
     limit: int
+    ends: Ends
 
 
 def params_of(asked: Asked, names: Mapping[str, Any], prompts: int) -> list[SamplingParams]:
@@ -78,6 +81,9 @@ def requests_of(
     params: Sequence[SamplingParams],
     *,
     generation: Mapping[str, Any],
+    rules: TokenRules,
+    answers: Collection[int],
+    of_chat: Collection[int],
     max_model_len: int,
     max_positions: int,
 ) -> list[Request]:
@@ -87,6 +93,9 @@ def requests_of(
         prompts: texts, if they were given so, and token ids.
         params: of each prompt.
         generation: the model's generation config.
+        rules: the model's.
+        answers: places of prompts that are conversations.
+        of_chat: tokens that end those besides.
         max_model_len: most tokens of prompt and answer together.
         max_positions: the model's own maximum, for messages.
 
@@ -98,8 +107,9 @@ def requests_of(
     earlier: Counter[tuple[int, ...]] = Counter()
 
     def made() -> Iterator[Request]:
-        for (text, ids), asked in zip(prompts, params, strict=True):
+        for place, ((text, ids), asked) in enumerate(zip(prompts, params, strict=True)):
             limit = _limit(len(ids), asked.max_new_tokens, max_model_len, max_positions)
+            ends = rules.ends(asked, of_chat if place in answers else ())
             for index in range(asked.n):
                 key = tuple(ids)
                 seed = row_seed(drawn if asked.seed is None else asked.seed, ids, earlier[key])
@@ -113,7 +123,13 @@ def requests_of(
                         )
                     )
                 yield Request(
-                    prompt=text, ids=ids, index=index, params=asked, sampling=sampling, limit=limit
+                    prompt=text,
+                    ids=ids,
+                    index=index,
+                    params=asked,
+                    choosing=rules.choosing(asked, sampling, ends),
+                    limit=limit,
+                    ends=ends,
                 )
 
     return list(made())

@@ -30,10 +30,36 @@ class RunStats:
     programs_after_warmup: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprob:
+    """A token with its log-probability under the model's own distribution.
+
+    Attributes:
+        top: the most likely tokens in its place with theirs, best first, as many as asked for.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class Choice:
-    """One row's token in one step, with its log-probability under the model's own distribution."""
+    """One row's token in one step, with its log-probability under the model's own distribution.
+
+    Attributes:
+        top: the most likely tokens in its place with theirs, best first, as many as asked for.
+        prompt: with the first token, if it was asked for: the prompt's tokens, scored; None for
+            the first of them.
+    """
 
     row: int
     token: int
     logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    prompt: tuple[TokenLogprob | None, ...] | None = None
+
+    @property
+    def scored(self) -> TokenLogprob:
+        """The token with what was told of it."""
+        return TokenLogprob(token=self.token, logprob=self.logprob, top=self.top)

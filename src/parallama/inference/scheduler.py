@@ -78,6 +78,7 @@ class _Request:
     name: int
     ids: Sequence[int]
     order: tuple[int, int]
+    computed: bool
     slot: int | None = None
     decoding: bool = False
 
@@ -108,20 +109,23 @@ class Scheduler:
 
     # -- what happens
 
-    def add(self, request: int, ids: Sequence[int], priority: int = 0) -> None:
+    def add(
+        self, request: int, ids: Sequence[int], priority: int = 0, *, computed: bool = False
+    ) -> None:
         """Queue a request.
 
         Args:
             request: its name; none that is known already.
             ids: its prompt.
             priority: smaller ones go first.
+            computed: its whole prompt is, whatever slots hold.
 
         Raises:
             QueueFullError: too many wait.
         """
         assert request not in self._known
         self._check_room(len(ids))
-        made = _Request(request, ids, (priority, next(self._clock)))
+        made = _Request(request, ids, (priority, next(self._clock)), computed)
         self._known[request] = made
         heapq.heappush(self._queue, (made.order, made))
 
@@ -191,7 +195,7 @@ class Scheduler:
         later = []
         while self._queue and self.free:
             entry = heapq.heappop(self._queue)
-            if self._is_being_computed(entry[1].ids):
+            if not entry[1].computed and self._is_being_computed(entry[1].ids):
                 later.append(entry)
             else:
                 moves += self._admit(entry[1], taken)
@@ -219,7 +223,8 @@ class Scheduler:
         """Give a request a slot, among the first ones of its shard."""
         shards = range(self.view.shapes.shards)
         open_shards = [shard for shard in shards if self._free(shard)]
-        matches = {shard: self._match(request.ids, shard, taken) for shard in open_shards}
+        wanted = () if request.computed else request.ids
+        matches = {shard: self._match(wanted, shard, taken) for shard in open_shards}
         busy = {shard: self.view.shapes.per_shard - len(self._free(shard)) for shard in open_shards}
         # A few tokens in common, as the first one of every text, are no reason for a shard.
         worth = {each: same for each, (_, same) in matches.items() if same >= _WORTH_A_COPY}

@@ -6,25 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from .run_stats import TokenLogprob as TokenLogprob
+
 if TYPE_CHECKING:
     from .llm import LLM
     from .requests import Request
 
 EndReason = Literal["stop", "length", "abort", "error"]
 State = Literal["starting", "ready", "stopping", "dead"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenLogprob:
-    """A token with its log-probability under the model's own distribution.
-
-    Attributes:
-        top: the most likely tokens in its place with theirs, best first, as many as asked for.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,7 +215,7 @@ class Session(DeviceState):
             for row, token in zip(self._cached, tokens, strict=True):
                 row.append(token)
             self.stats.decode_steps += 1
-            logits = self.mesh.fetch(self._state["logits"], STATE_AXES["logits"])
+            logits = self.mesh.fetch(self._told["logits"], STATE_AXES["logits"])
         return logits[: self._count, : self.steps.plan.model.vocab]
 
     def _ensure(self, length: int) -> None:

@@ -57,6 +57,7 @@ class SlotPool:
         positions = max(len(request.ids) + request.limit for request in requests)
         prompts = [len(request.ids) for request in requests]
         copies = any(request.index for request in requests)
+        scored = any(request.choosing.scored is not None for request in requests)
         with self._lock:
             slots, longest = self._least
             wanted = 1 << (at_once - 1).bit_length()
@@ -72,7 +73,8 @@ class SlotPool:
         if session is None:
             session = self._make(shapes)
         session.stats = RunStats()
-        session.prepare(session.shapes.covering(at_once, prompts, copies=copies), progress)
+        covering = session.shapes.covering(at_once, prompts, copies=copies, scored=scored)
+        session.prepare(covering, progress)
         scheduler = Scheduler(
             session, at_once=at_once, prefix_caching=copies, copying=session.shapes.copies
         )

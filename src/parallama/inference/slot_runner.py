@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from ..engine.row_sampling import RowSampling
+from .choosing import Choosing
 from .run_stats import Choice
 from .scheduler import Admitted, Round, Scheduler
 from .slots import SlotSession
@@ -22,18 +22,16 @@ class SlotRunner:
     def __init__(self, session: SlotSession, scheduler: Scheduler) -> None:
         self.session, self.scheduler = session, scheduler
         self._lock = threading.Lock()
-        self._asked: dict[int, tuple[Sequence[int], RowSampling]] = {}
+        self._asked: dict[int, tuple[Sequence[int], Choosing]] = {}
         self._by_slot: dict[int, int] = {}
         self.admitted: list[Admitted] = []
         """Of the last round."""
 
-    def add(
-        self, request: int, ids: Sequence[int], sampling: RowSampling, priority: int = 0
-    ) -> None:
+    def add(self, request: int, ids: Sequence[int], choosing: Choosing, priority: int = 0) -> None:
         """Queue a request; see `Scheduler.add`."""
         with self._lock:
-            self.scheduler.add(request, ids, priority)
-            self._asked[request] = ids, sampling
+            self.scheduler.add(request, ids, priority, computed=choosing.scored is not None)
+            self._asked[request] = ids, choosing
 
     def end(self, request: int) -> None:
         """Choose nothing more for a request, whether it waits or runs."""

@@ -28,6 +28,7 @@ class SlotShapes:
         rows: numbers of a shard's slots that a decode step can run now, smallest first.
         chunks: those of `sizes` that can be run now.
         copies: slots can be copied now.
+        scored: prompts can be scored now.
     """
 
     slots: int
@@ -37,6 +38,7 @@ class SlotShapes:
     rows: tuple[int, ...] = ()
     chunks: tuple[int, ...] = ()
     copies: bool = False
+    scored: bool = False
 
     @classmethod
     def of(
@@ -80,13 +82,16 @@ class SlotShapes:
         needed = math.ceil(min(at_once, self.slots) / self.shards)
         return (next(rows for rows in counts if rows >= needed),)
 
-    def covering(self, at_once: int, prompts: Collection[int], *, copies: bool) -> SlotShapes:
+    def covering(
+        self, at_once: int, prompts: Collection[int], *, copies: bool, scored: bool
+    ) -> SlotShapes:
         """With the programs for some requests besides.
 
         Args:
             at_once: how many run at a time.
             prompts: their lengths.
             copies: slots are copied.
+            scored: prompts are scored.
         """
         chunks = {self._size(length) for length in (min(prompts), max(prompts))}
         return replace(
@@ -94,11 +99,18 @@ class SlotShapes:
             rows=tuple(sorted({*self.rows, *self.row_counts(at_once)})),
             chunks=tuple(sorted({*self.chunks, *chunks})),
             copies=self.copies or copies,
+            scored=self.scored or scored,
         )
 
-    def complete(self) -> SlotShapes:
-        """With every program that there can be."""
-        return replace(self, rows=self.row_counts(), chunks=self.sizes, copies=self.per_shard > 1)
+    def complete(self, *, scored: bool = True) -> SlotShapes:
+        """With every program that there can be; with `scored` those of scored prompts, too."""
+        return replace(
+            self,
+            rows=self.row_counts(),
+            chunks=self.sizes,
+            copies=self.per_shard > 1,
+            scored=scored,
+        )
 
     def _size(self, left: int) -> int:
         return next((size for size in self.sizes if size >= left), self.sizes[-1])
@@ -120,10 +132,14 @@ class SlotShapes:
         """Of all that can be run now."""
         keys = [self.prefill(size) for size in self.chunks]
         keys += [self.decode(rows) for rows in self.rows]
+        keys += [self.prefill(self.sizes[-1], scored=True)] if self.scored else []
         return [*keys, *([self.copy()] if self.copies else [])]
 
-    def prefill(self, size: int) -> StepKey:
-        return StepKey(kind="slot_prefill", batch=self.slots, length=self.length, new=size)
+    def prefill(self, size: int, *, scored: bool = False) -> StepKey:
+        """Scored prompts have one size of chunks, the largest."""
+        return StepKey(
+            kind="slot_prefill", batch=self.slots, length=self.length, new=size, scored=scored
+        )
 
     def decode(self, rows: int) -> StepKey:
         """Of `rows` slots of each shard."""

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..engine.interface import DeviceTensor, Steps
-from ..engine.row_sampling import RowSampling
+from ..engine.steps import STATE_AXES
 from ..sharded.reshard import Mover
-from . import state
+from . import state, told
+from .choosing import Choosing
 from .device_state import DeviceState
 from .programs import ProgramSet
-from .run_stats import Choice
+from .run_stats import Choice, TokenLogprob
+from .slot_biases import BiasRows, Row, row_of
 from .slot_shapes import SlotShapes
 from .state import SlotChunk
 
@@ -30,12 +32,16 @@ class Slot:
     Attributes:
         cached: tokens whose keys and values are in the cache, from the first position on.
         token: the last chosen token, which is not cached yet; None unless the slot is live.
-        sampling: how its tokens are chosen.
+        choosing: how its tokens are chosen.
+        prompt: tokens of its prompt, once that has ended.
+        scores: of the prompt's tokens so far, if they are asked for.
     """
 
     cached: list[int] = field(default_factory=list)
     token: int | None = None
-    sampling: RowSampling = field(default_factory=RowSampling)
+    choosing: Choosing = field(default_factory=Choosing)
+    prompt: int = 0
+    scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
 
 
 class SlotSession(DeviceState):
@@ -59,10 +65,16 @@ class SlotSession(DeviceState):
         super().__init__(steps, programs)
         self.shapes = shapes
         self.slots = [Slot() for _ in range(shapes.slots)]
-        self._params: dict[str, DeviceTensor] | None = None
         with self.mesh.lock:
             self._state = state.empty_cache(steps, shapes.slots, shapes.length)
             self._state |= state.blank_slots(steps, shapes.slots)
+            self._blank()
+
+    def _blank(self) -> None:
+        """Arguments of steps that are kept from one to the next, for all slots or shards."""
+        self._params: dict[str, DeviceTensor] | None = None
+        self._biases = BiasRows(self.steps, self.shapes.slots)
+        self._prompt_biases = BiasRows(self.steps, self.shapes.shards)
 
     def prepare(
         self, shapes: SlotShapes, progress: Callable[[int, int], None] | None = None
@@ -83,7 +95,7 @@ class SlotSession(DeviceState):
         self.shapes = self.shapes.on(steps.mesh.shape.data)
         self._take_along(steps, programs, mover, kept=kept, rows=self.shapes.slots)
         self.slots += [Slot() for _ in range(self.shapes.slots - kept)]
-        self._params = None
+        self._blank()
 
     def ready(self, progress: Callable[[int, int], None] | None) -> None:
         """Compile what this session can need after a `move`."""
@@ -100,11 +112,11 @@ class SlotSession(DeviceState):
         """A slot's data shard, and its number there."""
         return divmod(slot, self.shapes.per_shard)
 
-    def admit(self, slot: int, sampling: RowSampling, cached: int) -> None:
+    def admit(self, slot: int, choosing: Choosing, cached: int) -> None:
         """Give a slot to a request, of whose prompt it holds the first `cached` tokens."""
-        held = self.slots[slot]
-        del held.cached[cached:]
-        held.token, held.sampling, self._params = None, sampling, None
+        held = self.slots[slot].cached
+        del held[cached:]
+        self.slots[slot], self._params = Slot(held, choosing=choosing), None
 
     def evict(self, slot: int) -> None:
         """Take a slot from its request. What it holds stays until it is given to another."""
@@ -116,43 +128,60 @@ class SlotSession(DeviceState):
         Returns:
             The first token of each whose prompt has ended with it.
         """
-        # A shard that has none of them writes behind what its first slot holds.
-        first = [self.slots[shard * self.shapes.per_shard] for shard in range(self.shapes.shards)]
-        chunks = [SlotChunk(start=len(held.cached)) for held in first]
-        size = self.shapes.chunk(
-            max(len(prompt) - len(self.slots[slot].cached) for slot, prompt in prompts.items())
-        )
-        for slot, prompt in prompts.items():
-            shard, number = self.place(slot)
-            start = len(self.slots[slot].cached)
-            ids = prompt[start : start + size]
-            final = start + len(ids) == len(prompt)
-            chunks[shard] = SlotChunk(
-                number, ids, start, final, len(prompt), prompt if final else ()
-            )
         began = time.perf_counter()
+        scored = any(self.slots[slot].choosing.scored is not None for slot in prompts)
+        left = max(len(prompt) - len(self.slots[slot].cached) for slot, prompt in prompts.items())
+        size = self.shapes.sizes[-1] if scored else self.shapes.chunk(left)
+        chunks = self._chunks(prompts, size)
+        ends = [slot for slot in prompts if chunks[self.place(slot)[0]].final]
+        biases = {
+            self.place(slot)[0]: row_of(bias, prompts[slot], 0)
+            for slot in ends
+            if (bias := self.slots[slot].choosing.bias) is not None
+        }
         with self._step():
-            extra = state.put_slot_chunks(self.steps, chunks, size)
-            self._advance(self.shapes.prefill(size), self._sampling() | extra)
-            ends = [slot for slot in prompts if chunks[self.place(slot)[0]].final]
-            choices = {choice.row: choice for choice in self._read(ends)}
-        for slot in prompts:
+            given = state.put_slot_chunks(self.steps, chunks, size, scored=scored)
+            given["bias"] = self._prompt_biases.holding(biases)
+            self._advance(self.shapes.prefill(size, scored=scored), self._sampling() | given)
+            rows = {slot: self.place(slot)[0] for slot in ends}
+            choices = self._with_tops(self._read(ends), rows)
+            if scored:
+                choices |= self._with_scores(choices, prompts, chunks)
+        for slot, prompt in prompts.items():
             self.slots[slot].cached += chunks[self.place(slot)[0]].ids
+            self.slots[slot].prompt = len(prompt)
         for slot, choice in choices.items():
             self.slots[slot].token, self._params = choice.token, None
         self.stats.prefill_tokens += sum(len(chunk.ids) for chunk in chunks)
         self.stats.prefill_s += time.perf_counter() - began
         return choices
 
+    def _chunks(self, prompts: Mapping[int, Sequence[int]], size: int) -> list[SlotChunk]:
+        """What each data shard is to run of its prompt."""
+        # A shard that has none of them writes behind what its first slot holds.
+        first = [self.slots[shard * self.shapes.per_shard] for shard in range(self.shapes.shards)]
+        chunks = [SlotChunk(start=len(held.cached)) for held in first]
+        for slot, prompt in prompts.items():
+            shard, number = self.place(slot)
+            start = len(self.slots[slot].cached)
+            ids = prompt[start : start + size]
+            final = start + len(ids) == len(prompt)
+            targets = prompt[start + 1 : start + 1 + len(ids)]
+            chunks[shard] = SlotChunk(
+                number, ids, start, final, len(prompt), prompt if final else (), targets
+            )
+        return chunks
+
     def decode(self) -> dict[int, Choice]:
         """One more token for every live slot."""
         began = time.perf_counter()
         live = [slot for slot, held in enumerate(self.slots) if held.token is not None]
         rows = self.shapes.row_count(max(self.place(slot)[1] for slot in live) + 1)
+        places = {slot: self.place(slot)[0] * rows + self.place(slot)[1] for slot in live}
         with self._step():
-            given = self._sampling()
+            given = self._sampling() | {"bias": self._biases.holding(self._bias_rows(live))}
             launched, run_s = self._advance(self.shapes.decode(rows), given)
-            choices = {choice.row: choice for choice in self._read(live)}
+            choices = self._with_tops(self._read(live), places)
         read = time.perf_counter()
         for slot, choice in choices.items():
             held = self.slots[slot]
@@ -180,7 +209,57 @@ class SlotSession(DeviceState):
     def _sampling(self) -> dict[str, DeviceTensor]:
         """Sampling parameters of every slot, and which are live; put anew after a change."""
         if self._params is None:
-            host = state.host_params([slot.sampling for slot in self.slots])
+            host = state.slot_params([slot.choosing for slot in self.slots])
             host["live"] = torch.tensor([slot.token is not None for slot in self.slots])
             self._params = state.put(self.steps, host)
         return self._params
+
+    def _bias_rows(self, live: Sequence[int]) -> dict[int, Row]:
+        """The rows of `bias` that these slots need now."""
+        rows = {}
+        for slot in live:
+            held = self.slots[slot]
+            if held.choosing.bias is not None and held.token is not None:
+                ids = [*held.cached, held.token]
+                rows[slot] = row_of(held.choosing.bias, ids, len(ids) - held.prompt)
+        return rows
+
+    # -- what a step tells besides
+
+    def _tell(self, *names: str) -> list[torch.Tensor]:
+        return [self.mesh.fetch(self._told[name], STATE_AXES[name]) for name in names]
+
+    def _with_tops(self, choices: Sequence[Choice], rows: Mapping[int, int]) -> dict[int, Choice]:
+        """The choices by slot, with the likeliest tokens where they are asked for.
+
+        Args:
+            rows: of the step, by slot.
+        """
+        found = {choice.row: choice for choice in choices}
+        asked = {slot: self.slots[slot].choosing.tops for slot in found}
+        if any(asked.values()):
+            ids, logprobs = self._tell("top_ids", "top_logprobs")
+            for slot, count in asked.items():
+                row = rows[slot]
+                top = told.top_of(ids[row], logprobs[row], count)
+                found[slot] = replace(found[slot], top=top)
+        return found
+
+    def _with_scores(
+        self,
+        choices: Mapping[int, Choice],
+        prompts: Mapping[int, Sequence[int]],
+        chunks: Sequence[SlotChunk],
+    ) -> dict[int, Choice]:
+        """The choices of prompts that are scored and have ended, with the scores."""
+        names = ("logprobs", "prompt_top_ids", "prompt_top_logprobs")
+        given = dict(zip(names, self._tell(*names), strict=True))
+        found = {}
+        for slot in prompts:
+            shard, held = self.place(slot)[0], self.slots[slot]
+            if (count := held.choosing.scored) is None:
+                continue
+            held.scores += told.scores(chunks[shard].targets, shard, given, count)
+            if slot in choices:
+                found[slot] = replace(choices[slot], prompt=tuple(held.scores))
+        return found

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..engine.interface import DeviceTensor, Steps
-from ..engine.row_sampling import RowSampling
+from ..engine.row_sampling import HIDDEN, RowSampling
 from ..engine.steps import CACHE_AXES, SLOT_STATE, SPAN, STATE_AXES, StepKey, cache_names
 from ..errors import UsageError, lines
 from ..plan.placement import Plan
 from ..sharded.layout import Layout
+from .choosing import Choosing, TokenBias
 
 MOST_EOS = 16
 
@@ -92,11 +93,18 @@ def slot_arguments(steps: Steps, key: StepKey) -> dict[str, DeviceTensor]:
     if key.kind == "slot_copy":
         none = torch.zeros(shards, dtype=torch.int32)
         return given | put(steps, {"source": none, "target": none})
-    params = host_params([RowSampling()] * key.batch)
+    params = slot_params([Choosing()] * key.batch)
+    given |= no_bias(steps, key.batch if key.kind == "slot_decode" else shards)
     if key.kind == "slot_decode":
         return given | put(steps, params | {"live": torch.zeros(key.batch, dtype=torch.bool)})
     empty = [SlotChunk()] * shards
-    return given | put(steps, params) | put_slot_chunks(steps, empty, key.new)
+    chunks = put_slot_chunks(steps, empty, key.new, scored=key.scored)
+    return given | put(steps, params) | chunks
+
+
+def no_bias(steps: Steps, rows: int) -> dict[str, DeviceTensor]:
+    """The `bias` of rows that have none."""
+    return put(steps, {"bias": torch.zeros(rows, steps.plan.vocab)})
 
 
 def blank_slots(steps: Steps, slots: int) -> dict[str, DeviceTensor]:
@@ -116,6 +124,7 @@ class SlotChunk:
         final: the prompt ends with it.
         span: positions of the whole prompt.
         prompt: all its tokens, with its last chunk.
+        targets: the tokens that follow those of the chunk, as far as the prompt has them.
     """
 
     slot: int = 0
@@ -124,27 +133,34 @@ class SlotChunk:
     final: bool = False
     span: int = 1
     prompt: Sequence[int] = ()
+    targets: Sequence[int] = ()
 
 
 def put_slot_chunks(
-    steps: Steps, chunks: Sequence[SlotChunk], size: int
+    steps: Steps, chunks: Sequence[SlotChunk], size: int, *, scored: bool
 ) -> dict[str, DeviceTensor]:
     """Arguments of `slot_prefill`, of one chunk for each data shard."""
-    ids = torch.zeros(len(chunks), size, dtype=torch.long)
-    for row, chunk in enumerate(chunks):
-        ids[row, : len(chunk.ids)] = torch.tensor(chunk.ids, dtype=torch.long)
+
+    def tokens(name: str) -> torch.Tensor:
+        ids = torch.zeros(len(chunks), size, dtype=torch.long)
+        for row, chunk in enumerate(chunks):
+            given = getattr(chunk, name)
+            ids[row, : len(given)] = torch.tensor(given, dtype=torch.long)
+        return ids
 
     def column(name: str) -> torch.Tensor:
         return torch.tensor([getattr(chunk, name) for chunk in chunks], dtype=torch.int32)
 
     host = {
-        "ids": ids,
+        "ids": tokens("ids"),
         "slot": column("slot"),
         "start": column("start"),
         "count": torch.tensor([len(chunk.ids) for chunk in chunks], dtype=torch.int32),
         "final": column("final").bool(),
         "prompted": prompt_counts([chunk.prompt for chunk in chunks], steps.plan.vocab),
     }
+    if scored:
+        host["targets"] = tokens("targets")
     given = put(steps, host)
     if steps.follows_span:
         given[SPAN] = steps.mesh.put(column("span"), STATE_AXES["slot"])
@@ -163,7 +179,27 @@ def host_params(rows: Sequence[RowSampling]) -> dict[str, torch.Tensor]:
         "top_p": floats("top_p"),
         "min_p": floats("min_p"),
         "penalty": floats("repetition_penalty"),
+        "presence": floats("presence_penalty"),
+        "frequency": floats("frequency_penalty"),
         "seed": torch.tensor([row.seed_word for row in rows], dtype=torch.int32),
+    }
+
+
+def bias_row(bias: TokenBias, hidden: Collection[int], vocab: int) -> torch.Tensor:
+    """What is added to a request's logits, `[V]`, with some tokens hidden besides."""
+    row = torch.zeros(vocab)
+    if bias.allowed is not None:
+        row.fill_(HIDDEN)[list(bias.allowed)] = 0.0
+    row[list(bias.added)] += torch.tensor(list(bias.added.values()))
+    row[list(hidden)] = HIDDEN
+    return row
+
+
+def slot_params(rows: Sequence[Choosing]) -> dict[str, torch.Tensor]:
+    """What `steps.SLOT_PARAMS` names, as host tensors of all slots."""
+    return host_params([row.sampling for row in rows]) | {
+        "biased": torch.tensor([row.bias is not None for row in rows]),
+        "tops": torch.tensor([row.most_tops for row in rows], dtype=torch.int32),
     }
 
 

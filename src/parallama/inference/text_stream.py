@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 _UNFINISHED = "\ufffd"
+_BEHIND = 6
+"""Tokens of the prompt that a text begins behind: they decide about its first space."""
 
 
 class TextStream:
@@ -14,20 +16,41 @@ class TextStream:
     Args:
         tokenizer: of transformers; None gives empty text.
         stop: strings that end the text; they and what follows are not part of it.
+        behind: the prompt's tokens.
+        keep_stop: what ends the text is part of it.
+        skip_special_tokens: special tokens are no part of the text.
+
+    Attributes:
+        stopped: the stop string that has ended the text.
     """
 
-    def __init__(self, tokenizer: Any | None, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any | None,
+        stop: Sequence[str] = (),
+        *,
+        behind: Sequence[int] = (),
+        keep_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = [string for string in stop if string]
-        self._ids: list[int] = []
+        self._keep_stop, self._skip_special = keep_stop, skip_special_tokens
+        self._ids = list(behind[-_BEHIND:])
         self._from = 0  # ids before are in the text for good
-        self._seen = 0  # ids whose characters were handed out or are held back
+        self._seen = len(self._ids)  # ids whose characters were handed out or are held back
         self._held = ""
-        self.stopped = False
+        self.stopped: str | None = None
+        if tokenizer is not None and self._decode(self._ids).endswith(_UNFINISHED):
+            self._ids, self._seen = [], 0  # half a character is the prompt's own
 
-    def push(self, token: int) -> str:
-        """Add a token; returns the text that is certain now."""
-        if self._tokenizer is None or self.stopped:
+    def push(self, token: int, *, ends: bool = False) -> str:
+        """Add a token; returns the text that is certain now.
+
+        Args:
+            ends: it ends the text, of which it is a part only with `keep_stop`.
+        """
+        if self._tokenizer is None or self.stopped is not None or (ends and not self._keep_stop):
             return ""
         self._ids.append(token)
         # Decode from a little before: what comes there decides about spaces. vLLM does the same.
@@ -40,7 +63,7 @@ class TextStream:
 
     def finish(self) -> str:
         """The rest, when no more tokens come."""
-        if self._tokenizer is None or self.stopped:
+        if self._tokenizer is None or self.stopped is not None:
             return ""
         before = self._decode(self._ids[self._from : self._seen])
         after = self._decode(self._ids[self._from :])
@@ -48,14 +71,17 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         assert self._tokenizer is not None
-        return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
+        if not ids:
+            return ""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip_special))
 
     def _release(self, new: str, *, final: bool) -> str:
         text = self._held + new
-        ends = [at for at in (text.find(string) for string in self._stop) if at >= 0]
+        ends = [(at, string) for string in self._stop if (at := text.find(string)) >= 0]
         if ends:
-            self.stopped, self._held = True, ""
-            return text[: min(ends)]
+            at, self.stopped = min(ends)
+            self._held = ""
+            return text[: at + len(self.stopped) if self._keep_stop else at]
         keep = 0 if final else max((_overlap(text, string) for string in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -32,6 +32,7 @@ class _Call:
             limits=[served.limit(ids, limit, None, of="messages")],
             logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
             prompt_logprobs=asked.prompt_logprobs,
+            answers=True,
         )
         self.counted = Counted(len(ids), self.n)
         self.id, self.created = new_id("chatcmpl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UsageError
@@ -19,25 +19,12 @@ from .errors import ApiError, of_ours
 from .protocol import Conversation, Sampled
 from .token_texts import TokenTexts
 
-PASSED: Mapping[str, tuple[Any, ...]] = {
-    "temperature": (),
-    "top_k": (),
-    "top_p": (),
-    "min_p": (),
-    "repetition_penalty": (),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "stop_token_ids": ([],),
-    "min_tokens": (0,),
-    "ignore_eos": (False,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "allowed_token_ids": ([],),
-    "bad_words": ([],),
-}
-"""Fields that `SamplingParams` takes by the same name -> values that ask for nothing."""
-_KNOWN = {each.name for each in fields(SamplingParams)}
+_PASSED = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "logit_bias", "stop", "stop_token_ids", "min_tokens", "ignore_eos"),
+    *("include_stop_str_in_output", "skip_special_tokens", "allowed_token_ids", "bad_words"),
+)
+"""Fields that `SamplingParams` takes by the same name."""
 _DEFAULTS = {
     "temperature": 1.0,
     "top_k": 0,
@@ -139,7 +126,7 @@ class ServedModel:
         """
         most = self.serving.llm.max_model_len
         room = most - len(ids)
-        if room >= max(1, asked or 0):
+        if room >= (1 if asked is None else asked):
             return asked if asked is not None else min(room, default or room)
         wanted = f"and {asked} new ones are" if asked else "is"
         raise ApiError(
@@ -157,22 +144,26 @@ class ServedModel:
         limits: Sequence[int],
         logprobs: int | None,
         prompt_logprobs: int | None,
+        answers: bool = False,
     ) -> list[Request]:
         """Requests of the engine: copies of the first prompt, then of the next.
+
+        Args:
+            answers: they answer conversations.
 
         Raises:
             ApiError: a parameter is out of its range, or isn't supported.
         """
         seed = secrets.randbits(64) if asked.seed is None else asked.seed % (1 << 64)
         given = self._passed(asked) | {"seed": seed}
-        for name, count in (("logprobs", logprobs), ("prompt_logprobs", prompt_logprobs)):
-            if count is not None:
-                given |= self._known(name, count)
+        given |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        llm = self.serving.llm
         earlier: Counter[tuple[int, ...]] = Counter()
         made: list[Request] = []
         for (text, ids), limit in zip(prompts, limits, strict=True):
             try:
                 params = SamplingParams(**given, max_new_tokens=max(limit, 1))
+                ends = llm.rules.ends(params, llm.chat_ends() if answers else ())
                 for index in range(copies):
                     row = row_seed(seed, ids, earlier[tuple(ids)])
                     earlier[tuple(ids)] += 1
@@ -183,8 +174,9 @@ class ServedModel:
                             ids=ids,
                             index=index,
                             params=params,
-                            sampling=sampling,
+                            choosing=llm.rules.choosing(params, sampling, ends),
                             limit=max(limit, 1),
+                            ends=ends,
                         )
                     )
             except UsageError as error:
@@ -202,35 +194,17 @@ class ServedModel:
     def _passed(self, asked: Sampled) -> dict[str, Any]:
         """The fields that are for `SamplingParams`, by its names."""
         given: dict[str, Any] = {}
-        for name, nothing in PASSED.items():
+        for name in _PASSED:
             value = getattr(asked, name)
-            if value is not None and value not in nothing:
-                given |= self._known(name, value)
+            if value is not None:
+                given[name] = value
         if given.get("top_p") == 0:
             given["top_p"] = _LEAST_TOP_P
-        if given.get("logit_bias"):
-            given["logit_bias"] = self._biases(given["logit_bias"])
+        biases = (int(token) for token in given.get("logit_bias", ()) if token.isdecimal())
+        self._check_ids("logit_bias", biases)
         for name in ("stop_token_ids", "allowed_token_ids"):
             self._check_ids(name, given.get(name, ()))
-        if asked.stop:
-            given["stop"] = asked.stop
         return given
-
-    def _known(self, name: str, value: Any) -> dict[str, Any]:
-        if name not in _KNOWN:
-            raise ApiError(f"{name} is not supported", param=name, code="unsupported_parameter")
-        return {name: value}
-
-    def _biases(self, given: Mapping[str, float]) -> dict[int, float]:
-        try:
-            biases = {int(token): bias for token, bias in given.items() if token.isascii()}
-        except ValueError:
-            biases = {}
-        if len(biases) < len(given):
-            text = "logit_bias has keys that are no token ids, or two for one"
-            raise ApiError(text, param="logit_bias")
-        self._check_ids("logit_bias", biases)
-        return biases
 
     def _check_ids(self, name: str, ids: Any) -> None:
         vocab = self.serving.llm.plan.model.vocab

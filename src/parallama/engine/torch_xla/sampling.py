@@ -16,11 +16,12 @@ Shapes, of a device's own part: `B` rows, `W` ids of the padded vocabulary `V`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from ...plan.mesh_shape import DATA, MODEL
-from ..row_sampling import signed32
+from ..row_sampling import HIDDEN, signed32
 from ..steps import PARAMS
 from .attention_products import row_maximum
 from .branches import when
@@ -29,10 +30,24 @@ from .ops import add_at, float_bits, whole_as_float, whole_of_float
 from .scopes import scope
 from .while_loops import repeat
 
-_HIDDEN = -1e30
 _LOWEST, _HIGHEST = -(1 << 31), (1 << 31) - 1
 _ROUNDS = 8
 """Of a threshold search: four bits each."""
+
+
+class Chosen(NamedTuple):
+    """What rows choose.
+
+    Attributes:
+        token: ids, `[B]` int64.
+        logprob: `[B]` fp32, under the model's own distribution: before bias, penalties, temperature
+            and truncation.
+        normaliser: `[B]` fp32, what a logit has over its log-probability.
+    """
+
+    token: torch.Tensor
+    logprob: torch.Tensor
+    normaliser: torch.Tensor
 
 
 def choose(
@@ -41,35 +56,42 @@ def choose(
     vocab: int,
     given: Mapping[str, torch.Tensor],
     positions: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Chosen:
     """Choose one token a row.
 
     Args:
         logits: `[B, V]`, split over "model"; ids from `vocab` on are padding and never chosen.
-        given: with `counts` and what `steps.PARAMS` names, of all rows.
+        given: with `counts` and what `steps.PARAMS` names, of all rows; and `bias` and `biased`,
+            or neither.
         positions: `[B]` int32, the position that the chosen token will have.
-
-    Returns:
-        Token ids `[B]` int64 and their log-probabilities `[B]` fp32 under the model's own
-        distribution (before temperature, penalty and truncation).
     """
     device, parts = logits.device, mesh.shape.model
-    batch, width = logits.shape
-    ids = _ids(mesh, width)
-    raw = mesh.enter_manual(logits.float(), (DATA, MODEL))
-    if width != vocab:
-        raw = torch.where(ids < vocab, raw, torch.full((), _HIDDEN, device=device))
+    batch = len(logits)
+    raw, ids = own_logits(mesh, logits, vocab)
     rows = [mesh.enter_manual(given[name], (DATA,)) for name in PARAMS]
     params = dict(zip(PARAMS, rows, strict=True))
     counts = mesh.enter_manual(given["counts"], (DATA, MODEL))
     positions = mesh.enter_manual(positions.to(torch.int32), (DATA,))
+    asked = (
+        (params["temperature"] > 0)
+        | (params["penalty"] != 1)
+        | (params["presence"] != 0)
+        | (params["frequency"] != 0)
+    )
+    bias = []
+    if "bias" in given:
+        biased = mesh.enter_manual(given["biased"], (DATA,))
+        asked = asked | biased
+        bias = [biased, mesh.enter_manual(given["bias"], (DATA, MODEL))]
 
     def adjusted(
         given: Sequence[torch.Tensor], state: Sequence[torch.Tensor]
     ) -> Sequence[torch.Tensor]:
-        raw, counts, ids, positions, *rows = given
+        raw, counts, ids, positions, *more = given
+        rows, bias = more[: len(PARAMS)], more[len(PARAMS) :]
         params = dict(zip(PARAMS, rows, strict=True))
-        scores = _penalised(raw, counts, params)
+        scores = torch.where(bias[0][:, None], raw + bias[1], raw) if bias else raw
+        scores = _penalised(scores, counts, params)
         warm = (params["temperature"] > 0).any()
 
         def perturbed(
@@ -81,16 +103,15 @@ def choose(
                 return [perturb(state[0], ids, mesh, params, positions)]
 
         (scores,) = when(mesh, warm, perturbed, [ids, positions, *rows], [scores])
-        best, top = _best(mesh, scores)
+        best, top = first_best(mesh, scores)
         chosen = ids[None, :] == (best + ids[:1])[:, None]
         zero = torch.zeros((), device=raw.device)
         return [best, top, torch.where(chosen, raw, zero).sum(-1)]
 
-    best, top = _best(mesh, raw)
+    best, top = first_best(mesh, raw)
     total = torch.exp(raw - top[:, None]).sum(-1)
-    asked = (params["temperature"] > 0) | (params["penalty"] != 1)
     best, best_score, best_raw = when(
-        mesh, asked.any(), adjusted, [raw, counts, ids, positions, *rows], [best, top, top]
+        mesh, asked.any(), adjusted, [raw, counts, ids, positions, *rows, *bias], [best, top, top]
     )
     # Of each device one small tensor is gathered: its candidate, the candidate's score and logit,
     # and its part of the normaliser.
@@ -105,8 +126,20 @@ def choose(
     chosen = whole_of_float(torch.where(winner, token, zero).sum(-1))
     chosen_raw = torch.where(winner, raw_score, zero).sum(-1)
     peak = top.amax(-1)
-    log_total = torch.log((total * torch.exp(top - peak[:, None])).sum(-1))
-    return chosen, chosen_raw - peak - log_total
+    normaliser = peak + torch.log((total * torch.exp(top - peak[:, None])).sum(-1))
+    return Chosen(chosen, chosen_raw - normaliser, normaliser)
+
+
+def own_logits(
+    mesh: DeviceMesh, logits: torch.Tensor, vocab: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A device's own part of logits `[B, V]`, `[B, W]` fp32, padding hidden, and its ids `[W]`."""
+    width = logits.shape[1]
+    ids = _ids(mesh, width)
+    raw = mesh.enter_manual(logits.float(), (DATA, MODEL))
+    if width != vocab:
+        raw = torch.where(ids < vocab, raw, torch.full((), HIDDEN, device=logits.device))
+    return raw, ids
 
 
 def counted(
@@ -129,7 +162,7 @@ def _ids(mesh: DeviceMesh, width: int) -> torch.Tensor:
     return first + torch.arange(own, device=mesh.device, dtype=torch.int32)
 
 
-def _best(mesh: DeviceMesh, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def first_best(mesh: DeviceMesh, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first of the best of a device's own tokens, `[B]` int32, and its score.
 
     Where that is NaN, which equals nothing, it is the first token.
@@ -146,7 +179,10 @@ def _penalised(
 ) -> torch.Tensor:
     factor = params["penalty"][:, None]
     penalised = torch.where(raw < 0, raw * factor, raw / factor)
-    return torch.where(counts > 0, penalised, raw)
+    scores = torch.where(counts > 0, penalised, raw)
+    chosen = counts >> 1
+    often, once = params["frequency"][:, None], params["presence"][:, None]
+    return scores - often * chosen.float() - once * (chosen > 0).float()
 
 
 def perturb(
@@ -158,7 +194,7 @@ def perturb(
 ) -> torch.Tensor:
     """Temperature, truncation and Gumbel noise; rows with temperature 0 keep their scores."""
     device = scores.device
-    hidden = torch.full((), _HIDDEN, device=device)
+    hidden = torch.full((), HIDDEN, device=device)
     temperature, min_p = params["temperature"][:, None], params["min_p"][:, None]
     warm = temperature > 0
     scores = scores / torch.where(warm, temperature, torch.ones_like(temperature))
@@ -174,7 +210,7 @@ def perturb(
     floor = torch.log(torch.clamp(min_p, min=1e-30)) + peak
     scores = torch.where((scores >= floor) | (min_p == 0) | ~warm, scores, hidden)
     noise = _gumbel(params["seed"], positions, ids)
-    noisy = warm & (scores > _HIDDEN / 2)
+    noisy = warm & (scores > HIDDEN / 2)
     return scores + torch.where(noisy, noise, torch.zeros((), device=device))
 
 

@@ -12,16 +12,15 @@ from __future__ import annotations
 import torch
 
 from ...plan.mesh_shape import DATA, MODEL
+from ..row_sampling import HIDDEN
 from .loss import stretches
 from .mesh import DeviceMesh
 from .ops import whole_as_float, whole_of_float
 
-_HIDDEN = -1e30
-
 
 def score(
     logits: torch.Tensor, targets: torch.Tensor, mesh: DeviceMesh, vocab: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """How likely each position's token is.
 
     Args:
@@ -30,8 +29,8 @@ def score(
         targets: `[B, S]` int64, the token that is to follow at each position.
 
     Returns:
-        Log-probabilities `[B, S]` fp32 in nats, and `[B, S]` bool: the token is the one that greedy
-        decoding would choose.
+        Log-probabilities `[B, S]` fp32 in nats; `[B, S]` bool: the token is the one that greedy
+        decoding would choose; and `[B, S]` fp32, what a logit has over its log-probability.
     """
     device, parts = logits.device, mesh.shape.model
     batch, length, width = logits.shape
@@ -39,7 +38,7 @@ def score(
     scores = mesh.mark(logits.float().reshape(batch, length, parts, width // parts), split_axes)
     ids = torch.arange(width, device=device).reshape(1, 1, parts, width // parts)
     if width != vocab:
-        scores = torch.where(ids < vocab, scores, torch.full((), _HIDDEN, device=device))
+        scores = torch.where(ids < vocab, scores, torch.full((), HIDDEN, device=device))
     zero = torch.zeros((), device=device)
     top = scores.amax(-1)
     shifted = scores - top[..., None]
@@ -52,7 +51,7 @@ def score(
     found = mesh.resplit(found, split_axes, (DATA, None, None, None))
     top, normaliser, own, best = found.unbind(-1)
     peak = top.amax(-1)
-    total = torch.log(torch.exp(normaliser + top - peak[..., None]).sum(-1))
+    over = peak + torch.log(torch.exp(normaliser + top - peak[..., None]).sum(-1))
     winner = torch.arange(parts, device=device) == top.argmax(-1, keepdim=True)
     chosen = whole_of_float(torch.where(winner, best, zero).sum(-1))
-    return own.sum(-1) - peak - total, chosen == targets
+    return own.sum(-1) - over, chosen == targets, over

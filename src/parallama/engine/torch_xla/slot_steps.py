@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...plan.mesh_shape import DATA
-from ..steps import CACHE_AXES, PARAMS, SLOT_STATE, SPAN, StepKey
+from ..steps import CACHE_AXES, SLOT_PARAMS, SLOT_STATE, SPAN, StepKey
 from .linear_products import shared_rows
 from .ops import row_update, stretch
-from .sampling import counted
+from .sampling import Chosen, counted
 from .slot_rows import first_rows, picked, placed, with_first_rows
+from .top_tokens import top_tokens
 
 if TYPE_CHECKING:
     from .mesh import DeviceMesh
@@ -28,7 +29,7 @@ Given = Mapping[str, torch.Tensor]
 def decode(steps: TorchXlaSteps, given: Given, key: StepKey) -> dict[str, torch.Tensor]:
     """One more token for each of the first rows that is `live`."""
     mesh = steps.mesh
-    names = (*SLOT_STATE, "live", *PARAMS)
+    names = (*SLOT_STATE, "live", *SLOT_PARAMS, "bias")
     rows = {name: first_rows(mesh, name, given[name], key.rows) for name in names}
     live, position = rows["live"], rows["position"]
     few = shared_rows(mesh, steps.plan.model, key.length)
@@ -45,14 +46,15 @@ def decode(steps: TorchXlaSteps, given: Given, key: StepKey) -> dict[str, torch.
         first_row=mesh.mark(first, (DATA,)),
         visible=start,
     )
-    token, logprob, _ = steps.choose(hidden[:, 0], rows, position + 1, few)
+    chosen, logits = steps.choose(hidden[:, 0], rows, position + 1, few)
     new = {
-        "token": torch.where(live, token, rows["token"]),
-        "logprob": torch.where(live, logprob, rows["logprob"]),
+        "token": torch.where(live, chosen.token, rows["token"]),
+        "logprob": torch.where(live, chosen.logprob, rows["logprob"]),
         "position": torch.where(live, position + 1, position),
     }
     out = {name: with_first_rows(mesh, name, given[name], new[name]) for name in new}
     out["counts"] = counted(given["counts"], mesh, new["token"], live)
+    out |= _tops(steps, logits, chosen, torch.where(live, rows["tops"], 0))
     return steps.marked(out) | cache.buffers
 
 
@@ -65,17 +67,37 @@ def prefill(steps: TorchXlaSteps, given: Given, key: StepKey) -> dict[str, torch
     ids, final = given["ids"], given["final"]
     ends = torch.arange(ids.shape[1], device=ids.device)[None, :] == (count[:, None].long() - 1)
     hidden, cache = steps.hidden(
-        ids, start, caches(given), fresh=False, span=given.get(SPAN), ends=ends, first_row=slot
+        ids,
+        start,
+        caches(given),
+        fresh=False,
+        span=given.get(SPAN),
+        ends=None if key.scored else ends,
+        first_row=slot,
     )
-    row = {name: picked(mesh, name, given[name], slot) for name in PARAMS}
-    row["counts"] = given["prompted"]
+    row = {name: picked(mesh, name, given[name], slot) for name in SLOT_PARAMS}
+    row |= {"counts": given["prompted"], "bias": given["bias"]}
+    scored = {}
+    if key.scored:
+        scored = steps.scored(hidden, given["targets"], row["tops"])
+        hidden = torch.where(ends[..., None], hidden, torch.zeros_like(hidden)).sum(1, True)
     position = start + count
-    token, logprob, _ = steps.choose(hidden[:, 0], row, position)
-    counts = counted(given["prompted"], mesh, token, final)
-    new = {"token": token, "logprob": logprob, "counts": counts}
+    chosen, logits = steps.choose(hidden[:, 0], row, position)
+    counts = counted(given["prompted"], mesh, chosen.token, final)
+    new = {"token": chosen.token, "logprob": chosen.logprob, "counts": counts}
     out = {name: placed(mesh, name, given[name], new[name], slot, final) for name in new}
     out["position"] = placed(mesh, "position", given["position"], position, slot, count > 0)
-    return steps.marked(out) | cache.buffers
+    out |= _tops(steps, logits, chosen, torch.where(final, row["tops"], 0))
+    return steps.marked(out | scored) | cache.buffers
+
+
+def _tops(
+    steps: TorchXlaSteps, logits: torch.Tensor, chosen: Chosen, wanted: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The likeliest tokens of each row."""
+    vocab = steps.plan.model.vocab
+    ids, logprobs = top_tokens(steps.mesh, logits, vocab, chosen.normaliser, wanted)
+    return {"top_ids": ids, "top_logprobs": logprobs}
 
 
 def copy(mesh: DeviceMesh, given: Given) -> dict[str, torch.Tensor]:

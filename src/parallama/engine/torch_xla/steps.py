@@ -26,6 +26,7 @@ from .rotary import FollowingRotary, following
 from .scopes import name_scopes, scope
 from .scoring import score
 from .slot_steps import caches
+from .top_tokens import top_tokens_of_places
 
 _SCORED_AT_ONCE = 128
 """Positions whose logits are there at one time where tokens are scored."""
@@ -189,13 +190,12 @@ class TorchXlaSteps(Steps):
         given: Mapping[str, torch.Tensor],
         positions: torch.Tensor,
         few: range = range(0),
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens, their log-probabilities, and the logits that they were chosen from."""
+    ) -> tuple[sampling.Chosen, torch.Tensor]:
+        """What rows choose, and the logits that they choose from."""
         mesh, vocab = self.mesh, self.plan.model.vocab
         logits = mesh.mark(self._head(last, few), (DATA, MODEL))
         with scope("sampling"):
-            token, logprob = sampling.choose(logits, mesh, vocab, given, positions)
-        return token, logprob, logits
+            return sampling.choose(logits, mesh, vocab, given, positions), logits
 
     def _prefill(self, given: Mapping[str, torch.Tensor], key: StepKey) -> dict[str, torch.Tensor]:
         """Run a chunk of every row's prompt.
@@ -208,10 +208,10 @@ class TorchXlaSteps(Steps):
             ids, start, caches(given), fresh=key.fresh, span=given.get(SPAN), ends=ends
         )
         position = start + count
-        token, logprob, _ = self.choose(hidden[:, 0], given, position)
+        chosen, _ = self.choose(hidden[:, 0], given, position)
         out = {
-            "token": torch.where(final, token, given["token"]),
-            "logprob": torch.where(final, logprob, given["logprob"]),
+            "token": torch.where(final, chosen.token, given["token"]),
+            "logprob": torch.where(final, chosen.logprob, given["logprob"]),
             "position": torch.where(final, position, given["position"]),
         }
         out["done"] = torch.where(final, self._is_end(out["token"], given["eos"]), given["done"])
@@ -226,10 +226,10 @@ class TorchXlaSteps(Steps):
             given["token"][:, None], position, caches(given), fresh=False, span=span, few=few
         )
         following = position + 1
-        token, logprob, logits = self.choose(hidden[:, 0], given, following, few)
+        chosen, logits = self.choose(hidden[:, 0], given, following, few)
         out = {
-            "token": torch.where(done, given["token"], token),
-            "logprob": torch.where(done, given["logprob"], logprob),
+            "token": torch.where(done, given["token"], chosen.token),
+            "logprob": torch.where(done, given["logprob"], chosen.logprob),
             "position": torch.where(done, position, following),
         }
         out["done"] = done | self._is_end(out["token"], given["eos"])
@@ -263,18 +263,33 @@ class TorchXlaSteps(Steps):
 
     def _scores(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """How likely `targets` are, each behind the `ids` up to its position."""
-        parts = self._at_once(given).split(_SCORED_AT_ONCE, dim=1)
-        targets = given["targets"].split(_SCORED_AT_ONCE, dim=1)
-        logprobs, greedy = [], []
-        for hidden, wanted in zip(parts, targets, strict=True):
-            logits = self.mesh.mark(self._head(hidden), LOGITS_AXES)
-            with scope("scoring"):
-                found = score(logits, wanted, self.mesh, self.plan.model.vocab)
-            logprobs.append(found[0])
-            greedy.append(found[1])
-        return self.marked(
-            {"logprobs": torch.cat(logprobs, dim=1), "greedy": torch.cat(greedy, dim=1)}
+        return self.marked(self.scored(self._at_once(given), given["targets"]))
+
+    def scored(
+        self, hidden: torch.Tensor, targets: torch.Tensor, tops: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """How likely each position's target is.
+
+        Args:
+            hidden: final states, `[B, S, E]`.
+            targets: `[B, S]`.
+            tops: `[B]` int32, the likeliest tokens that are asked for in each position, if any are.
+        """
+        mesh, vocab = self.mesh, self.plan.model.vocab
+        found: dict[str, list[torch.Tensor]] = {}
+        parts = zip(
+            hidden.split(_SCORED_AT_ONCE, dim=1), targets.split(_SCORED_AT_ONCE, dim=1), strict=True
         )
+        for states, wanted in parts:
+            logits = mesh.mark(self._head(states), LOGITS_AXES)
+            with scope("scoring"):
+                logprobs, greedy, normaliser = score(logits, wanted, mesh, vocab)
+            new = {"logprobs": logprobs, "greedy": greedy}
+            if tops is not None:
+                new |= top_tokens_of_places(mesh, logits, vocab, normaliser, tops)
+            for name, tensor in new.items():
+                found.setdefault(name, []).append(tensor)
+        return {name: torch.cat(tensors, dim=1) for name, tensors in found.items()}
 
     def _at_once(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Final hidden states `[B, S, E]` of texts that are run without a state."""
