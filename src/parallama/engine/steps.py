@@ -106,14 +106,6 @@ class StepKey:
     fresh: bool = False
     scored: bool = False
 
-    def step_rows(self, shards: int) -> int:
-        """Rows that the step computes, over all devices.
-
-        Args:
-            shards: size of the mesh's data axis.
-        """
-        return shards if self.kind == "slot_prefill" else self.rows or self.batch
-
     def parts(self) -> Mapping[str, object]:
         return {
             name: getattr(self, name)

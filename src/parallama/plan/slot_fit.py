@@ -69,7 +69,7 @@ class Slots:
             return asked
         longest = largest(self._fits, most)
         if asked is not None or not longest:
-            raise FitError(self._refusal(asked or 1, longest))
+            raise FitError(self._refusal(self.room, asked or 1, longest))
         return longest
 
     def said(self, tokens: int) -> str:
@@ -94,8 +94,7 @@ class Slots:
     def _fits(self, tokens: int) -> bool:
         return self.room is None or self.memory(tokens).total * self._times <= self.room.bytes
 
-    def _refusal(self, asked: int, longest: int) -> str:
-        assert self.room is not None
+    def _refusal(self, room: Room, asked: int, longest: int) -> str:
         needed = shown_bytes(self.memory(asked).total * self._times)
         fewer = largest(lambda count: replace(self, count=count)._fits(asked), self.count)
         instead = [f"--max-model-len {longest}"] if longest else []
@@ -104,7 +103,7 @@ class Slots:
         requests = f"{self.count} requests" if self.count > 1 else "a request"
         return lines(
             f"{requests} of {asked:,} tokens on mesh {self.plan.mesh} would take {needed} of"
-            f" {self.room.name}, of which {shown_bytes(self.room.bytes)} may be taken",
+            f" {room.name}, of which {shown_bytes(room.bytes)} may be taken",
             f"what would fit: {' or '.join(instead)}" if instead else "nothing would fit",
             "" if instead else "use more devices along 'model', or a smaller --dtype",
         )

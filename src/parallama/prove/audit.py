@@ -59,7 +59,7 @@ def audit(
     mesh, plan, itemsize = steps.mesh, steps.plan, steps.dtype.itemsize
     modules = [hlo.parse(text) for text in compiled(programs, key).hlo()]
     sizes: dict[str, Any] = {
-        "batch": key.step_rows(mesh.shape.data),
+        "batch": mesh.shape.data if key.kind == "slot_prefill" else key.rows or key.batch,
         "positions": key.new,
         "itemsize": itemsize,
         "sum_itemsize": max(itemsize, mesh.traits.sum_bytes),
