@@ -19,10 +19,12 @@ def judged(folder: str, mesh: str, slots: int, positions: int) -> dict[str, Any]
     steps = model.steps()
     programs = make_programs(steps)
     shards = steps.mesh.shape.data
-    shapes = SlotShapes.of(slots=slots, positions=positions, shards=shards).complete()
+    shapes = SlotShapes.of(slots=slots, positions=positions, shards=shards)
     session = SlotSession(steps, programs, shapes)
     held = [steps.mesh.local_bytes(tensor) for tensor in session.tensors()]
-    audits, keys = {}, shapes.keys()
+    keys = [shapes.prefill(size) for size in shapes.sizes]
+    keys += [*(shapes.decode(rows) for rows in shapes.row_counts()), shapes.copy()]
+    audits = {}
     for key in keys:
         phase: Any = {"slot_prefill": "prefill", "slot_decode": "decode"}.get(key.kind, "copy")
         name = f"{phase} {key.rows or key.new}"
