@@ -29,20 +29,28 @@ class Server:
         log: Path,
         env: Mapping[str, str | None] | None = None,
         fails_at: Path | None = None,
+        optimize: bool = False,
+        round_s: float = 0,
+        send_s: float | None = None,
     ) -> None:
         """Start it, and wait until it serves.
 
         Args:
             fails_at: the engine fails as soon as there is this file.
+            optimize: its programs run at their speed, and take longer to compile.
+            round_s: how much longer a round of its engine takes.
+            send_s: how long a client may leave what was sent unread, if not as long as usual.
         """
         self._log = log
         given = {
             "words": ["serve", *arguments, "--port", "0"],
             "fails_at": None if fails_at is None else str(fails_at),
+            "round_s": round_s,
+            "send_s": send_s,
         }
         with log.open("wb") as stream:
             self.child = Child(
-                "servers:run", given, out=stream, err=stream, env=env, optimize=False
+                "servers:run", given, out=stream, err=stream, env=env, optimize=optimize
             )
         try:
             self.url = self.until(r"listening on ([^;\s]+);")
@@ -76,24 +84,31 @@ class Server:
         return self.child.wait(60)
 
 
-def run(words: list[str], fails_at: str | None) -> int:
+def run(words: list[str], fails_at: str | None, round_s: float, send_s: float | None) -> int:
     """The child's side."""
     from parallama import __main__
 
-    if fails_at is not None:
-        _fail_at(Path(fails_at))
+    if send_s is not None:
+        from parallama.serve.connections import BoundedConnection
+
+        BoundedConnection.send_s = send_s
+    if fails_at is not None or round_s:
+        _change_rounds(Path(fails_at) if fails_at else None, round_s)
     sys.argv = ["parallama", *words]
     return __main__.run(words)
 
 
-def _fail_at(file: Path) -> None:
+def _change_rounds(fails_at: Path | None, longer_s: float) -> None:
     from parallama.inference.slot_runner import SlotRunner
 
     round_of = SlotRunner.round
 
-    def failing(runner: SlotRunner) -> object:
-        if file.exists():
+    def changed(runner: SlotRunner) -> object:
+        if fails_at is not None and fails_at.exists():
             raise RuntimeError("a device is lost")
-        return round_of(runner)
+        found = round_of(runner)
+        if runner.scheduler.running:
+            time.sleep(longer_s)
+        return found
 
-    SlotRunner.round = failing  # type: ignore[method-assign,assignment]
+    SlotRunner.round = changed  # type: ignore[method-assign,assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -43,6 +44,8 @@ def _checked(number: int, message: Any) -> dict[str, Any]:
             )
         )
     content = message.get("content")
+    if isinstance(message.get("tool_calls"), list):
+        message = {**message, "tool_calls": [_call(each) for each in message["tool_calls"]]}
     if content is None and message.get("tool_calls"):
         return dict(message)
     if isinstance(content, Sequence) and not isinstance(content, str):
@@ -53,6 +56,18 @@ def _checked(number: int, message: Any) -> dict[str, Any]:
         )
     check_text(content, f"the content of message {number}")
     return {**message, "content": content}
+
+
+def _call(given: Any) -> Any:
+    """A tool call with its arguments as an object, as templates read them; OpenAI's are a text."""
+    function = given.get("function") if isinstance(given, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return given
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):  # what a model wrote need not be JSON
+        return given
+    return {**given, "function": {**function, "arguments": arguments}}
 
 
 def _text(number: int, part: Any) -> str:

@@ -182,6 +182,7 @@ class TokenizeRequest(Body):
     add_generation_prompt: StrictBool = True
     continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
     return_token_strs: StrictBool | None = False
 
 
