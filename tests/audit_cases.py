@@ -25,8 +25,9 @@ from parallama.model.spec import ModelSpec
 from parallama.plan.collectives import expected_collectives
 from parallama.plan.make_plan import make_plan
 from parallama.plan.mesh_shape import DATA, MODEL
+from parallama.plan.program_shapes import CHUNK, cache_buckets, chunk_size
 from parallama.prove import hlo
-from parallama.prove.audit import audit, collectives_of, differences, step_key
+from parallama.prove.audit import audit, collectives_of, differences
 from parallama.sharded.loading import to_devices
 
 
@@ -39,6 +40,21 @@ def model_of(
         device_mesh.backend = replace(device_mesh.backend, one_core_each=one_core_each)
     made = make_plan(ModelSpec.from_config(checkpoint.config), device_mesh.shape, plan)
     return to_devices(checkpoint, made, device_mesh, getattr(torch, dtype))
+
+
+def session_key(phase: Any, batch: int, positions: int) -> StepKey:
+    """The program that a session would use for a phase; those on slots are `step_key`'s."""
+    if phase == "decode":
+        length = cache_buckets(positions + 1, rows=batch)[-1]
+        return StepKey(kind="decode", batch=batch, length=length)
+    new = chunk_size(positions)
+    return StepKey(
+        kind="prefill",
+        batch=batch,
+        length=cache_buckets(max(positions, new), rows=batch)[-1],
+        new=new,
+        fresh=positions <= CHUNK,
+    )
 
 
 def judged(
@@ -64,7 +80,7 @@ def judged(
         steps,
         programs,
         phase,
-        step_key(phase, batch, positions),
+        session_key(phase, batch, positions),
         accept_plan=accept_plan,
     ).to_dict()
 
@@ -77,7 +93,7 @@ def audited_run(folder: str, mesh: str, prompts: list[list[int]], steps: int) ->
     longest = max(len(prompt) for prompt in prompts)
     phases: tuple[Any, ...] = ("prefill", "decode")
     audits = {
-        phase: audit(made, programs, phase, step_key(phase, len(prompts), longest)).to_dict()
+        phase: audit(made, programs, phase, session_key(phase, len(prompts), longest)).to_dict()
         for phase in phases
     }
     session = Session(

@@ -170,7 +170,7 @@ def plan(make: Maker) -> Document:
     inference = {
         "param": "params",
         "kv": "kv",
-        "kv_growth": "growth",
+        "state": "state",
         "activation": "activations",
         "logits": "logits",
         "total": "total",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,9 @@ def test_shared_prefixes_are_shared_by_as_many_prompts_each(tiny: str) -> None:
     begun = [tuple(each.text.split()[:7]) for each in made]
     assert sorted(begun.count(prefix) for prefix in set(begun)) == [5] * 4
     assert {(each.tokens, each.output_tokens) for each in made} == {(10, 2)}
+    ordered, _ = prompts(replace(asked, disable_shuffle=True), tokenizer_of(tiny))
+    begun = [tuple(each.text.split()[:7]) for each in ordered]
+    assert all(len(set(begun[first : first + 5])) == 1 for first in (0, 5, 10, 15))
 
 
 def test_lengths_like_sharegpts_are_spread_as_its_are(tiny: str) -> None:
@@ -205,6 +209,28 @@ def test_a_sharegpt_file_gives_its_first_messages_and_their_answers_lengths(
     with pytest.raises(UsageError) as caught:
         prompts(Workload(**asked, num_prompts=1), tokenizer_of(tiny))
     check_raised(caught.value, 2, "--dataset-path", str(path))
+
+
+def test_a_file_of_ones_own_is_sent_in_its_order_or_shuffled(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    given = [("w1 " * number, number) for number in range(1, 7)]
+    said = [{"prompt": text, "output_tokens": limit} for text, limit in given]
+    path.write_text("\n".join(map(json.dumps, [*said, {"prompt": "w2"}])), encoding="utf-8")
+    asked = {"dataset_name": "custom", "dataset_path": str(path), "num_prompts": 6}
+    made, warm = prompts(Workload(**asked, disable_shuffle=True, num_warmups=1), tokenizer_of(tiny))
+    assert [(each.text, each.output_tokens) for each in made] == given
+    assert [each.tokens for each in made] == [1, 2, 3, 4, 5, 6]
+    assert [(each.text, each.output_tokens) for each in warm] == [("w2", 256)]
+    mixed, _ = prompts(Workload(**asked, custom_output_len=9), tokenizer_of(tiny))
+    assert [each.text for each in mixed] != [text for text, _ in given][:6]
+    assert {each.output_tokens for each in mixed} == {9}
+    with pytest.raises(UsageError) as caught:
+        prompts(Workload(**{**asked, "num_prompts": 8}), tokenizer_of(tiny))
+    check_raised(caught.value, 2, str(path), "7 prompts", "8")
+    path.write_text('{"text": "w1"}\n', encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        prompts(Workload(**asked), tokenizer_of(tiny))
+    check_raised(caught.value, 2, "--dataset-path", str(path), "output_tokens")
 
 
 # -- what is measured
@@ -331,6 +357,7 @@ WRONG: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("--endpoint /v1/embeddings", ("/v1/embeddings", "/v1/chat/completions")),
     ("--dataset-name hf", ("'hf'", "sharegpt")),
     ("--dataset-path x.json", ("--dataset-path", "sharegpt")),
+    ("--dataset-name custom", ("custom", "--dataset-path")),
     ("--goodput itl:5", ("itl:5", "ttft")),
     ("--goodput ttft", ("ttft", "ttft:500")),
     ("--goodput ttft:-1", ("ttft:-1",)),
@@ -377,10 +404,30 @@ def test_limits_are_read_as_vllm_writes_them() -> None:
 
 def test_a_server_that_cannot_start_ends_the_run_with_its_last_words(tiny: str) -> None:
     done = command(["bench", "--serve", tiny, "--max-model-len", "999999", *SHORT, "--quiet"])
-    check_refusal(done, 1, "parallama serve")
+    check_refusal(done, 1, "parallama serve", "8192")
 
 
-# -- a real server
+# -- real servers
+
+OWN = ["--max-num-seqs", "2", "--max-model-len", "64", "--max-concurrency", "2", *SHORT]
+
+
+def test_a_server_is_started_for_a_model_and_measured(tiny: str) -> None:
+    few = ["--num-prompts", "4", "--num-warmups", "1", "--json"]
+    found = measured(command(["bench", "--serve", tiny, *OWN, *few], optimize=False))
+    assert (found["label"], found["completed"], found["token_counts"]) == ("parallama", 4, "usage")
+    assert (found["total_input_tokens"], found["total_output_tokens"]) == (32, 20)
+    assert found["model_id"] == tiny and found["steady_decoding_requests"] == 2
+
+
+@pytest.mark.slow  # two servers start; what is asked of each is tested above and below
+def test_transformers_own_server_is_started_beside_it(tiny: str) -> None:
+    few = ["--num-prompts", "4", "--peer", "transformers", "--json"]
+    found = measured(command(["bench", "--serve", tiny, *OWN, *few], optimize=False))
+    peer = found["peers"]["transformers"]
+    assert (found["completed"], peer["completed"]) == (4, 4)
+    assert found["total_output_tokens"] == peer["total_output_tokens"] == 20
+    assert peer["ratios"]["total_token_throughput"] > 0
 
 
 @pytest.fixture(scope="module")

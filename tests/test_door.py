@@ -208,7 +208,7 @@ def test_what_needs_torch_xla_is_refused_at_once_with_the_backends_name(tiny: Ti
         assert "'host'" in refusal(caught.value) and "torch-xla" in refusal(caught.value)
     assert llm.mesh.compilations() == made
     with pytest.raises(RunError) as no_hlo:
-        audit(llm.steps, llm.programs, "decode", step_key("decode", 1, 16))
+        audit(llm.steps, llm.programs, "decode", step_key("decode", 1, 16, 1))
     assert "'host'" in refusal(no_hlo.value)
 
 

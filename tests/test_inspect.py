@@ -427,7 +427,7 @@ def test_the_tables_are_ascii_on_a_terminal_that_is_within_a_hundred_columns(
     )
     assert lines[at + 1 : at + 3] == ["| 0 | 1 |", "| 2 | 3 |"]
     assert (
-        "KV cache 2 rows of 256 positions, made to be looked at (--batch, --max-model-len)" in lines
+        "KV cache 2 rows of 512 positions, made to be looked at (--batch, --max-model-len)" in lines
     )
     assert lines[-1].endswith("as planned.")
     assert [row.split()[1] for row in rows if "CPU:" in row] == ["CPU:0", "CPU:1", "CPU:2", "CPU:3"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from .model.spec import ModelSpec
 from .plan.make_plan import make_plan
 from .plan.mesh_shape import MeshShape
 from .plan.overrides import read_overrides
+from .plan.placement import Plan
+from .plan.program_shapes import MAX_NUM_SEQS
 from .progress_bars import ProgressBars, is_watched
 from .sharded import loading
 
@@ -33,8 +35,8 @@ def load(
     devices: int | None = None,
     plan: str | Path | Mapping[str, Any] | None = None,
     dtype: str = "auto",
-    max_model_len: int | None = None,
-    max_num_seqs: int = 16,
+    max_model_len: int | Callable[[Plan, int], int] | None = None,
+    max_num_seqs: int = MAX_NUM_SEQS,
     allow_nonfinite: bool = False,
     progress: Progress | bool | None = True,
     keep_hlo: bool = False,
@@ -55,6 +57,7 @@ def load(
         dtype: `auto`, `float32` or `bfloat16`; `auto` is the checkpoint's, but float32 on the CPU
             backend.
         max_model_len: most tokens of prompt and answer together; the model's own maximum if None.
+            Or a function of the plan and the bytes of a number, called before weights are read.
         max_num_seqs: most texts that a run continues at a time; others wait for their turn.
         allow_nonfinite: load weights that hold NaN or infinity, too.
         progress: whether loading and compiling show bars on standard error, where that is a
@@ -82,6 +85,10 @@ def load(
     loading.resolve_dtype(dtype, None, mesh.backend.name)
     source = find(str(model), None if adapter is None else str(adapter))
     spec = ModelSpec.from_config(source.config)
+    made = make_plan(spec, shape, overrides)
+    to = loading.resolve_dtype(dtype, source.config, mesh.backend.name)
+    if callable(max_model_len):
+        max_model_len = max_model_len(made, to.itemsize)
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_positions:
         raise UsageError(
             lines(
@@ -93,8 +100,6 @@ def load(
         raise UsageError(
             lines(f"max_num_seqs is {shown(max_num_seqs)}", "expected a whole number of at least 1")
         )
-    made = make_plan(spec, shape, overrides)
-    to = loading.resolve_dtype(dtype, source.config, mesh.backend.name)
     tokenizer = source.tokenizer()
     generation = {"eos_token_id": getattr(source.config, "eos_token_id", None)} | source.generation
     eos_ids(generation["eos_token_id"], tokenizer, spec.vocab)

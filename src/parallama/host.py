@@ -154,6 +154,29 @@ def memory_bytes() -> tuple[int, int] | None:
     return (found["MemTotal"], found["MemAvailable"]) if len(found) == 2 else None
 
 
+def available_bytes(groups: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes of memory that this process can still take, of the machine's or its container's.
+
+    None where the system doesn't tell.
+
+    Args:
+        groups: where Linux says what a container may take.
+    """
+    machine = memory_bytes()
+    left = [] if machine is None else [machine[1]]
+    for folder, most, now in (
+        (groups, "memory.max", "memory.current"),
+        (groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        limit, held = (" ".join(_lines(folder / name)) for name in (most, now))
+        if limit.isdigit() and held.isdigit():
+            # Pages of files are given back when they are needed.
+            pairs = (line.partition(" ") for line in _lines(folder / "memory.stat"))
+            files = [size for name, _, size in pairs if name in ("inactive_file", "active_file")]
+            left.append(int(limit) - int(held) + sum(map(int, files)))
+    return max(0, min(left)) if left else None
+
+
 def processor() -> tuple[str, list[str]]:
     """The processor's name, and which of `FEATURES` it has."""
     name = platform.processor() or platform.machine()

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from ..errors import UsageError, lines
 from ..remote_server import CHAT, COMPLETIONS
 
-DATASETS = ("random", "prefix_repetition", "sharegpt")
+DATASETS = ("random", "prefix_repetition", "sharegpt", "custom")
+FROM_FILES = ("sharegpt", "custom")
+"""Data sets that a file may have, or has to."""
 METRICS = ("ttft", "tpot", "itl", "e2el")
 LIMITED = ("ttft", "tpot", "e2el")
 """Metrics that a request has one of, so that goodput may limit them."""
@@ -26,7 +28,10 @@ class Workload:
         max_concurrency: most requests at a time.
         request_rate: requests a second; infinite is all at once.
         burstiness: 1 is a Poisson process, less is burstier, more is more even.
-        dataset_path: a ShareGPT JSON file, in place of lengths like ShareGPT's.
+        dataset_path: a ShareGPT JSON file, in place of lengths like ShareGPT's; or for `custom` a
+            file of JSON lines with a `prompt` each.
+        disable_shuffle: requests come in the data set's own order.
+        custom_output_len: tokens of an answer, in place of each line's `output_tokens`.
         ignore_eos: go on past the end of text; if None, where prompts are made up.
         goodput: most milliseconds of a metric, by name, for a request to be good.
     """
@@ -42,6 +47,7 @@ class Workload:
     ramp_up_end_rps: float | None = None
     dataset_name: str = "random"
     dataset_path: str | None = None
+    disable_shuffle: bool = False
     random_input_len: int = 1024
     random_output_len: int = 128
     random_range_ratio: float = 0.0
@@ -51,6 +57,7 @@ class Workload:
     prefix_repetition_num_prefixes: int = 10
     prefix_repetition_output_len: int = 128
     sharegpt_output_len: int | None = None
+    custom_output_len: int | None = None
     ignore_eos: bool | None = None
     temperature: float = 0.0
     seed: int = 0
@@ -69,6 +76,7 @@ class Workload:
         for name in (
             *("max_concurrency", "prefix_repetition_suffix_len", "prefix_repetition_num_prefixes"),
             *("prefix_repetition_output_len", "sharegpt_output_len"),
+            "custom_output_len",
         ):
             self._check(name, 1)
         self._check("random_range_ratio", 0, below=1)
@@ -85,13 +93,15 @@ class Workload:
                 raise UsageError(
                     lines(f"--metric-percentiles has {percentile:g}", "expected 0 to 100")
                 )
-        if self.dataset_path is not None and self.dataset_name != "sharegpt":
+        if self.dataset_path is not None and self.dataset_name not in FROM_FILES:
             raise UsageError(
                 lines(
                     f"--dataset-path was given with --dataset-name {self.dataset_name}",
-                    "expected sharegpt, whose file it is",
+                    f"expected {' or '.join(FROM_FILES)}, whose file it is",
                 )
             )
+        if self.dataset_path is None and self.dataset_name == "custom":
+            raise UsageError(lines("--dataset-name custom has no --dataset-path", "expected both"))
         self._check_ramp()
 
     def _check(self, name: str, least: float, *, below: float = math.inf) -> None:

@@ -1,4 +1,4 @@
-"""Prompts for a benchmark of servers: random, with shared prefixes, or as ShareGPT has them."""
+"""Prompts for a benchmark of servers: random, with shared prefixes, as ShareGPT's, of a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,10 @@ The means are those of the paper on vLLM (Kwon et al., 2023, figure 11). The spr
 """
 LEAST_TOKENS, MOST_PROMPT, MOST_TOGETHER = 4, 1024, 2048
 """Shorter and longer conversations of ShareGPT are left out, as `vllm bench serve` does."""
+CUSTOM_TOKENS = 256
+"""Of an answer, where a line of a custom file doesn't say how many."""
 _TRIES = 8
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +101,8 @@ def prompts(workload: Workload, tokenizer: Any) -> tuple[list[Prompt], list[Prom
     make = TextMaker(tokenizer, rng)
     count = workload.num_prompts + workload.num_warmups
     if workload.dataset_path is not None:
-        made = _of_file(workload, make, rng, count)
+        read = _custom if workload.dataset_name == "custom" else _of_sharegpt
+        made = read(workload, make, rng, count)
     else:
         kind: dict[str, Callable[..., list[Prompt]]] = {
             "random": _random,
@@ -135,10 +139,10 @@ def _random(
 def _prefix_repetition(
     workload: Workload, make: TextMaker, rng: np.random.Generator, count: int
 ) -> list[Prompt]:
-    """As many prompts behind each of some prefixes, in random order."""
+    """As many prompts behind each of some prefixes, in random order or prefix after prefix."""
     many = workload.prefix_repetition_num_prefixes
     prefixes = [make.ids(workload.prefix_repetition_prefix_len) for _ in range(many)]
-    chosen = rng.permutation([number % many for number in range(count)])
+    chosen = _shuffled(workload, rng, sorted(number % many for number in range(count)))
     return [
         _prompt(
             make,
@@ -165,10 +169,10 @@ def _like_sharegpt(
     return found
 
 
-def _of_file(
+def _of_sharegpt(
     workload: Workload, make: TextMaker, rng: np.random.Generator, count: int
 ) -> list[Prompt]:
-    """The first message of each conversation, with its answer's length, in random order."""
+    """The first message of each conversation, with its answer's length."""
     path = Path(str(workload.dataset_path))
     try:
         document = json.loads(text_files.read(path))
@@ -182,8 +186,7 @@ def _of_file(
             )
         ) from None
     found: list[Prompt] = []
-    for number in rng.permutation(len(pairs)):
-        text, answer = pairs[number]
+    for text, answer in _shuffled(workload, rng, pairs):
         tokens, limit = make.count(text), make.count(answer) - make.added
         if _is_kept(tokens, limit):
             limit = workload.sharegpt_output_len or limit
@@ -196,6 +199,45 @@ def _of_file(
             f"expected {count}, for --num-prompts and --num-warmups",
         )
     )
+
+
+def _custom(
+    workload: Workload, make: TextMaker, rng: np.random.Generator, count: int
+) -> list[Prompt]:
+    """Of each line its prompt, and how long the answer is to be."""
+    path, given = Path(str(workload.dataset_path)), workload.custom_output_len
+    try:
+        said = [json.loads(line) for line in text_files.read(path).splitlines() if line.strip()]
+        pairs = [
+            (str(each["prompt"]), given or int(each.get("output_tokens", CUSTOM_TOKENS)))
+            for each in said
+        ]
+        if any(limit < 1 for _, limit in pairs):
+            raise ValueError
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise UsageError(
+            lines(
+                f"--dataset-path {str(path)!r} cannot be read: {type(error).__name__}",
+                'expected JSON lines: {"prompt": "...", "output_tokens": 64}',
+            )
+        ) from None
+    if len(pairs) < count:
+        raise UsageError(
+            lines(
+                f"--dataset-path {str(path)!r} holds {len(pairs)} prompts",
+                f"expected {count}, for --num-prompts and --num-warmups",
+            )
+        )
+    return [
+        Prompt(text=text, tokens=make.count(text), output_tokens=limit)
+        for text, limit in _shuffled(workload, rng, pairs)[:count]
+    ]
+
+
+def _shuffled(workload: Workload, rng: np.random.Generator, items: list[Item]) -> list[Item]:
+    if workload.disable_shuffle:
+        return items
+    return [items[number] for number in rng.permutation(len(items))]
 
 
 def _is_kept(tokens: int, answer: int) -> bool:

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import UsageError, lines
 from ..plan.collectives import INFERENCE, Phase
+from ..plan.program_shapes import run_slots
 from ..progress_bars import progress_bars
 from ..train.options import StepOptions
 from . import options, output
@@ -19,18 +20,22 @@ if TYPE_CHECKING:
     from ..inference.sharded_model import Progress
     from ..prove.findings import Audit
 
-_PHASES: tuple[Phase, ...] = ("prefill", "decode", "train")
+_ON_SLOTS: tuple[Phase, ...] = (*INFERENCE, "copy")
+_PHASES: tuple[Phase, ...] = (*_ON_SLOTS, "train")
 
 
 def audit(
     *,
     context: typer.Context,
     phase: Annotated[
-        str, typer.Option("--phase", help="prefill, decode, train or all (the first two).")
+        str,
+        typer.Option("--phase", help="prefill, decode, copy (of a slot), train, or all but train."),
     ] = "decode",
     batch: Annotated[
         int | None,
-        typer.Option("--batch", help="Rows over all devices.", show_default="one on each"),
+        typer.Option(
+            "--batch", help="Requests, or training rows, at a time.", show_default="one on each"
+        ),
     ] = None,
     seq: Annotated[
         int,
@@ -52,8 +57,8 @@ def audit(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compile a step, and hold its collectives, its weights and its cache against the plan, to the
-    byte.
+    """Compile a step as generate and serve run it, and hold its collectives, its weights and its
+    cache against the plan, to the byte.
     """
     if phase not in (*_PHASES, "all"):
         raise UsageError(
@@ -70,7 +75,7 @@ def audit(
         with output.only_json(as_json), progress_bars(quiet) as progress:
             audits = [_train(chosen, how, progress, accept_plan=accept_plan)]
     else:
-        phases = INFERENCE if phase == "all" else [each for each in INFERENCE if each == phase]
+        phases = _ON_SLOTS if phase == "all" else [each for each in _ON_SLOTS if each == phase]
         with output.only_json(as_json), progress_bars(quiet) as progress:
             audits = _inference(chosen, phases, batch, seq, progress, accept_plan=accept_plan)
     passed = all(each.passed for each in audits)
@@ -110,10 +115,11 @@ def _inference(
 
     llm = chosen.load(progress=progress, keep_hlo=True)
     _check_seq(seq, phases[0], llm.max_model_len)
-    return [
-        judge(llm.steps, llm.programs, each, step_key(each, batch, seq), accept_plan=accept_plan)
-        for each in phases
-    ]
+    found = []
+    for each in phases:
+        key = step_key(each, run_slots(batch), seq, chosen.shape.data)
+        found.append(judge(llm.steps, llm.programs, each, key, accept_plan=accept_plan))
+    return found
 
 
 def _train(

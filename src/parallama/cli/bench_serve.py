@@ -83,9 +83,13 @@ class ServeOptions:
         Path | None,
         typer.Option(
             "--dataset-path",
-            help="A ShareGPT JSON file; without it sharegpt is random tokens of such lengths.",
+            help="sharegpt: its JSON file, else random tokens of such lengths; custom: JSON lines"
+            " with a prompt and output_tokens each.",
         ),
     ] = None
+    disable_shuffle: Annotated[
+        bool, typer.Option("--disable-shuffle", help="Keep the data set's own order.")
+    ] = False
     random_input_len: Annotated[
         int, typer.Option("--random-input-len", help="Tokens of a random prompt.")
     ] = 1024
@@ -115,6 +119,14 @@ class ServeOptions:
         int | None,
         typer.Option(
             "--sharegpt-output-len", help="Tokens of an answer.", show_default="the data set's"
+        ),
+    ] = None
+    custom_output_len: Annotated[
+        int | None,
+        typer.Option(
+            "--custom-output-len",
+            help="Tokens of an answer.",
+            show_default="each line's output_tokens, or 256",
         ),
     ] = None
     ignore_eos: Annotated[

@@ -17,6 +17,7 @@ from ..plan.mesh_shape import MeshShape
 if TYPE_CHECKING:
     from ..inference.llm import LLM
     from ..inference.sharded_model import Progress
+    from ..plan.placement import Plan
 
 MOST_ROWS = 1 << 20
 """What `parallama plan` takes at most, too."""
@@ -232,7 +233,7 @@ class ModelOptions:
         self,
         *,
         progress: Progress | None,
-        max_model_len: int | None = None,
+        max_model_len: int | Callable[[Plan, int], int] | None = None,
         keep_hlo: bool = False,
     ) -> LLM:
         """`parallama.load` with these options."""

@@ -76,13 +76,15 @@ _SAME: Mapping[str, str] = {
     "--decode": "new-tokens max-new-tokens decode-tokens",
     "--grads": "gradients backward",
     "--plot": "picture draw svg png chart graph",
+    "--gpu-memory-utilization": "mem-fraction-static kv-cache-memory memory-utilization",
     "--backend-option": "plugin-option client-option",
 }
 """An option of ours -> what others call it, without the dashes."""
 _ANSWERS: Mapping[str, str] = {
     "trust-remote-code": "it is not needed: no code that comes with a model is ever run",
     "gpu-memory-utilization mem-fraction-static kv-cache-memory": (
-        "it is not needed: a cache is as long as --max-model-len says"
+        "it is an option of 'parallama serve'; elsewhere a cache is as long as its texts, "
+        "or as --max-model-len says"
     ),
     "quantization load-in-8bit load-in-4bit quantize kv-cache-dtype bits": (
         "quantized weights are not supported; --dtype bfloat16 takes half of float32"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..errors import UsageError, cause, lines, shown
 from ..progress_bars import progress_bars
 from ..text_files import read
 from . import options, output
+from .serve_options import Listening, Memory, Queue
 
 if TYPE_CHECKING:
     from socket import socket as Socket
@@ -23,91 +23,16 @@ if TYPE_CHECKING:
     from ..inference.llm import LLM
     from ..inference.serving import Serving
     from ..inference.sharded_model import Progress
+    from ..plan.placement import Plan
     from ..serve.access import AccessRules
 
 PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Listening:
-    """Where a server listens, and who may ask."""
-
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1"
-    port: Annotated[
-        int,
-        typer.Option("--port", help="0 finds a free one.", callback=options.within(0, 65535)),
-    ] = 8000
-    uds: Annotated[
-        Path | None, typer.Option("--uds", help="Unix domain socket, in place of host and port.")
-    ] = None
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--api-key", help="Key to ask for; several times. PARALLAMA_API_KEY hides better."
-        ),
-    ] = None
-    api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="File with a key a line.")
-    ] = None
-    no_auth: Annotated[
-        bool, typer.Option("--no-auth", help="Let other machines ask without a key.")
-    ] = False
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option("--allowed-host", help="Another name in the Host header; several times."),
-    ] = None
-    root_path: Annotated[
-        str, typer.Option("--root-path", help="Path before ours that a proxy takes off.")
-    ] = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Queue:
-    """How many requests run, and wait."""
-
-    max_num_seqs: Annotated[
-        int,
-        typer.Option(
-            "--max-num-seqs", help="Most requests at a time.", callback=options.within(1, 1024)
-        ),
-    ] = 16
-    max_num_batched_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-num-batched-tokens",
-            help="Tokens of a prompt between two steps of the others.",
-            callback=options.within(1),
-        ),
-    ] = None
-    max_num_queued_reqs: Annotated[
-        int,
-        typer.Option(
-            "--max-num-queued-reqs",
-            help="Most requests that wait; more are answered with 429.",
-            callback=options.within(1),
-        ),
-    ] = 128
-    max_num_queued_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-num-queued-tokens",
-            help="Most prompt tokens that wait.",
-            callback=options.within(1),
-        ),
-    ] = None
-    enable_prefix_caching: Annotated[
-        bool,
-        typer.Option(
-            "--enable-prefix-caching/--no-enable-prefix-caching",
-            help="Use what is cached for requests that begin the same.",
-        ),
-    ] = True
-
-
 def serve(
     *,
     chosen: options.ModelOptions,
-    max_model_len: options.MaxModelLen = None,
+    memory: Memory,
     served_model_name: Annotated[
         list[str] | None,
         typer.Option(
@@ -156,7 +81,8 @@ def serve(
         )
     arguments = _arguments(default_chat_template_kwargs)
     template = _template(chat_template)
-    chosen.check_lengths(max_model_len)
+    chosen.check_lengths(memory.max_model_len)
+    memory.room(chosen.backend)  # refuses hardware that isn't known
     from .. import __version__
     from ..serve import server
 
@@ -174,7 +100,7 @@ def serve(
     with listens, progress_bars(quiet) as progress:
 
         def load() -> LLM:
-            llm = chosen.load(progress=progress, max_model_len=max_model_len)
+            llm = chosen.load(progress=progress, max_model_len=_context(memory, queue, chosen))
             if template is not None:
                 _use_template(llm, template)
             return llm
@@ -237,13 +163,34 @@ def _listen(asked: Listening) -> tuple[Socket, AccessRules]:
     return bound(asked.host, asked.port), AccessRules(keys=keys, hosts=hosts or None)
 
 
+def _context(
+    memory: Memory, queue: Queue, chosen: options.ModelOptions
+) -> Callable[[Plan, int], int]:
+    """Says how long requests may be, before weights are read."""
+
+    def fitted(plan: Plan, itemsize: int) -> int:
+        from ..plan.slot_fit import Slots
+
+        slots = Slots(
+            plan=plan,
+            count=queue.max_num_seqs,
+            itemsize=itemsize,
+            chunk=queue.max_num_batched_tokens,
+            room=memory.room(chosen.backend),
+        )
+        tokens = slots.context(memory.max_model_len)
+        output.say(slots.said(tokens))
+        return tokens
+
+    return fitted
+
+
 def _engine(queue: Queue, progress: Progress | None) -> Callable[[LLM], Serving]:
     """Makes the engine that answers requests, once it has compiled every program."""
 
     def made(llm: LLM) -> Serving:
         from ..inference.continuous import ContinuousEngine
 
-        chunk = queue.max_num_batched_tokens
         engine = ContinuousEngine(
             llm,
             max_num_seqs=queue.max_num_seqs,
@@ -251,7 +198,7 @@ def _engine(queue: Queue, progress: Progress | None) -> Callable[[LLM], Serving]
             max_num_queued_tokens=queue.max_num_queued_tokens,
             prefix_caching=queue.enable_prefix_caching,
             progress=None if progress is None else partial(progress, "compiling"),
-            **({} if chunk is None else {"chunk": chunk}),
+            chunk=queue.max_num_batched_tokens,
         )
         engine.start()
         return engine

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from ..errors import EngineStoppedError, QueueFullError, lines
 from ..notices import LOGGER
+from ..plan.program_shapes import MAX_NUM_SEQS, SLOT_CHUNKS
 from .completion import Row
 from .llm import LLM
 from .requests import Request
@@ -22,7 +23,7 @@ from .run_stats import Choice
 from .scheduler import Scheduler
 from .serving import EndReason, Load, Observer, State, Update
 from .slot_runner import SlotRunner
-from .slot_shapes import CHUNKS, SlotShapes
+from .slot_shapes import SlotShapes
 
 _IDLE_S = 0.1
 """How long the devices' thread sleeps at most when there is nothing to do."""
@@ -83,15 +84,15 @@ class ContinuousEngine:
         self,
         llm: LLM,
         *,
-        max_num_seqs: int = 16,
+        max_num_seqs: int = MAX_NUM_SEQS,
         max_num_queued_reqs: int | None = 128,
         max_num_queued_tokens: int | None = None,
-        chunk: int = CHUNKS[-1],
+        chunk: int = SLOT_CHUNKS[-1],
         prefix_caching: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.llm = llm
-        sizes = (*(size for size in CHUNKS if size < chunk), chunk)
+        sizes = (*(size for size in SLOT_CHUNKS if size < chunk), chunk)
         shards = llm.mesh.shape.data
         shapes = SlotShapes.of(
             slots=max_num_seqs, positions=llm.max_model_len, shards=shards, sizes=sizes

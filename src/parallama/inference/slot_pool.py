@@ -6,11 +6,12 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ..plan.program_shapes import run_slots, shortest_length
 from .requests import Request
 from .run_stats import RunStats
 from .scheduler import Scheduler
 from .slot_runner import SlotRunner
-from .slot_shapes import SlotShapes, shortest_length
+from .slot_shapes import SlotShapes
 from .slots import SlotSession
 
 
@@ -60,8 +61,7 @@ class SlotPool:
         scored = any(request.choosing.scored is not None for request in requests)
         with self._lock:
             slots, longest = self._least
-            wanted = 1 << (at_once - 1).bit_length()
-            slots = max(slots, min(wanted, max(at_once, self.slots)))
+            slots = max(slots, run_slots(at_once, self.slots))
             longest = max(longest, shortest_length(positions, self._max_model_len))
             self._least = slots, longest
             session, self._idle = self._idle, None

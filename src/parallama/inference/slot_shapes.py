@@ -7,13 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from ..engine.steps import StepKey
-
-CHUNKS = (32, 128)
-"""Positions of a prompt that are computed at a time, in few programs.
-
-A long prompt holds the others up for one chunk at a time. 128 keep XLA:CPU's products busy.
-"""
-_SHORTEST, _LENGTH_STEP = 512, 256
+from ..plan.program_shapes import SLOT_CHUNKS, slot_chunk, slot_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +28,7 @@ class SlotShapes:
     slots: int
     length: int
     shards: int
-    sizes: tuple[int, ...] = CHUNKS
+    sizes: tuple[int, ...] = SLOT_CHUNKS
     rows: tuple[int, ...] = ()
     chunks: tuple[int, ...] = ()
     copies: bool = False
@@ -42,7 +36,7 @@ class SlotShapes:
 
     @classmethod
     def of(
-        cls, *, slots: int, positions: int, shards: int, sizes: tuple[int, ...] = CHUNKS
+        cls, *, slots: int, positions: int, shards: int, sizes: tuple[int, ...] = SLOT_CHUNKS
     ) -> SlotShapes:
         """Shapes of which no program is there yet.
 
@@ -52,10 +46,13 @@ class SlotShapes:
             shards: size of the mesh's data axis.
             sizes: of a prompt's chunks.
         """
-        # A chunk may have fewer tokens than its program: the rest is written behind them.
-        length = math.ceil((positions + max(sizes)) / _LENGTH_STEP) * _LENGTH_STEP
         per_shard = math.ceil(slots / shards)
-        return cls(slots=per_shard * shards, length=length, shards=shards, sizes=sizes)
+        return cls(
+            slots=per_shard * shards,
+            length=slot_length(positions, max(sizes)),
+            shards=shards,
+            sizes=sizes,
+        )
 
     @property
     def per_shard(self) -> int:
@@ -93,7 +90,7 @@ class SlotShapes:
             copies: slots are copied.
             scored: prompts are scored.
         """
-        chunks = {self._size(length) for length in (min(prompts), max(prompts))}
+        chunks = {slot_chunk(length, self.sizes) for length in (min(prompts), max(prompts))}
         return replace(
             self,
             rows=tuple(sorted({*self.rows, *self.row_counts(at_once)})),
@@ -112,15 +109,9 @@ class SlotShapes:
             scored=scored,
         )
 
-    def _size(self, left: int) -> int:
-        return next((size for size in self.sizes if size >= left), self.sizes[-1])
-
     def chunk(self, left: int) -> int:
-        """Size of the next chunk of a prompt of which `left` tokens are left.
-
-        It is the smallest that takes them all, else the largest.
-        """
-        return next((size for size in self.chunks if size >= left), self.chunks[-1])
+        """Size of the next chunk of a prompt of which `left` tokens are left."""
+        return slot_chunk(left, self.chunks)
 
     def row_count(self, needed: int) -> int:
         """The smallest number of a shard's first slots that takes in `needed` of them."""
@@ -152,13 +143,3 @@ class SlotShapes:
 
     def copy(self) -> StepKey:
         return StepKey(kind="slot_copy", batch=self.slots, length=self.length)
-
-
-def shortest_length(positions: int, limit: int) -> int:
-    """Positions that a session gets for requests of so many: one of few, so that runs share.
-
-    Args:
-        limit: more than these no request has.
-    """
-    doubled = max(_SHORTEST, 1 << (positions + max(CHUNKS) - 1).bit_length()) - max(CHUNKS)
-    return min(doubled, max(limit, positions))

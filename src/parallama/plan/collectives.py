@@ -16,7 +16,7 @@ from .make_plan import make_plan
 from .mesh_shape import DATA, MODEL
 from .placement import Plan
 
-Phase = Literal["prefill", "decode", "train"]
+Phase = Literal["prefill", "decode", "copy", "train"]
 INFERENCE: tuple[Phase, ...] = ("prefill", "decode")
 CANDIDATE_NUMBERS = 5
 """What each device says of its best token, in fp32: see `sampling.choose`."""
@@ -62,7 +62,7 @@ def expected_collectives(
     inputs is summed; what is split is gathered before a product that needs it whole.
 
     Args:
-        phase: prefill of `positions` positions a row, or decode of one.
+        phase: prefill of `positions` positions a row, decode of one, or copy of a slot.
         batch: rows over all devices.
         itemsize: bytes of an activation.
         sum_itemsize: bytes of an activation while it is summed over devices, where the backend
@@ -70,6 +70,8 @@ def expected_collectives(
         everywhere: the last layer gives every position's state, not only those that next tokens
             follow (see `last_positions`).
     """
+    if phase == "copy":
+        return ()
     rows = plan.local_rows(batch)
     tokens = rows * (1 if phase == "decode" else positions)
     sizes = _Sizes(

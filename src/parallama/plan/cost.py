@@ -12,55 +12,65 @@ from dataclasses import dataclass
 
 from ..model.spec import ModelSpec
 from .placement import Plan
-from .program_shapes import CHUNK, chunk_size, prompt_buckets
+from .program_shapes import BLOCK, SLOT_CHUNKS, run_slots, slot_length
 
-_FP32 = 4
+_FP32 = _INT32 = 4
+_LAST_TOKEN = 16
+"""Of a slot: the last token (int64), its log-probability (fp32), the next position (int32)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on each device while a batch runs.
+    """Bytes on each device while requests run on slots.
 
     Attributes:
         params: weights.
-        kv: the KV cache at its full length.
-        growth: the KV cache at the length before, which is held beside the full one while it
-            grows; 0 if it never does.
+        kv: the KV cache of all slots.
+        state: what slots have besides: how often each token came, and the last one.
         activations: intermediate tensors at their peak.
         logits: fp32 logits of the rows' last positions.
     """
 
     params: int
     kv: int
-    growth: int
+    state: int
     activations: int
     logits: int
 
     @property
     def total(self) -> int:
-        """The peak: a step's intermediate tensors are gone while the cache grows."""
-        return self.params + self.kv + max(self.growth, self.activations + self.logits)
+        """All of it together, at the peak."""
+        return self.params + self.kv + self.state + self.activations + self.logits
 
 
-def memory(plan: Plan, *, batch: int, prompt: int, max_model_len: int, itemsize: int) -> Memory:
-    """Bytes on each device to continue `batch` prompts to `max_model_len` positions.
+def memory(plan: Plan, *, batch: int, max_model_len: int, itemsize: int) -> Memory:
+    """Bytes on each device to run `batch` requests at a time, of up to `max_model_len` tokens.
 
-    The cache's lengths and the prefill's chunks are those of `program_shapes`.
+    The slots are those that `generate` makes.
+    """
+    length = slot_length(max_model_len)
+    return slot_memory(plan, slots=run_slots(batch), length=length, itemsize=itemsize)
+
+
+def slot_memory(
+    plan: Plan, *, slots: int, length: int, itemsize: int, chunk: int = SLOT_CHUNKS[-1]
+) -> Memory:
+    """Bytes on each device with a cache of so many slots.
 
     Args:
-        prompt: tokens of the longest prompt.
+        length: positions of a slot, from `slot_length`.
+        chunk: most positions of a prompt at a time.
     """
-    lengths = prompt_buckets(max_model_len, prompt, rows=batch)
-    chunk = chunk_size(prompt)
-    visible = chunk if prompt <= CHUNK else lengths[0] + chunk
-    prefill = activation_bytes(plan, batch, chunk, visible, itemsize)
-    decode = activation_bytes(plan, batch, 1, lengths[-1] + 1, itemsize)
+    block = min(BLOCK, length)
+    vocab = plan.vocab // plan.mesh.model
+    prefill = activation_bytes(plan, plan.mesh.data, chunk, block + chunk, itemsize)
+    decode = activation_bytes(plan, slots, 1, block + 1, itemsize)
     return Memory(
         params=plan.parameter_bytes(itemsize)[0],
-        kv=plan.cache_bytes(batch, lengths[-1], itemsize)[0],
-        growth=plan.cache_bytes(batch, lengths[-2], itemsize)[0] if len(lengths) > 1 else 0,
+        kv=plan.cache_bytes(slots, length, itemsize)[0],
+        state=plan.local_rows(slots) * (vocab * _INT32 + _LAST_TOKEN),
         activations=max(prefill, decode),
-        logits=plan.local_rows(batch) * plan.vocab // plan.mesh.model * _FP32,
+        logits=plan.local_rows(slots) * vocab * _FP32,
     )
 
 

@@ -17,7 +17,7 @@ from .device_counts import DeviceCount, device_counts, suggested
 from .fit import Fit, fit
 from .layer_patterns import LayerPattern, layer_patterns, local_elements
 from .placement import Plan
-from .program_shapes import chunk_size
+from .program_shapes import run_slots, slot_chunk
 from .request import Request
 from .train_collectives import expected_in_training
 from .train_cost import TrainMemory, train_memory
@@ -41,8 +41,8 @@ class Forecast:
 
     @property
     def prefill_positions(self) -> int:
-        """`S` of one prefill program: a longer prompt takes several."""
-        return chunk_size(self.request.seq)
+        """`S` of one prefill step: a longer prompt takes several."""
+        return slot_chunk(self.request.seq)
 
     def check(self) -> None:
         """Raise `FitError` if it is known not to fit."""
@@ -125,7 +125,7 @@ class Forecast:
         return {
             "param_bytes_per_device": self.memory.params,
             "kv_bytes_per_device": self.memory.kv,
-            "kv_growth_bytes_per_device": self.memory.growth,
+            "state_bytes_per_device": self.memory.state,
             "activation_bytes_per_device": self.memory.activations,
             "logits_bytes_per_device": self.memory.logits,
             "total_bytes_per_device": self.memory.total,
@@ -224,9 +224,11 @@ def _collectives(
     """By phase; none in training for a plan of a user's own that training refuses."""
     found: dict[Phase, tuple[Collective, ...]] = {}
     for phase in INFERENCE:
-        positions = chunk_size(request.seq) if phase == "prefill" else request.seq
+        # A chunk of a prompt on every data shard, then one position of each slot.
+        batch = plan.mesh.data if phase == "prefill" else run_slots(request.batch)
+        positions = slot_chunk(request.seq)
         found[phase] = expected_collectives(
-            plan, phase, batch=request.batch, positions=positions, itemsize=request.itemsize
+            plan, phase, batch=batch, positions=positions, itemsize=request.itemsize
         )
     try:
         found["train"] = expected_in_training(training_plan, request.train_step())

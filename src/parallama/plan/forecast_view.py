@@ -123,8 +123,7 @@ def _totals(forecast: Forecast) -> Iterator[tuple[str, str, str]]:
     memory = forecast.memory
     yield _bytes("parameters", memory.params)
     yield _bytes("KV cache", memory.kv)
-    if memory.growth:
-        yield _bytes("KV cache, growing", memory.growth, "beside the full one for a moment")
+    yield _bytes("slots' state", memory.state, "tokens counted by their ids")
     yield _bytes("activations", memory.activations, "at their peak")
     yield _bytes("logits", memory.logits)
     yield _bytes("total", memory.total, "at the peak")

@@ -1,8 +1,9 @@
-"""The shapes that programs are compiled for: chunks of a prompt, and cache lengths. Pure."""
+"""The shapes that programs are compiled for: chunks of a prompt, cache lengths, slots. Pure."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 CHUNK = 512
 """A longer prompt is prefilled in chunks of so many positions: one program for any length."""
@@ -14,6 +15,16 @@ _MANY_ROWS = 8
 Reading the cache then takes a good part of a decode step, and what is never written is not worth
 reading. With fewer rows that would only mean more programs.
 """
+SLOT_CHUNKS = (32, 128)
+"""Positions of a prompt that are written into a slot at a time, in few programs.
+
+A long prompt holds the others up for one chunk at a time. 128 keep XLA:CPU's products busy.
+"""
+BLOCK = 256
+"""Positions of a slot's cache that attention reads at a time."""
+MAX_NUM_SEQS = 16
+"""Requests that run at a time, unless something else is asked for."""
+_SLOT_STEP, _SHORTEST = 256, 512
 
 
 def chunk_size(longest: int) -> int:
@@ -65,6 +76,48 @@ def prompt_buckets(capacity: int, longest_prompt: int, *, rows: int = 1) -> list
     prefilled = math.ceil(longest_prompt / size) * size
     buckets = cache_buckets(max(capacity, prefilled), rows=rows)
     return [bucket for bucket in buckets if bucket >= prefilled]
+
+
+# -- slots
+
+
+def slot_length(positions: int, chunk: int = SLOT_CHUNKS[-1]) -> int:
+    """Positions that a slot's cache gets for requests of up to so many.
+
+    Args:
+        chunk: the largest one. It may have fewer tokens than its program: the rest is written
+            behind them.
+    """
+    return math.ceil((positions + chunk) / _SLOT_STEP) * _SLOT_STEP
+
+
+def run_slots(requests: int, most: int = MAX_NUM_SEQS) -> int:
+    """Slots that a run gets for so many requests at a time: a power of two, so that runs share.
+
+    Args:
+        most: that other runs will have; it takes more to exceed it.
+    """
+    return min(_power_of_two(requests), max(requests, most))
+
+
+def slot_chunk(tokens: int, sizes: Sequence[int] = SLOT_CHUNKS) -> int:
+    """Size of a chunk for so many tokens: the smallest that takes them all, else the largest.
+
+    Args:
+        sizes: that there are, smallest first.
+    """
+    return next((size for size in sizes if size >= tokens), sizes[-1])
+
+
+def shortest_length(positions: int, limit: int) -> int:
+    """Positions that a run's slots are made for, if its requests have so many: one of few.
+
+    Args:
+        limit: more than these no request has.
+    """
+    chunk = SLOT_CHUNKS[-1]
+    doubled = max(_SHORTEST, _power_of_two(positions + chunk)) - chunk
+    return min(doubled, max(limit, positions))
 
 
 def _power_of_two(least: int) -> int:

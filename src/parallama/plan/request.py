@@ -64,7 +64,6 @@ class Request:
         return memory(
             plan,
             batch=self.batch,
-            prompt=self.seq,
             max_model_len=self.max_model_len,
             itemsize=self.itemsize,
         )

@@ -15,33 +15,28 @@ from typing import Any
 from ..engine.interface import Compiled, Steps
 from ..engine.steps import StepKey
 from ..inference.programs import ProgramSet
+from ..inference.slot_shapes import SlotShapes
 from ..plan.collectives import Phase, expected_collectives, minimal_collectives
 from ..plan.layer_patterns import ranges, without_layer
-from ..plan.program_shapes import CHUNK, cache_buckets, chunk_size
+from ..plan.program_shapes import slot_chunk
 from ..sharded.device_weights import bytes_per_device
 from . import hlo
 from .compiled_collectives import collectives_of, differences, over_the_least
 from .findings import Audit, Finding
 
 
-def step_key(phase: Phase, batch: int, positions: int) -> StepKey:
-    """The program that a session would use for a phase.
+def step_key(phase: Phase, slots: int, positions: int, shards: int) -> StepKey:
+    """The program that a session with slots would use for a phase; of decode the one for all slots.
 
     Args:
-        batch: rows over all devices.
-        positions: of the prompt, for prefill; already cached, for decode.
+        positions: of the prompt, for prefill; already cached, for others.
+        shards: size of the mesh's data axis.
     """
-    if phase == "decode":
-        length = cache_buckets(positions + 1, rows=batch)[-1]
-        return StepKey(kind="decode", batch=batch, length=length)
-    new = chunk_size(positions)
-    return StepKey(
-        kind="prefill",
-        batch=batch,
-        length=cache_buckets(max(positions, new), rows=batch)[-1],
-        new=new,
-        fresh=positions <= CHUNK,
-    )
+    together = positions + (phase != "prefill")
+    shapes = SlotShapes.of(slots=slots, positions=together, shards=shards)
+    if phase == "prefill":
+        return shapes.prefill(slot_chunk(positions))
+    return shapes.copy() if phase == "copy" else shapes.decode(shapes.per_shard)
 
 
 def audit(
@@ -64,7 +59,7 @@ def audit(
     mesh, plan, itemsize = steps.mesh, steps.plan, steps.dtype.itemsize
     modules = [hlo.parse(text) for text in compiled(programs, key).hlo()]
     sizes: dict[str, Any] = {
-        "batch": key.batch,
+        "batch": mesh.shape.data if key.kind == "slot_prefill" else key.rows or key.batch,
         "positions": key.new,
         "itemsize": itemsize,
         "sum_itemsize": max(itemsize, mesh.traits.sum_bytes),

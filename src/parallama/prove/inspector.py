@@ -17,7 +17,7 @@ from ..plan.collectives import Phase
 from ..plan.layer_patterns import without_layer
 from ..plan.overrides import matches
 from ..plan.placement import Axes, Blocks
-from ..plan.program_shapes import cache_buckets
+from ..plan.program_shapes import slot_length
 from .audit import compiled, step_key
 from .inspection import Inspection, MeasuredTensor, Slices, shown_slices
 from .shard_contents import ShardContent, read_shard, shard_faults
@@ -30,13 +30,13 @@ class Inspector:
 
     Args:
         batch: rows of the cache over all devices; a multiple of the "data" axis.
-        max_model_len: positions that the cache must hold. It gets as many as a session of that
-            length would end with: a multiple of 256, or of 64 for many rows.
+        max_model_len: most tokens of a request. The cache gets as many positions as slots for such
+            requests have.
     """
 
     def __init__(self, llm: LLM, *, batch: int, max_model_len: int) -> None:
         self.llm, self.batch, self.max_model_len = llm, batch, max_model_len
-        self.positions = cache_buckets(max_model_len, rows=batch)[-1]
+        self.positions = slot_length(max_model_len)
         self._cache = state.empty_cache(llm.steps, batch, self.positions)
 
     @property
@@ -107,7 +107,8 @@ class Inspector:
             RunError: the engine was not started with `keep_hlo`.
         """
         positions = self.max_model_len - (phase == "decode")
-        program = compiled(self.llm.programs, step_key(phase, self.batch, positions))
+        key = step_key(phase, self.batch, positions, self.llm.mesh.shape.data)
+        program = compiled(self.llm.programs, key)
         text = "\n".join(program.hlo())
         check_folder(folder)
         path = folder / f"{phase}.txt"

@@ -14,13 +14,12 @@ from collections.abc import Sequence
 
 import torch
 
+from ...plan.program_shapes import BLOCK
 from .attention_products import mixture_in_part, row_maximum, scores_in_part
 from .mesh import DeviceMesh
 from .ops import stretch
 from .while_loops import repeat
 
-BLOCK = 256
-"""Places of the cache that are read at a time."""
 HIDDEN = -1e30
 """A score of what must not be seen."""
 
