@@ -147,7 +147,10 @@ def generate(make: Maker) -> Document:
             key("outputs", "list of objects", "one for each prompt, in their order"),
             key("outputs[].prompt", "string or list of integers", "as it was given"),
             make.some(
-                "inference.Completion", "outputs[].", "text token_ids logprobs finish_reason index"
+                "inference.Completion",
+                "outputs[].",
+                "text token_ids logprobs top_logprobs prompt_logprobs finish_reason stop_reason"
+                " index",
             ),
             ignored(),
             key("stats", "object", "what the run took"),

@@ -21,7 +21,10 @@ def judged(folder: str, mesh: str, slots: int, positions: int) -> dict[str, Any]
     shards = steps.mesh.shape.data
     shapes = SlotShapes.of(slots=slots, positions=positions, shards=shards)
     session = SlotSession(steps, programs, shapes)
-    held = [steps.mesh.local_bytes(tensor) for tensor in session.tensors()]
+    held = [
+        steps.mesh.local_bytes(tensor)
+        for tensor in (*session.tensors(), session.biases.tensor, session.prompt_biases.tensor)
+    ]
     keys = [shapes.prefill(size) for size in shapes.sizes]
     keys += [*(shapes.decode(rows) for rows in shapes.row_counts()), shapes.copy()]
     audits = {}

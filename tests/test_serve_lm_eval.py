@@ -96,7 +96,7 @@ def test_answers_that_are_generated_give_the_numbers_of_eval(
     check_same(harness("local-completions", served, QUIZ, tmp_path), ours, QUIZ)
 
 
-@pytest.mark.parametrize("more", [{}, {"num_concurrent": 4, "batch_size": 3}])
+@pytest.mark.parametrize("more", [{}, {"num_concurrent": 4}])
 def test_prompts_that_are_scored_give_the_numbers_of_eval(
     served: Served, ours: dict[str, Any], tmp_path: Path, more: dict[str, object]
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +17,7 @@ from ..progress_bars import progress_bars
 from . import options, output
 from .asked import Asked, from_options, from_prompts_file
 from .template_args import TemplateArgs, template_kwargs
+from .text_options import TextOptions
 
 if TYPE_CHECKING:
     from ..inference.completion import Completion
@@ -74,13 +75,7 @@ def generate(
     n: Annotated[
         int, typer.Option("--n", help="Completions of each prompt.", callback=options.within(1))
     ] = 1,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option("--stop", help="End the text before this string; several times."),
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")
-    ] = False,
+    texts: TextOptions,
     chosen: options.ModelOptions,
     max_model_len: options.MaxModelLen = None,
     max_new_tokens: Annotated[
@@ -126,12 +121,8 @@ def generate(
                 lines(f"{option} was given without a conversation", "expected messages, or --chat")
             )
     chosen.check_lengths(max_model_len, max_new_tokens)
-    settings: dict[str, Any] = sampling.arguments | {
-        "max_new_tokens": max_new_tokens,
-        "stop": stop or [],
-        "ignore_eos": ignore_eos,
-        "n": n,
-    }
+    settings: dict[str, Any] = sampling.arguments | texts.arguments
+    settings |= {"max_new_tokens": max_new_tokens, "n": n}
     with progress_bars(quiet) as progress:
         with output.only_json(as_json or prompts_file is not None):
             llm = chosen.load(progress=progress, max_model_len=max_model_len)
@@ -201,13 +192,17 @@ def _print_lines(
 
 
 def _completion(each: Completion) -> dict[str, Any]:
+    scores = each.prompt_logprobs
     return {
         "prompt": each.prompt_ids if each.prompt is None else each.prompt,
         "index": each.index,
         "text": each.text,
         "token_ids": each.token_ids,
         "logprobs": each.logprobs,
+        "top_logprobs": each.top_logprobs,
+        "prompt_logprobs": scores and [scored and asdict(scored) for scored in scores],
         "finish_reason": each.finish_reason,
+        "stop_reason": each.stop_reason,
     }
 
 

@@ -282,6 +282,14 @@ class SamplingOptions:
     repetition_penalty: Annotated[
         float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.")
     ] = None
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option("--presence-penalty", help="Above 0: prefer what the text doesn't have yet."),
+    ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        typer.Option("--frequency-penalty", help="The same, by how often the text has it."),
+    ] = None
     seed: Annotated[
         int | None,
         typer.Option(

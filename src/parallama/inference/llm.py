@@ -9,15 +9,12 @@ from typing import Any
 
 import torch
 
-from ..engine.steps import LOGITS_AXES, StepKey
 from ..errors import UsageError, lines
 from ..files.checkpoint import Checkpoint
 from ..model.config_checks import eos_ids
 from ..plan.overrides import Overrides
-from ..plan.program_shapes import CHUNK, chunk_size
 from ..sharded.device_weights import DeviceWeights
 from ..sharded.stream import StreamStats
-from . import state
 from .completion import Chunk, Completion, Row
 from .messages import Message, checked, is_conversation
 from .prompts import Prompt, Prompts, list_of, members
@@ -30,6 +27,7 @@ from .sharded_model import Progress, ShardedModel
 from .slot_pool import SlotPool
 from .slot_runner import SlotRunner
 from .slot_shapes import SlotShapes
+from .text_logits import text_logits
 from .text_stream import TextStream
 from .token_rules import TokenRules
 
@@ -349,30 +347,5 @@ class LLM(ShardedModel):
         listed: list[Any] = list_of(given)
         many = listed != [members(ids)]
         batch = [self.encode(row) for row in listed]
-        length = len(batch[0])
-        if any(len(row) != length for row in batch):
-            raise UsageError(
-                lines(
-                    "the sequences have different lengths",
-                    "expected one length, or a call for each",
-                )
-            )
-        if length > self.max_model_len:
-            raise UsageError(
-                lines(
-                    f"a sequence of {length} tokens is over the limit of {self.max_model_len}",
-                    f"expected at most {self.max_model_len}",
-                )
-            )
-        rows = -(-len(batch) // self.mesh.shape.data) * self.mesh.shape.data
-        size = chunk_size(length) if length <= CHUNK else -(-length // CHUNK) * CHUNK
-        padded = torch.zeros(rows, size, dtype=torch.long)
-        padded[: len(batch), :length] = torch.tensor(batch)
-        arguments = state.text_arguments(self.steps, padded, None, longest=length)
-        key = StepKey(kind="logits", batch=rows, length=0, new=size, fresh=True)
-        with self.mesh.counted() as compiled:
-            self.programs.warm_up([key], self.report("compiling"))
-            self._runs.stats = RunStats(programs_compiled=compiled())
-            out = self.programs[key](arguments)["logits"]
-        whole = self.mesh.fetch(out, LOGITS_AXES)[: len(batch), :length, : self.plan.model.vocab]
+        whole, self._runs.stats = text_logits(self, batch, self.max_model_len)
         return whole if many else whole[0]

@@ -19,11 +19,14 @@ class BiasRows:
 
     Args:
         rows: `B`.
+
+    Attributes:
+        tensor: on the devices.
     """
 
     def __init__(self, steps: Steps, rows: int) -> None:
         self._steps, self._rows = steps, rows
-        self._on_devices = state.no_bias(steps, rows)["bias"]
+        self.tensor = state.no_bias(steps, rows)["bias"]
         self._host: torch.Tensor | None = None
         self._held: dict[int, Row] = {}
 
@@ -37,8 +40,8 @@ class BiasRows:
             for row, (bias, hidden) in new.items():
                 self._host[row] = state.bias_row(bias, hidden, vocab)
             self._held |= new
-            self._on_devices = state.put(self._steps, {"bias": self._host})["bias"]
-        return self._on_devices
+            self.tensor = state.put(self._steps, {"bias": self._host})["bias"]
+        return self.tensor
 
 
 def row_of(bias: TokenBias, ids: Sequence[int], new: int) -> Row:

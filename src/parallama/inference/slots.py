@@ -54,6 +54,7 @@ class SlotSession(DeviceState):
 
     Attributes:
         slots: all of them, shard after shard.
+        biases, prompt_biases: of all slots, and of the prompts that run at a time.
     """
 
     def __init__(
@@ -73,8 +74,8 @@ class SlotSession(DeviceState):
     def _blank(self) -> None:
         """Arguments of steps that are kept from one to the next, for all slots or shards."""
         self._params: dict[str, DeviceTensor] | None = None
-        self._biases = BiasRows(self.steps, self.shapes.slots)
-        self._prompt_biases = BiasRows(self.steps, self.shapes.shards)
+        self.biases = BiasRows(self.steps, self.shapes.slots)
+        self.prompt_biases = BiasRows(self.steps, self.shapes.shards)
 
     def prepare(
         self, shapes: SlotShapes, progress: Callable[[int, int], None] | None = None
@@ -141,7 +142,7 @@ class SlotSession(DeviceState):
         }
         with self._step():
             given = state.put_slot_chunks(self.steps, chunks, size, scored=scored)
-            given["bias"] = self._prompt_biases.holding(biases)
+            given["bias"] = self.prompt_biases.holding(biases)
             self._advance(self.shapes.prefill(size, scored=scored), self._sampling() | given)
             rows = {slot: self.place(slot)[0] for slot in ends}
             choices = self._with_tops(self._read(ends), rows)
@@ -179,7 +180,7 @@ class SlotSession(DeviceState):
         rows = self.shapes.row_count(max(self.place(slot)[1] for slot in live) + 1)
         places = {slot: self.place(slot)[0] * rows + self.place(slot)[1] for slot in live}
         with self._step():
-            given = self._sampling() | {"bias": self._biases.holding(self._bias_rows(live))}
+            given = self._sampling() | {"bias": self.biases.holding(self._bias_rows(live))}
             launched, run_s = self._advance(self.shapes.decode(rows), given)
             choices = self._with_tops(self._read(live), places)
         read = time.perf_counter()

@@ -20,6 +20,8 @@ Phase = Literal["prefill", "decode", "copy", "train"]
 INFERENCE: tuple[Phase, ...] = ("prefill", "decode")
 CANDIDATE_NUMBERS = 5
 """What each device says of its best token, in fp32: see `sampling.choose`."""
+TOP_NUMBERS = 20
+"""Likeliest tokens that each device tells of, where a row asks for some: see `top_tokens`."""
 SEARCH_NUMBERS = 15
 """Thresholds that a round of `sampling`'s search for top-k or top-p tries: a sum of each."""
 _FP32 = 4
@@ -33,7 +35,8 @@ class Collective:
         kind: XLA's name, as `all-reduce`.
         axis: the mesh axis along which devices take part.
         count: how often in one step. Those of `sampling.truncation` are done only where a row
-            samples: the searches for top-k and top-p where one asks for them, 8 rounds each.
+            samples: the searches for top-k and top-p where one asks for them, 8 rounds each. Those
+            of `sampling.top_logprobs` are done only where a row asks for likeliest tokens.
         bytes: of the result on one device, each time.
         module: whose product or lookup makes it necessary. `*` stands for every layer, `0,2-5`
             for these.
@@ -180,11 +183,16 @@ def _next_token(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
     if plan[head].axes[1] == MODEL:
         logits = sizes.rows * plan.vocab
         yield one_collective("all-reduce", MODEL, logits, sizes.sum_itemsize, "lm_head")
-    candidates = plan.mesh.model * sizes.rows * CANDIDATE_NUMBERS
+    parts = plan.mesh.model
+    candidates = parts * sizes.rows * CANDIDATE_NUMBERS
     yield one_collective("all-gather", MODEL, candidates, _FP32, "sampling")
     for numbers in (SEARCH_NUMBERS, SEARCH_NUMBERS, 1, 1):  # both searches, peak and mass
         yield one_collective(
             "all-reduce", MODEL, sizes.rows * numbers, _FP32, "sampling.truncation"
+        )
+    for _ in range(2):  # ids and logits of each device's likeliest
+        yield one_collective(
+            "all-reduce", MODEL, sizes.rows * parts * TOP_NUMBERS, _FP32, "sampling.top_logprobs"
         )
 
 

@@ -68,7 +68,7 @@ def slot_memory(
     return Memory(
         params=plan.parameter_bytes(itemsize)[0],
         kv=plan.cache_bytes(slots, length, itemsize)[0],
-        state=plan.local_rows(slots) * (vocab * _INT32 + _LAST_TOKEN),
+        state=plan.local_rows(slots) * (vocab * (_INT32 + _FP32) + _LAST_TOKEN) + vocab * _FP32,
         activations=max(prefill, decode),
         logits=plan.local_rows(slots) * vocab * _FP32,
     )
