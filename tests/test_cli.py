@@ -201,7 +201,9 @@ def test_json_is_one_document_with_the_documented_keys_and_nothing_else(
     assert document["model"].endswith("chatty")
     assert [output["prompt"] for output in document["outputs"]] == ["Once upon a time", [5, 6, 7]]
     for output in document["outputs"]:
-        assert set(output) == {"prompt", "index", "text", "token_ids", "logprobs", "finish_reason"}
+        ends = {"finish_reason", "stop_reason"}
+        scores = {"logprobs", "top_logprobs", "prompt_logprobs"}
+        assert set(output) == {"prompt", "index", "text", "token_ids"} | ends | scores
         assert len(output["token_ids"]) == len(output["logprobs"]) == 6
         assert all(logprob <= 0 for logprob in output["logprobs"])
         assert output["finish_reason"] == "length"

@@ -40,6 +40,7 @@ def test_a_prefill_sums_after_the_embedding_and_twice_a_layer_and_gathers_candid
         item("all-gather", MODEL, 1, 3 * 2 * 5 * 4, "sampling"),
         item("all-reduce", MODEL, 2, 3 * 15 * 4, "sampling.truncation"),
         item("all-reduce", MODEL, 2, 3 * 4, "sampling.truncation"),
+        item("all-reduce", MODEL, 2, 3 * 2 * 20 * 4, "sampling.top_logprobs"),
     ]
 
 

@@ -63,7 +63,7 @@ def test_llama_3_1_8b_on_eight_devices_is_what_a_pencil_says():
     # positions a chunk of 128 may end; together they are filled up to a multiple of 256.
     assert found.kv == 2 * 32 * 1 * 1 * 8448 * 128 * 2 == 138_412_032
     # Each token's count; the last one, its log-probability and the next position.
-    assert found.state == 128256 // 8 * 4 + 8 + 4 + 4 == 64_144
+    assert found.state == 128256 // 8 * 4 * 3 + 8 + 4 + 4 == 192_400
     # 128 positions: E twice and the MLP's three tensors, against E, four query heads twice, one KV
     # head twice, and scores over 256 cached positions and the chunk in fp32 and bfloat16.
     mlp = 128 * (2 * 4096 + 3 * 1792) * 2

@@ -99,7 +99,7 @@ class LLM(ShardedModel):
         return self._prompts.encode(prompt)
 
     def render_chat(self, messages: Sequence[Message], **how: Any) -> list[int]:
-        """Token ids of a conversation, ready for an answer; see `prompts.Prompts.render_chat`."""
+        """Token ids of a conversation; see `prompts.Prompts.render_chat`."""
         return self._prompts.render_chat(messages, **how)
 
     def requests(
@@ -126,7 +126,7 @@ class LLM(ShardedModel):
         )
 
     def chat_ends(self) -> frozenset[int]:
-        """Tokens that end an answer besides; see `prompts.Prompts.chat_ends`."""
+        """See `prompts.Prompts.chat_ends`."""
         return self._prompts.chat_ends()
 
     def request(
@@ -264,8 +264,7 @@ class LLM(ShardedModel):
 
         Arguments are those of `run`.
         """
-        rows = [self.row(request) for request in requests]
-        return self.continued(requests, rows, max_num_seqs)
+        return self.continued(requests, [self.row(each) for each in requests], max_num_seqs)
 
     def row(self, request: Request) -> Row:
         """A row of a batch that has not begun."""

@@ -35,6 +35,8 @@ class TokenLogprob:
     """A token with its log-probability under the model's own distribution.
 
     Attributes:
+        token: its id.
+        logprob: in nats.
         top: the most likely tokens in its place with theirs, best first, as many as asked for.
     """
 
