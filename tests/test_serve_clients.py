@@ -180,3 +180,71 @@ def test_unknown_fields_are_logged_once(client: openai.OpenAI, server: Server):
             model="tiny", prompt="a", max_tokens=1, extra_body={"frobnicate": 1, "user": "me"}
         )
     assert server.log().count("frobnicate") == 1 and "me" not in server.log().split("frob")[1]
+
+
+def test_log_probabilities_of_completions_and_prompts(client: openai.OpenAI, expected: Any):
+    ids = train_models.tokenizer()(PROMPT)["input_ids"]
+    asked: Any = {"model": "tiny", "prompt": ids, "temperature": 0, "logprobs": 4}
+    more = {"ignore_eos": True, "return_token_ids": True}
+    got = client.completions.create(**asked, max_tokens=3, echo=True, extra_body=more).choices[0]
+    told: Any = got.logprobs
+    assert got.token_ids == expected(ids, 3)  # type: ignore[attr-defined]
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) == len(ids) + 3
+    assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+    for place in range(1, len(ids) + 3):
+        best, own = max(told.top_logprobs[place].values()), told.token_logprobs[place]
+        assert own == best if place >= len(ids) else own <= best
+    none = client.completions.create(**asked, max_tokens=0, echo=True)
+    assert none.usage and none.usage.completion_tokens == 0 and none.choices[0].logprobs
+    assert none.choices[0].logprobs.token_logprobs == told.token_logprobs[: len(ids)]
+
+
+def test_log_probabilities_of_chats(client: openai.OpenAI):
+    asked: Any = {"model": "tiny", "messages": MESSAGES, "temperature": 0, "max_tokens": 5}
+    whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2).choices[0]
+    assert whole.logprobs and whole.logprobs.content
+    for each in whole.logprobs.content:
+        assert len(each.top_logprobs) == 2 and each.top_logprobs[0].logprob == each.logprob
+        assert each.top_logprobs[0].token == each.token
+    stream = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2, stream=True)
+    parts = [each for chunk in stream for each in chunk.choices if each.logprobs]
+    streamed = [each for part in parts for each in (part.logprobs and part.logprobs.content) or []]
+    assert [each.token for each in streamed] == [each.token for each in whole.logprobs.content]
+    for each, other in zip(streamed, whole.logprobs.content, strict=True):
+        assert each.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+
+def test_the_best_of_several_comes_back(client: openai.OpenAI):
+    asked: Any = {"model": "tiny", "prompt": PROMPT, "seed": 3, "max_tokens": 6, "logprobs": 0}
+    three = client.completions.create(**asked, n=3).choices
+    best = client.completions.create(**asked, n=1, best_of=3).choices
+
+    def likelihood(choice: Any) -> float:
+        chances = choice.logprobs.token_logprobs
+        return sum(chances) / len(chances)
+
+    assert best[0].text == max(three, key=likelihood).text and len({c.text for c in three}) > 1
+
+
+def test_samplers_reach_the_devices(client: openai.OpenAI, expected: Any):
+    ids = train_models.tokenizer()(PROMPT)["input_ids"]
+    wanted = expected(ids, 6)
+
+    def answered(**more: Any) -> Any:
+        body = {"return_token_ids": True, "ignore_eos": True} | more
+        return client.completions.create(
+            model="tiny", prompt=ids, temperature=0, max_tokens=6, extra_body=body
+        ).choices[0]
+
+    assert answered().token_ids == wanted
+    assert wanted[0] not in answered(logit_bias={str(wanted[0]): -100}).token_ids
+    assert set(answered(allowed_token_ids=[40, 41]).token_ids) <= {40, 41}
+    ended = answered(stop_token_ids=[wanted[0]])
+    assert (ended.token_ids, ended.finish_reason, ended.stop_reason) == (
+        wanted[:1],
+        "stop",
+        wanted[0],
+    )
+    later = answered(stop_token_ids=[wanted[0]], min_tokens=4)
+    assert len(later.token_ids) >= 4 and wanted[0] not in later.token_ids[:4]
+    assert len(set(answered(frequency_penalty=2, presence_penalty=2).token_ids)) == 6

@@ -47,6 +47,12 @@ def openai_document() -> dict[str, Any]:
         (completion, "usage"),
     ):
         schema[name] = {"anyOf": [schema[name], {"type": "null"}]}
+    # Nothing is before a prompt's first token: with `echo` its API says null there.
+    choice = completion["choices"]["items"]["properties"]
+    (scored,) = (each for each in choice["logprobs"]["anyOf"] if "properties" in each)
+    for name in ("token_logprobs", "top_logprobs"):
+        listed = scored["properties"][name]
+        listed["items"] = {"anyOf": [listed["items"], {"type": "null"}]}
     return found
 
 
@@ -73,17 +79,19 @@ def chunks(answer: httpx.Response) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "whole", "chunk"),
+    ("path", "body", "scored", "whole", "chunk"),
     [
         (
             "/v1/completions",
             {"prompt": ["Hello", "you"], "n": 2, "echo": True},
+            {"logprobs": 3},
             ("CreateCompletionResponse", "Completion"),
             ("CreateCompletionResponse", "Completion"),
         ),
         (
             "/v1/chat/completions",
             {"messages": MESSAGES, "n": 2},
+            {"logprobs": True, "top_logprobs": 3, "prompt_logprobs": 1},
             ("CreateChatCompletionResponse", "Chat"),
             ("CreateChatCompletionStreamResponse", "ChatChunk"),
         ),
@@ -93,11 +101,12 @@ def test_answers_hold_against_openais_document_and_ours(
     client: httpx.Client,
     path: str,
     body: dict[str, Any],
+    scored: dict[str, Any],
     whole: tuple[str, str],
     chunk: tuple[str, str],
 ):
     ours = client.get("/openapi.json").json()
-    for more in ({}, {"return_token_ids": True}, {"stop": ["e"]}):
+    for more in ({}, {"return_token_ids": True}, {"stop": ["e"]}, scored):
         asked = {"model": "tiny", **SOME, **body, **more}
         answer = client.post(path, json=asked).json()
         check(answer, whole[0], openai_document())

@@ -203,6 +203,12 @@ def test_a_text_begins_with_its_space(tmp_path: Any) -> None:
     assert in_pieces(TextStream(fast), [1, 0]) == ["world", " Hello", ""]
 
 
+def test_a_stop_string_counts_only_behind_the_fewest_tokens(tokenizer: Any) -> None:
+    ids = ids_of(tokenizer, " one two one two one")
+    stream = TextStream(tokenizer, [" two"], least=3)
+    assert "".join(in_pieces(stream, ids)) == " one two one" and stream.stopped == " two"
+
+
 def test_half_a_character_of_the_prompt_stays_the_prompts(tokenizer: Any) -> None:
     ids = ids_of(tokenizer, "\U0001fae0 yes")
     stream = TextStream(tokenizer, behind=ids[:1])
@@ -226,6 +232,7 @@ def test_an_answer_ends_where_the_template_ends_a_turn(tokenizer: Any) -> None:
         (TEMPLATE, {turn, fast.eos_token_id}),
         (TEMPLATE.replace("<|turn|>", ""), {fast.eos_token_id}),
         ("{{ raise_exception('no') }}", {fast.eos_token_id}),
+        ("<|turn|>{{ messages[0].content }}", {fast.eos_token_id}),
         (None, {fast.eos_token_id}),
     ):
         fast.chat_template = template

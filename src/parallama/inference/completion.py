@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from .requests import Request
 from .run_stats import Choice, TokenLogprob
@@ -82,6 +82,20 @@ class Row:
     text: str = ""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+
+    @classmethod
+    def of(cls, request: Request, tokenizer: Any | None) -> Row:
+        """The row of a request that has not begun."""
+        params = request.params
+        stream = TextStream(
+            tokenizer,
+            params.stop,
+            least=params.min_tokens,
+            behind=request.ids,
+            keep_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+        )
+        return cls(stream, request.limit, request.ends)
 
     def take(self, choice: Choice, tokens_per_s: float) -> Chunk:
         """Add a token, and end the row if it ends the text."""

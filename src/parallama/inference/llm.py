@@ -28,7 +28,6 @@ from .slot_pool import SlotPool
 from .slot_runner import SlotRunner
 from .slot_shapes import SlotShapes
 from .text_logits import text_logits
-from .text_stream import TextStream
 from .token_rules import TokenRules
 
 
@@ -268,15 +267,7 @@ class LLM(ShardedModel):
 
     def row(self, request: Request) -> Row:
         """A row of a batch that has not begun."""
-        params = request.params
-        stream = TextStream(
-            self.tokenizer,
-            params.stop,
-            behind=request.ids,
-            keep_stop=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-        )
-        return Row(stream, request.limit, request.ends)
+        return Row.of(request, self.tokenizer)
 
     def continued(
         self, requests: Sequence[Request], rows: Sequence[Row], max_num_seqs: int | None

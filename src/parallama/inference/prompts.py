@@ -178,7 +178,8 @@ class Prompts:
             text = self._rendered(turn, add_generation_prompt=False)
         except (UsageError, CheckpointError):  # it doesn't take such a turn
             return set()
-        behind = text.rpartition(_ANSWER)[2].lstrip()
+        _, written, behind = text.rpartition(_ANSWER)
+        behind = behind.lstrip() if written else ""
         assert self.tokenizer is not None
         special = self.tokenizer.get_added_vocab()
         here = [token for token in special if token.strip() and behind.startswith(token.strip())]

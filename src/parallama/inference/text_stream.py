@@ -16,6 +16,7 @@ class TextStream:
     Args:
         tokenizer: of transformers; None gives empty text.
         stop: strings that end the text; they and what follows are not part of it.
+        least: tokens in which no stop string is looked for.
         behind: the prompt's tokens.
         keep_stop: what ends the text is part of it.
         skip_special_tokens: special tokens are no part of the text.
@@ -29,6 +30,7 @@ class TextStream:
         tokenizer: Any | None,
         stop: Sequence[str] = (),
         *,
+        least: int = 0,
         behind: Sequence[int] = (),
         keep_stop: bool = False,
         skip_special_tokens: bool = True,
@@ -36,6 +38,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = [string for string in stop if string]
         self._keep_stop, self._skip_special = keep_stop, skip_special_tokens
+        self._least = least
         self._ids = list(behind[-_BEHIND:])
         self._from = 0  # ids before are in the text for good
         self._seen = len(self._ids)  # ids whose characters were handed out or are held back
@@ -52,6 +55,7 @@ class TextStream:
         """
         if self._tokenizer is None or self.stopped is not None or (ends and not self._keep_stop):
             return ""
+        self._least -= 1
         self._ids.append(token)
         # Decode from a little before: what comes there decides about spaces. vLLM does the same.
         before = self._decode(self._ids[self._from : self._seen])
@@ -77,6 +81,8 @@ class TextStream:
 
     def _release(self, new: str, *, final: bool) -> str:
         text = self._held + new
+        if self._least >= 0:
+            return text
         ends = [(at, string) for string in self._stop if (at := text.find(string)) >= 0]
         if ends:
             at, self.stopped = min(ends)

@@ -66,7 +66,8 @@ async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     asked, served = await body_of(request, ChatRequest)
     _check(asked)
-    call = _Call(asked, served, await in_thread(served.rendered, asked))
+    ids = await in_thread(served.rendered, asked)
+    call = await in_thread(_Call, asked, served, ids)
     running = started(request, asked, served, call.requests)
     if asked.stream:
         return event_stream(_chunks(call, running))

@@ -148,7 +148,8 @@ def _likelihood(update: Update) -> float:
 async def completions(request: Request) -> Response:
     """Continue texts."""
     asked, served = await body_of(request, CompletionRequest)
-    call = _Call(asked, served, await in_thread(_prompts, asked, served))
+    prompts = await in_thread(_prompts, asked, served)
+    call = await in_thread(_Call, asked, served, prompts)
     running = started(request, asked, served, call.requests)
     if asked.stream:
         return event_stream(_chunks(call, running))
