@@ -314,7 +314,13 @@ def recipe(folder: str, mesh: str, batch: int = 2, positions: int = 16) -> list[
     given = {name: device_mesh.put(tensor, axes[name]) for name, tensor in host.items()}
     (text,) = Program("recipe", device_mesh, step, given).hlo()
     wanted = expected_collectives(
-        plan, "prefill", batch=batch, positions=positions, itemsize=4, everywhere=True
+        plan,
+        "prefill",
+        batch=batch,
+        positions=positions,
+        itemsize=4,
+        everywhere=True,
+        slots=False,
     )
     return [
         asdict(finding) for finding in differences(wanted, collectives_of([hlo.parse(text)], plan))

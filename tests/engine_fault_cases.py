@@ -42,7 +42,7 @@ def greedy_targets(mesh: str, vocab: int, best: int, targets: list[int]) -> list
         given["targets"] = device_mesh.put(torch.tensor([[target]]), ("data", None))
 
         def step(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            _, greedy = scoring.score(tensors["logits"], tensors["targets"], device_mesh, vocab)
+            _, greedy, _ = scoring.score(tensors["logits"], tensors["targets"], device_mesh, vocab)
             return {"greedy": device_mesh.mark(greedy, ("data", None))}
 
         program = Program("scoring", device_mesh, step, given)

@@ -251,7 +251,7 @@ def test_options_in_a_table_are_those_of_a_command() -> None:
         name
         for command in group.commands.values()
         for option in command.params
-        for name in option.opts
+        for name in (*option.opts, *option.secondary_opts)
     }
     assert "--mesh" in known
     for page in GUIDANCE:

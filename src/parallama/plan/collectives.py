@@ -58,6 +58,7 @@ def expected_collectives(
     itemsize: int,
     sum_itemsize: int | None = None,
     everywhere: bool = False,
+    slots: bool = True,
 ) -> tuple[Collective, ...]:
     """What one step needs on a mesh, in the order of the model.
 
@@ -72,6 +73,7 @@ def expected_collectives(
             widens it; `itemsize` if None.
         everywhere: the last layer gives every position's state, not only those that next tokens
             follow (see `last_positions`).
+        slots: the step runs on slots, and tells the likeliest tokens besides.
     """
     if phase == "copy":
         return ()
@@ -84,7 +86,7 @@ def expected_collectives(
         itemsize=itemsize,
         sum_itemsize=sum_itemsize or itemsize,
     )
-    found = [*_forward(plan, sizes), *_next_token(plan, sizes)]
+    found = [*_forward(plan, sizes), *_next_token(plan, sizes, slots)]
     needed = Counter(each for each in found if plan.mesh.size(each.axis) > 1)
     return grouped(needed, plan.model.layers)
 
@@ -97,6 +99,7 @@ def minimal_collectives(
     positions: int,
     itemsize: int,
     sum_itemsize: int | None = None,
+    slots: bool = True,
 ) -> tuple[Collective, ...]:
     """What the same step needs at least on this mesh, which is what the default plan needs.
 
@@ -110,6 +113,7 @@ def minimal_collectives(
         positions=positions,
         itemsize=itemsize,
         sum_itemsize=sum_itemsize,
+        slots=slots,
     )
 
 
@@ -177,7 +181,7 @@ def _forward(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
         yield from products.last(f"{mlp}.down_proj", intermediate, tokens, split=split)
 
 
-def _next_token(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
+def _next_token(plan: Plan, sizes: _Sizes, slots: bool) -> Iterator[Collective]:
     """From the last hidden states to a token."""
     head = "model.embed_tokens.weight" if plan.model.tied else "lm_head.weight"
     if plan[head].axes[1] == MODEL:
@@ -190,7 +194,7 @@ def _next_token(plan: Plan, sizes: _Sizes) -> Iterator[Collective]:
         yield one_collective(
             "all-reduce", MODEL, sizes.rows * numbers, _FP32, "sampling.truncation"
         )
-    for _ in range(2):  # ids and logits of each device's likeliest
+    for _ in range(2 if slots else 0):  # ids and logits of each device's likeliest
         yield one_collective(
             "all-reduce", MODEL, sizes.rows * parts * TOP_NUMBERS, _FP32, "sampling.top_logprobs"
         )

@@ -63,6 +63,7 @@ def audit(
         "positions": key.new,
         "itemsize": itemsize,
         "sum_itemsize": max(itemsize, mesh.traits.sum_bytes),
+        "slots": key.kind.startswith("slot_"),
     }
     wanted = expected_collectives(plan, phase, **sizes)
     found = collectives_of(modules, plan)
