@@ -62,7 +62,8 @@ def test_llama_3_1_8b_on_eight_devices_is_what_a_pencil_says():
     # Keys and values, 32 layers, 1 row, 1 KV head a device, 128 numbers a position. Behind 8192
     # positions a chunk of 128 may end; together they are filled up to a multiple of 256.
     assert found.kv == 2 * 32 * 1 * 1 * 8448 * 128 * 2 == 138_412_032
-    # Each token's count; the last one, its log-probability and the next position.
+    # Each token's count, its bias, and a prompt's; the last token, its log-probability and the next
+    # position.
     assert found.state == 128256 // 8 * 4 * 3 + 8 + 4 + 4 == 192_400
     # 128 positions: E twice and the MLP's three tensors, against E, four query heads twice, one KV
     # head twice, and scores over 256 cached positions and the chunk in fp32 and bfloat16.

@@ -174,10 +174,10 @@ def test_the_documents_figures_are_those_of_the_pencil(runs: dict[str, Done]):
     assert found["parameter_count"] == 8_030_261_248
     assert totals["param_bytes_per_device"] == 2_008_031_232
     assert totals["kv_bytes_per_device"] == 138_412_032
-    assert totals["state_bytes_per_device"] == 64_144
+    assert totals["state_bytes_per_device"] == 192_400
     assert totals["activation_bytes_per_device"] == 3_473_408
     assert totals["logits_bytes_per_device"] == 64_128
-    together = 2_008_031_232 + 138_412_032 + 64_144 + 3_473_408 + 64_128
+    together = 2_008_031_232 + 138_412_032 + 192_400 + 3_473_408 + 64_128
     assert totals["total_bytes_per_device"] == together
     assert (
         sum(entry["bytes_per_device"] for entry in found["parameters"])

@@ -42,7 +42,8 @@ class Chosen(NamedTuple):
         token: ids, `[B]` int64.
         logprob: `[B]` fp32, under the model's own distribution: before bias, penalties, temperature
             and truncation.
-        normaliser: `[B]` fp32, what a logit has over its log-probability.
+        normaliser: `[B, 2]` fp32, what a logit has over its log-probability: the largest logit,
+            and what is left. Their sum would lose the second where logits are large.
     """
 
     token: torch.Tensor
@@ -126,8 +127,9 @@ def choose(
     chosen = whole_of_float(torch.where(winner, token, zero).sum(-1))
     chosen_raw = torch.where(winner, raw_score, zero).sum(-1)
     peak = top.amax(-1)
-    normaliser = peak + torch.log((total * torch.exp(top - peak[:, None])).sum(-1))
-    return Chosen(chosen, chosen_raw - normaliser, normaliser)
+    log_total = torch.log((total * torch.exp(top - peak[:, None])).sum(-1))
+    normaliser = torch.stack([peak, log_total], dim=-1)
+    return Chosen(chosen, chosen_raw - peak - log_total, normaliser)
 
 
 def own_logits(

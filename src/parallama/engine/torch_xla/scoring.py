@@ -30,7 +30,7 @@ def score(
 
     Returns:
         Log-probabilities `[B, S]` fp32 in nats; `[B, S]` bool: the token is the one that greedy
-        decoding would choose; and `[B, S]` fp32, what a logit has over its log-probability.
+        decoding would choose; and `[B, S, 2]` fp32, see `sampling.Chosen.normaliser`.
     """
     device, parts = logits.device, mesh.shape.model
     batch, length, width = logits.shape
@@ -51,7 +51,8 @@ def score(
     found = mesh.resplit(found, split_axes, (DATA, None, None, None))
     top, normaliser, own, best = found.unbind(-1)
     peak = top.amax(-1)
-    over = peak + torch.log(torch.exp(normaliser + top - peak[..., None]).sum(-1))
+    log_total = torch.log(torch.exp(normaliser + top - peak[..., None]).sum(-1))
     winner = torch.arange(parts, device=device) == top.argmax(-1, keepdim=True)
     chosen = whole_of_float(torch.where(winner, best, zero).sum(-1))
-    return own.sum(-1) - over, chosen == targets, over
+    over = torch.stack([peak, log_total], dim=-1)
+    return own.sum(-1) - peak - log_total, chosen == targets, over

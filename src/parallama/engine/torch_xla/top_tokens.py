@@ -32,7 +32,7 @@ def top_tokens(
 
     Args:
         logits: `[B, V]`, split over "model"; ids from `vocab` on are padding.
-        normaliser: `[B]`, what a logit has over its log-probability.
+        normaliser: `[B, 2]`, see `sampling.Chosen`.
         wanted: `[B]` int32, how many tokens each row asks for.
 
     Returns:
@@ -68,7 +68,7 @@ def top_tokens(
         start = [blank.to(torch.int32), blank]
         tokens, best = when(mesh, (wanted > 0).any(), found, [raw, ids, wanted, part], start)
         axes, shape = (DATA, None), (batch, MOST_TOP)
-        best = mesh.leave_manual(best, axes, shape) - normaliser[:, None]
+        best = mesh.leave_manual(best, axes, shape) - normaliser[:, :1] - normaliser[:, 1:]
         return mesh.leave_manual(tokens, axes, shape), best
 
 
@@ -83,13 +83,13 @@ def top_tokens_of_places(
 
     Args:
         logits: `[B, S, V]`.
-        normaliser: `[B, S]`.
+        normaliser: `[B, S, 2]`.
         wanted: `[B]`, of all positions of a row.
     """
     batch, length, width = logits.shape
     flat = mesh.mark(logits.reshape(batch * length, width), (DATA, MODEL))
     each = mesh.mark(wanted[:, None].expand(batch, length).reshape(-1), (DATA,))
-    over = mesh.mark(normaliser.reshape(-1), (DATA,))
+    over = mesh.mark(normaliser.reshape(-1, 2), (DATA, None))
     ids, logprobs = top_tokens(mesh, flat, vocab, over, each)
     shape, axes = (batch, length, MOST_TOP), (DATA, None, None)
     found = {"prompt_top_ids": ids, "prompt_top_logprobs": logprobs}
