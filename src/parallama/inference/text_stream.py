@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 _UNFINISHED = "\ufffd"
-_PIECES: WeakKeyDictionary[Any, dict[tuple[int, bool], str]] = WeakKeyDictionary()
-"""Of a tokenizer: a token by itself, with special ones skipped or not -> its text."""
 _BEHIND = 6
 """Tokens of the prompt that a text begins behind: they decide about its first space."""
 
@@ -78,17 +75,8 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         assert self._tokenizer is not None
-        if len(ids) != 1:
-            return self._decoded(ids) if ids else ""
-        # What a text is compared with is one token most times.
-        pieces = _PIECES.setdefault(self._tokenizer, {})
-        key = ids[0], self._skip_special
-        if key not in pieces:
-            pieces[key] = self._decoded(ids)
-        return pieces[key]
-
-    def _decoded(self, ids: list[int]) -> str:
-        assert self._tokenizer is not None
+        if not ids:
+            return ""
         return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip_special))
 
     def _release(self, new: str, *, final: bool) -> str:
