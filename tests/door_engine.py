@@ -27,12 +27,12 @@ from parallama.engine.interface import (
     Steps,
     Traits,
 )
-from parallama.engine.row_sampling import MOST_TOP
 from parallama.engine.steps import CACHE_AXES, LOGITS_AXES, STATE_AXES, StepKey, cache_names
 from parallama.errors import ProgramError, RunError, lines
 from parallama.plan import heads
 from parallama.plan.mesh_shape import MeshShape
 from parallama.plan.placement import Blocks, Plan
+from parallama.plan.program_shapes import MOST_TOP
 
 HIDDEN = -1e30
 

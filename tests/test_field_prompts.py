@@ -21,7 +21,9 @@ from messages import check_raised, check_refusal
 from terminals import all_of
 
 from parallama.cli.asked import Asked, from_options, from_prompts_file
+from parallama.cli.text_options import TextOptions
 from parallama.errors import UsageError
+from parallama.inference.choosing import TokenBias
 from parallama.inference.messages import checked
 from parallama.inference.prompts import Prompts, list_of
 from parallama.inference.requests import Request, params_of, requests_of
@@ -462,3 +464,39 @@ def test_options_that_do_not_go_together_are_refused(
 ) -> None:
     done = command(["generate", chatty, *arguments])
     check_refusal(done, 2, *says, as_json="--json" in arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"stop_token_ids": [300]}, ("stop_token_ids has token 300", "0 to 299")),
+        ({"allowed_token_ids": [5, 999]}, ("allowed_token_ids has token 999", "0 to 299")),
+        ({"logit_bias": {300: 1}}, ("logit_bias has token 300", "0 to 299")),
+        ({"stop": "x"}, ("stop is ['x']", "tokenizer")),
+        ({"bad_words": ["x"]}, ("bad_words is ['x']", "tokenizer")),
+    ],
+)
+def test_what_a_model_hasnt_is_refused_by_name(given: Any, says: tuple[str, ...]) -> None:
+    with refused(*says):
+        TokenRules(None, [], 300).read(SamplingParams(**given), ())
+
+
+@pytest.mark.parametrize("given", ["x", "5", "5=", "=1", "5=x"])
+def test_a_bias_that_is_none_is_shown(given: str) -> None:
+    with refused(*(["--logit-bias", given] if given != "=1" else ["logit_bias"])):
+        TextOptions(logit_bias=[given])
+
+
+WORD = st.lists(st.integers(0, 3), min_size=1, max_size=4)
+IDS_AND_WORDS = st.tuples(st.lists(st.integers(0, 3), max_size=12), st.lists(WORD, max_size=4))
+
+
+@given(case=IDS_AND_WORDS, new=st.integers(0, 5))
+def test_the_last_tokens_alone_decide_what_is_hidden(case: Any, new: int) -> None:
+    ids, words = case
+    bias = TokenBias(
+        added={}, allowed=None, late=frozenset({9}), least=3, words=tuple(map(tuple, words))
+    )
+    hidden = bias.hidden(ids[len(ids) - min(bias.reach, len(ids)) :], new)
+    wanted = {w[-1] for w in words if len(w) <= len(ids) + 1 and [*ids, w[-1]][-len(w) :] == w}
+    assert hidden == bias.hidden(ids, new) == wanted | ({9} if new < 3 else set())

@@ -18,8 +18,6 @@ _SEED = "a whole number from 0 to 2^64 - 1, or none to have one drawn"
 
 HIDDEN = -1e30
 """Logit of a token that isn't to be chosen."""
-MOST_TOP = 20
-"""Likeliest tokens of a place that a step can give."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,12 +25,17 @@ class TokenBias:
     least: int
     words: tuple[tuple[int, ...], ...]
 
+    @property
+    def reach(self) -> int:
+        """How many tokens before the next one matter."""
+        return max((len(word) - 1 for word in self.words), default=0)
+
     def hidden(self, ids: Sequence[int], new: int) -> frozenset[int]:
         """Tokens that aren't to follow.
 
         Args:
-            ids: the prompt and what was chosen.
-            new: how many of them were chosen.
+            ids: the prompt and what was chosen, or the last `reach` of them.
+            new: how many were chosen.
         """
         ended = {
             word[-1]
@@ -55,8 +60,3 @@ class Choosing:
     bias: TokenBias | None = None
     tops: int = 0
     scored: int | None = None
-
-    @property
-    def most_tops(self) -> int:
-        """Likeliest tokens of any place."""
-        return max(self.tops, self.scored or 0)

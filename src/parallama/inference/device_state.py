@@ -74,6 +74,7 @@ class DeviceState:
             return (rows, *before.shape[1:]) if before.axes[0] == DATA else before.shape
 
         self.steps, self.mesh, self._programs = steps, steps.mesh, programs
+        self._told = {}
         self._state = mover(
             self._state,
             layouts.__getitem__,

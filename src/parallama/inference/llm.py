@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -145,13 +146,13 @@ class LLM(ShardedModel):
             answers: it answers a conversation.
         """
         sampling = with_defaults(self._generation, params.sampler(), seed)
-        ends = self.rules.ends(params, self.chat_ends() if answers else ())
+        ends, choosing = self.rules.read(params, self.chat_ends() if answers else ())
         return Request(
             prompt=None,
             ids=ids,
             index=0,
             params=params,
-            choosing=self.rules.choosing(params, sampling, ends),
+            choosing=replace(choosing, sampling=sampling),
             limit=limit,
             ends=ends,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import UsageError, lines, shown
@@ -109,7 +109,7 @@ def requests_of(
     def made() -> Iterator[Request]:
         for place, ((text, ids), asked) in enumerate(zip(prompts, params, strict=True)):
             limit = _limit(len(ids), asked.max_new_tokens, max_model_len, max_positions)
-            ends = rules.ends(asked, of_chat if place in answers else ())
+            ends, choosing = rules.read(asked, of_chat if place in answers else ())
             for index in range(asked.n):
                 key = tuple(ids)
                 seed = row_seed(drawn if asked.seed is None else asked.seed, ids, earlier[key])
@@ -127,7 +127,7 @@ def requests_of(
                     ids=ids,
                     index=index,
                     params=asked,
-                    choosing=rules.choosing(asked, sampling, ends),
+                    choosing=replace(choosing, sampling=sampling),
                     limit=limit,
                     ends=ends,
                 )

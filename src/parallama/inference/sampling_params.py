@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
-from ..engine.row_sampling import MOST_TOP, RowSampling, check_seed
+from ..engine.row_sampling import RowSampling, check_seed
 from ..errors import UsageError, lines, shown
+from ..plan.program_shapes import MOST_TOP
 
 SAMPLERS = (
     *("temperature", "top_k", "top_p", "min_p"),

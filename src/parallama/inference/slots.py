@@ -210,8 +210,9 @@ class SlotSession(DeviceState):
     def _sampling(self) -> dict[str, DeviceTensor]:
         """Sampling parameters of every slot, and which are live; put anew after a change."""
         if self._params is None:
-            host = state.slot_params([slot.choosing for slot in self.slots])
-            host["live"] = torch.tensor([slot.token is not None for slot in self.slots])
+            live = [slot.token is not None for slot in self.slots]
+            host = state.slot_params([slot.choosing for slot in self.slots], live)
+            host["live"] = torch.tensor(live)
             self._params = state.put(self.steps, host)
         return self._params
 
@@ -220,9 +221,9 @@ class SlotSession(DeviceState):
         rows = {}
         for slot in live:
             held = self.slots[slot]
-            if held.choosing.bias is not None and held.token is not None:
-                ids = [*held.cached, held.token]
-                rows[slot] = row_of(held.choosing.bias, ids, len(ids) - held.prompt)
+            if (bias := held.choosing.bias) is not None and held.token is not None:
+                tail = [*held.cached[-bias.reach or len(held.cached) :], held.token]
+                rows[slot] = row_of(bias, tail, len(held.cached) + 1 - held.prompt)
         return rows
 
     # -- what a step tells besides

@@ -93,7 +93,7 @@ def slot_arguments(steps: Steps, key: StepKey) -> dict[str, DeviceTensor]:
     if key.kind == "slot_copy":
         none = torch.zeros(shards, dtype=torch.int32)
         return given | put(steps, {"source": none, "target": none})
-    params = slot_params([Choosing()] * key.batch)
+    params = slot_params([Choosing()] * key.batch, [False] * key.batch)
     given |= no_bias(steps, key.batch if key.kind == "slot_decode" else shards)
     if key.kind == "slot_decode":
         return given | put(steps, params | {"live": torch.zeros(key.batch, dtype=torch.bool)})
@@ -195,11 +195,19 @@ def bias_row(bias: TokenBias, hidden: Collection[int], vocab: int) -> torch.Tens
     return row
 
 
-def slot_params(rows: Sequence[Choosing]) -> dict[str, torch.Tensor]:
-    """What `steps.SLOT_PARAMS` names, as host tensors of all slots."""
+def slot_params(rows: Sequence[Choosing], live: Sequence[bool]) -> dict[str, torch.Tensor]:
+    """What `steps.SLOT_PARAMS` names, as host tensors of all slots.
+
+    Args:
+        live: whose prompts have ended, so that they score none of its tokens.
+    """
+    tops = [
+        row.tops if lives else max(row.tops, row.scored or 0)
+        for row, lives in zip(rows, live, strict=True)
+    ]
     return host_params([row.sampling for row in rows]) | {
         "biased": torch.tensor([row.bias is not None for row in rows]),
-        "tops": torch.tensor([row.most_tops for row in rows], dtype=torch.int32),
+        "tops": torch.tensor(tops, dtype=torch.int32),
     }
 
 

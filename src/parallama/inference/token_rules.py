@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..engine.row_sampling import RowSampling
 from ..errors import UsageError, lines
-from ..model.token_ids import check_ids
 from .choosing import Choosing, TokenBias
 from .sampling_params import SamplingParams
 
@@ -27,20 +25,33 @@ class TokenRules:
     def __init__(self, tokenizer: Any | None, ends: Collection[int], vocab: int) -> None:
         self._tokenizer, self._ends, self._vocab = tokenizer, ends, vocab
 
-    def ends(self, params: SamplingParams, of_chat: Collection[int]) -> Ends:
-        """Tokens that end a request's text.
+    def read(self, params: SamplingParams, of_chat: Collection[int]) -> tuple[Ends, Choosing]:
+        """What ends a text, and how its tokens are chosen, but for `Choosing.sampling`.
 
         Args:
-            of_chat: that end an answer besides.
+            of_chat: tokens that end an answer besides.
 
         Raises:
-            UsageError: an id is out of range, or there are stop strings and no tokenizer.
+            UsageError: a token id is out of range, or texts are given and there is no tokenizer.
         """
-        check_ids(params.stop_token_ids, self._vocab)
-        if self._tokenizer is None and params.stop:
-            raise UsageError(
-                lines(f"stop is {list(params.stop)!r}", "stop strings need a tokenizer")
-            )
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            wrong = [token for token in getattr(params, name) if token >= self._vocab]
+            if wrong:
+                expected = f"expected 0 to {self._vocab - 1}, the model's vocabulary"
+                raise UsageError(lines(f"{name} has token {wrong[0]}", expected))
+        for name in ("stop", "bad_words"):
+            texts = getattr(params, name)
+            if texts and self._tokenizer is None:
+                problem = f"{name} is {list(texts)!r}"
+                raise UsageError(lines(problem, "it needs a tokenizer, which the model hasn't"))
+        ends = self._found_ends(params, of_chat)
+        return ends, Choosing(
+            bias=self._bias(params, ends),
+            tops=min(params.logprobs or 0, self._vocab),
+            scored=params.prompt_logprobs and min(params.prompt_logprobs, self._vocab),
+        )
+
+    def _found_ends(self, params: SamplingParams, of_chat: Collection[int]) -> Ends:
         found: dict[int, int | str | None] = {token: token for token in params.stop_token_ids}
         # A special token may be no part of the text: the token itself ends it.
         special = self._tokenizer.get_added_vocab() if self._tokenizer and params.stop else {}
@@ -49,21 +60,7 @@ class TokenRules:
             found |= dict.fromkeys([*self._ends, *of_chat])
         return found
 
-    def choosing(self, params: SamplingParams, sampling: RowSampling, ends: Ends) -> Choosing:
-        """How a request's tokens are chosen.
-
-        Raises:
-            UsageError: an id is out of range, or there are bad words and no tokenizer.
-        """
-        return Choosing(
-            sampling=sampling,
-            bias=self._bias(params, ends),
-            tops=min(params.logprobs or 0, self._vocab),
-            scored=params.prompt_logprobs and min(params.prompt_logprobs, self._vocab),
-        )
-
     def _bias(self, params: SamplingParams, ends: Ends) -> TokenBias | None:
-        check_ids([*params.logit_bias, *params.allowed_token_ids], self._vocab)
         words = tuple(self._words(params.bad_words))
         late = frozenset(ends) if params.min_tokens else frozenset()
         if not (params.logit_bias or params.allowed_token_ids or words or late):
@@ -78,8 +75,6 @@ class TokenRules:
 
     def _words(self, words: Collection[str]) -> set[tuple[int, ...]]:
         """The tokens of words, at the beginning of a text and behind a space."""
-        if self._tokenizer is None and words:
-            raise UsageError(lines(f"bad_words is {list(words)!r}", "they need a tokenizer"))
         found = set()
         for word in words:
             for text in (word.lstrip(), f" {word.lstrip()}"):

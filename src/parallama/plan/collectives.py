@@ -15,13 +15,12 @@ from .layer_patterns import local_elements, with_layers, without_layer
 from .make_plan import make_plan
 from .mesh_shape import DATA, MODEL
 from .placement import Plan
+from .program_shapes import MOST_TOP
 
 Phase = Literal["prefill", "decode", "copy", "train"]
 INFERENCE: tuple[Phase, ...] = ("prefill", "decode")
 CANDIDATE_NUMBERS = 5
 """What each device says of its best token, in fp32: see `sampling.choose`."""
-TOP_NUMBERS = 20
-"""Likeliest tokens that each device tells of, where a row asks for some: see `top_tokens`."""
 SEARCH_NUMBERS = 15
 """Thresholds that a round of `sampling`'s search for top-k or top-p tries: a sum of each."""
 _FP32 = 4
@@ -196,7 +195,7 @@ def _next_token(plan: Plan, sizes: _Sizes, slots: bool) -> Iterator[Collective]:
         )
     for _ in range(2 if slots else 0):  # ids and logits of each device's likeliest
         yield one_collective(
-            "all-reduce", MODEL, sizes.rows * parts * TOP_NUMBERS, _FP32, "sampling.top_logprobs"
+            "all-reduce", MODEL, sizes.rows * parts * MOST_TOP, _FP32, "sampling.top_logprobs"
         )
 
 

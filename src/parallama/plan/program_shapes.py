@@ -22,6 +22,8 @@ A long prompt holds the others up for one chunk at a time. 128 keep XLA:CPU's pr
 """
 BLOCK = 256
 """Positions of a slot's cache that attention reads at a time."""
+MOST_TOP = 20
+"""Likeliest tokens of a place that a step on slots can tell of."""
 MAX_NUM_SEQS = 16
 """Requests that run at a time, unless something else is asked for."""
 _SLOT_STEP, _SHORTEST = 256, 512

@@ -9,6 +9,7 @@ from typing import Any
 import pydantic_core
 from starlette.requests import ClientDisconnect, Request
 
+from ..plan.program_shapes import MOST_TOP
 from .errors import ApiError
 
 BODY_BYTES = 2 << 20
@@ -27,7 +28,7 @@ BIASES = 300
 IDS = 1024
 """Token ids in a list of them, and words of `bad_words`."""
 MESSAGES = 4096
-LOGPROBS = 20
+LOGPROBS = MOST_TOP
 DEPTH = 32
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import UsageError
@@ -163,7 +163,7 @@ class ServedModel:
         for (text, ids), limit in zip(prompts, limits, strict=True):
             try:
                 params = SamplingParams(**given, max_new_tokens=max(limit, 1))
-                ends = llm.rules.ends(params, llm.chat_ends() if answers else ())
+                ends, choosing = llm.rules.read(params, llm.chat_ends() if answers else ())
                 for index in range(copies):
                     row = row_seed(seed, ids, earlier[tuple(ids)])
                     earlier[tuple(ids)] += 1
@@ -174,7 +174,7 @@ class ServedModel:
                             ids=ids,
                             index=index,
                             params=params,
-                            choosing=llm.rules.choosing(params, sampling, ends),
+                            choosing=replace(choosing, sampling=sampling),
                             limit=max(limit, 1),
                             ends=ends,
                         )
@@ -200,14 +200,4 @@ class ServedModel:
                 given[name] = value
         if given.get("top_p") == 0:
             given["top_p"] = _LEAST_TOP_P
-        biases = (int(token) for token in given.get("logit_bias", ()) if token.isdecimal())
-        self._check_ids("logit_bias", biases)
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            self._check_ids(name, given.get(name, ()))
         return given
-
-    def _check_ids(self, name: str, ids: Any) -> None:
-        vocab = self.serving.llm.plan.model.vocab
-        wrong = next((token for token in ids if not 0 <= token < vocab), None)
-        if wrong is not None:
-            raise ApiError(f"{name} has token {wrong}: expected 0 to {vocab - 1}", param=name)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from ...plan.mesh_shape import DATA, MODEL
-from ..row_sampling import MOST_TOP
+from ...plan.program_shapes import MOST_TOP
 from .branches import when
 from .mesh import DeviceMesh
 from .sampling import first_best, own_logits
