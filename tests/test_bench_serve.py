@@ -417,7 +417,9 @@ def test_a_server_is_started_for_a_model_and_measured(tiny: str) -> None:
     found = measured(command(["bench", "--serve", tiny, *OWN, *few], optimize=False))
     assert (found["label"], found["completed"], found["token_counts"]) == ("parallama", 4, "usage")
     assert (found["total_input_tokens"], found["total_output_tokens"]) == (32, 20)
-    assert found["model_id"] == tiny and found["steady_decoding_requests"] == 2
+    # Both clients ask at once; whether their few tokens come at a time is the machine's to say.
+    assert found["model_id"] == tiny and found["max_concurrent_requests"] == 2
+    assert found["steady_decoding_requests"] in (1, 2)
 
 
 @pytest.mark.slow  # two servers start; what is asked of each is tested above and below
